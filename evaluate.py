@@ -1,0 +1,333 @@
+"""What a ranking metric is, and how to time a model honestly.
+
+    python evaluate.py --data ml-1m                       # every run under runs/ml-1m, and two baselines
+    python evaluate.py --data ml-1m --bench --json results/ml-1m/bench.json
+
+scores models on the test part: for each user all items are ranked, those already seen left out,
+and the place of the one that came next is looked up. In order: ranks -> metrics -> intervals ->
+baselines -> `benchmark` -> the table.
+
+Letters: B batch (users), T sequence length, R users asked about, I items.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from data import Interactions, Split, add_data_flags, batches, leave_one_out, load_dataset, pad_left, run_command, write_atomic
+from data import InputError
+from prebert import PreBert
+from student import TopK, load_run, pick_device
+
+Scorer = Callable[[Tensor], Tensor]  # history (B, T), left-padded, newest last -> scores (B, I) of items 1..I
+
+# ---------------------------------------------------------------- ranks and metrics
+
+
+def target_ranks(scores: Tensor, targets: Tensor, seen: Tensor | None = None) -> Tensor:
+    """Place of each target among all items, 1 is best, (B,).
+
+    scores (B, I): column j is item j + 1. targets (B,): item ids. seen (B, S): ids to leave out, 0
+    fills rows up; a target is never left out. Ties, and scores that are not numbers, count against
+    the target, so that a scorer that says the same of everything gets nothing.
+    """
+    target_scores = scores.gather(1, targets[:, None] - 1)  # (B, 1)
+    ahead = ~(scores < target_scores)  # true for ties, for nan and for the target itself
+    if seen is not None:
+        out = torch.zeros(len(scores), scores.shape[1] + 1, dtype=torch.bool, device=scores.device)
+        out.scatter_(1, seen, True).scatter_(1, targets[:, None], False)
+        ahead &= ~out[:, 1:]
+    return ahead.sum(1)
+
+
+def hit_rate(ranks: Tensor, k: int) -> Tensor:
+    """HR@k of each user: 1 if the target is among the first k. With one target, recall@k is the same."""
+    return (ranks <= k).double()
+
+
+def ndcg(ranks: Tensor, k: int) -> Tensor:
+    """NDCG@k of each user: 1 / log2(rank + 1) within the first k, else 0 (one target: the ideal is 1)."""
+    return torch.where(ranks <= k, 1 / torch.log2(ranks.double() + 1), 0.0)
+
+
+def metrics(ranks: Tensor) -> dict[str, float]:
+    """Means over users of HR@{1,5,10,20}, NDCG@{5,10,20} and MRR from ranks (R,)."""
+    row = {f"HR@{k}": hit_rate(ranks, k).mean().item() for k in (1, 5, 10, 20)}
+    row |= {f"NDCG@{k}": ndcg(ranks, k).mean().item() for k in (5, 10, 20)}
+    return row | {"MRR": (1 / ranks.double()).mean().item()}
+
+
+@torch.inference_mode()
+def evaluate(score: Scorer, split: Split, exclude_seen: bool, *, max_length: int = 256, device: str | torch.device = "cpu",
+             negatives: Callable[[Tensor, Tensor], Tensor] | None = None, title: str = "") -> Tensor:  # fmt: skip
+    """Rank of every target of a validation or test split, (R,), in the split's order.
+
+    score reads at most the newest max_length items; what is left out as seen is the whole history.
+    negatives(targets (B,), seen (B, S)) -> item ids (B, n): rank among these instead of all items.
+    """
+    ranks = torch.zeros(len(split.targets), dtype=torch.long)
+    groups = batches(torch.maximum(split.starts, split.ends - max_length), split.ends, 16384)
+    for rows in tqdm(groups, desc=title, leave=False, disable=not title):
+        starts, ends, targets = split.starts[rows], split.ends[rows], split.targets[rows].to(device)
+        seen = pad_left(split.items, starts, ends, int((ends - starts).max())).to(device)  # (B, S)
+        scores = score(seen[:, -max_length:]).float()  # (B, I)
+        if negatives is not None:
+            sample = torch.cat([targets[:, None].cpu(), negatives(targets.cpu(), seen.cpu())], dim=1).to(device)
+            ranks[rows] = target_ranks(scores.gather(1, sample - 1), torch.ones_like(targets)).cpu()
+        else:
+            ranks[rows] = target_ranks(scores, targets, seen if exclude_seen else None).cpu()
+    return ranks
+
+
+def sample_negatives(weights: Tensor, count: int, seed: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """Draw `count` distinct unseen items per user with probability proportional to weights (I,)."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(targets: Tensor, seen: Tensor) -> Tensor:
+        allowed = F.pad(weights, (1, 0)).repeat(len(targets), 1)  # (B, I + 1)
+        allowed.scatter_(1, seen, 0.0).scatter_(1, targets[:, None], 0.0)
+        if int((allowed > 0).sum(1).min()) < count:
+            raise InputError(f"--sampled: a user has fewer than {count} unseen items to sample from")
+        return torch.multinomial(allowed, count, generator=generator)
+
+    return draw
+
+
+def bootstrap(values: Tensor, draws: int = 2000, seed: int = 0) -> np.ndarray:
+    """Means of `draws` resamples of users, (draws,): the spread that another set of users would show."""
+    random = np.random.default_rng(seed)
+    users = len(values)
+    return np.array([values.numpy()[random.integers(0, users, users)].mean() for _ in range(draws)])
+
+
+def paired_p(better: Tensor, worse: Tensor) -> float:
+    """Two-sided bootstrap p-value of mean(better - worse) = 0 over the same users, at least 1 / 2000."""
+    means = bootstrap(better - worse)
+    return float(min(1.0, 2 * max(min((means <= 0).mean(), (means >= 0).mean()), 1 / len(means))))
+
+
+# ---------------------------------------------------------------- baselines
+
+
+class Popularity:
+    """Score = how often an item occurs in the training part, whoever asks."""
+
+    def __init__(self, train: Split, num_items: int):
+        owned = torch.zeros(len(train.items) + 1, dtype=torch.long)
+        owned.index_add_(0, train.starts, torch.ones_like(train.starts))
+        owned.index_add_(0, train.ends, -torch.ones_like(train.ends))
+        self.inside = owned.cumsum(0)[:-1] > 0  # (L,) entries that belong to the training part
+        self.counts = torch.bincount(train.items[self.inside], minlength=num_items + 1)[1:].double()  # (I,)
+
+    def __call__(self, history: Tensor) -> Tensor:
+        return self.counts.expand(len(history), -1)
+
+
+class Markov:
+    """Score = how often an item came right after the user's newest one; popularity breaks ties."""
+
+    def __init__(self, train: Split, num_items: int):
+        popularity = Popularity(train, num_items)
+        self.fallback = popularity.counts / (popularity.counts.sum() + 1)  # (I,) below one transition
+        follows = popularity.inside[1:] & popularity.inside[:-1]
+        begins = torch.zeros(len(train.items), dtype=torch.bool)
+        begins[train.starts] = True
+        follows &= ~begins[1:]  # the next user's first item follows nothing
+        pairs = train.items[:-1][follows] * (num_items + 1) + train.items[1:][follows]
+        pairs, self.counts = torch.unique(pairs, return_counts=True)
+        self.next = pairs % (num_items + 1) - 1
+        self.offsets = torch.searchsorted(pairs, torch.arange(num_items + 2) * (num_items + 1))
+
+    def __call__(self, history: Tensor) -> Tensor:
+        scores = self.fallback.repeat(len(history), 1)  # (B, I)
+        for row, item in zip(scores, history[:, -1].tolist(), strict=True):
+            begin, end = self.offsets[item], self.offsets[item + 1]
+            row[self.next[begin:end]] += self.counts[begin:end]
+        return scores
+
+
+# ---------------------------------------------------------------- speed
+
+
+def peak_gflops(seconds: float = 1.0) -> float:
+    """The machine's rate of float32 matrix products as PyTorch reaches it, in GFLOP/s (best of several)."""
+    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        began = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - began)
+    return 2 * 2048**3 / best / 1e9
+
+
+@torch.inference_mode()
+def benchmark(models: dict[str, PreBert], batch_sizes: tuple[int, ...] = (1, 256), rounds: int = 5) -> list[dict]:
+    """Time top-10 of each model, eager and compiled, at its maximum length, on the CPU.
+
+    What is compared is interleaved, round after round, so that a noisy machine disturbs all alike.
+    Compiling and warming up come first and are timed apart. Returns one row a cell.
+    """
+    cells, peak = [], peak_gflops()
+    for name, model in models.items():
+        for mode in ("eager", "compiled"):
+            graph = TopK(model, min(10, model.num_items), True).eval()
+            for size in batch_sizes:
+                tokens = torch.randint(1, model.num_items + 1, (size, model.max_length))
+                tokens[:, -1] = model.mask_id
+                with FlopCounterMode(display=False) as counter:
+                    graph(tokens)
+                call = torch.compile(graph, dynamic=False) if mode == "compiled" else graph
+                began = time.perf_counter()
+                for _ in range(3):
+                    call(tokens)
+                row = {"name": name, "mode": mode, "batch_size": size, "length": model.max_length, "warm_up_s": time.perf_counter() - began}
+                cells.append((row, call, tokens, counter.get_total_flops() / size, []))
+    for _ in tqdm(range(rounds), desc="rounds"):
+        for _, call, tokens, _, times in cells:
+            end = time.perf_counter() + 1.0
+            while time.perf_counter() < end or len(times) < 3:
+                began = time.perf_counter()
+                call(tokens)
+                times.append(time.perf_counter() - began)
+    for row, _, _, flops, times in cells:
+        for quantile in (50, 95, 99):
+            row[f"p{quantile}_ms"] = 1000 * float(np.percentile(times, quantile))
+        row["users_per_s"] = row["batch_size"] / row["p50_ms"] * 1000
+        row["flops_per_user"] = flops
+        row["fraction_of_peak"] = flops * row["users_per_s"] / (peak * 1e9)
+        row["peak_gflops"] = peak
+    return [cell[0] for cell in cells]
+
+
+def print_bench(rows: list[dict]) -> None:
+    print(f"\nlatency of the top 10, float32, {torch.get_num_threads()} threads; machine's matrix rate {rows[0]['peak_gflops']:.0f} GFLOP/s")
+    print(f"{'model':<24}{'mode':<10}{'batch':>6}{'length':>8}{'p50 ms':>10}{'p99 ms':>10}{'users/s':>10}{'of peak':>9}{'warm-up s':>11}")
+    for row in rows:
+        print(
+            f"{row['name']:<24}{row['mode']:<10}{row['batch_size']:>6}{row['length']:>8}{row['p50_ms']:>10.2f}"
+            f"{row['p99_ms']:>10.2f}{row['users_per_s']:>10.0f}{row['fraction_of_peak']:>9.0%}{row['warm_up_s']:>11.1f}"
+        )
+
+
+# ---------------------------------------------------------------- the table
+
+
+def machine() -> dict:
+    """What a reader must know to compare times."""
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+        cpu = names[0] if names else cpu
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cpu": cpu, "cores": os.cpu_count(), "torch": torch.__version__, "gpu": gpu}
+
+
+def run_row(run: Path, name: str, model: PreBert, config: dict) -> dict:
+    """What is known of a run before it is evaluated: its size, and how it was made."""
+    made = json.loads((run / "metrics.json").read_text()) if (run / "metrics.json").exists() else {}
+    params = sum(parameter.numel() for parameter in model.parameters())
+    row = {"name": name, "params": params, "body_params": params - model.item_embedding.weight.numel()}
+    row["mb"] = (run / "model.safetensors").stat().st_size / 1e6
+    row |= {key: config[key] for key in ("command", "seed", "commit", "machine") if key in config}
+    return row | {key: made[key] for key in ("minutes", "cpu_minutes", "peak_memory_gb") if key in made}
+
+
+def check_catalogue(run: Path, catalogue: dict, config: dict, data: Interactions) -> None:
+    """InputError unless a run was trained on this very catalogue."""
+    if catalogue["raw_ids"] != data.raw_ids:
+        raise InputError(
+            f"{run} was trained on another catalogue ({config.get('data')}, {len(catalogue['raw_ids']) - 1:,} items; "
+            f"{data.name} has {data.num_items:,}); pass the same --data and --min-count"
+        )
+
+
+def print_table(rows: list[dict], ranks: dict[str, Tensor]) -> None:
+    """One line a model; below, who beats whom by how much, tested over the same users."""
+    print(f"\n{'model':<24}{'params':>12}{'MB':>7}{'HR@1':>8}{'HR@5':>8}{'HR@10':>8}{'NDCG@10':>9}{'95 % interval':>16}{'MRR':>8}{'best baseline':>15}")
+    best = max(row["NDCG@10"] for row in rows if row["name"] in ("popularity", "markov"))
+    for row in rows:
+        low, high = row["ci95"]
+        size = f"{row['params']:>12,}{row['mb']:>7.1f}" if "mb" in row else " " * 19
+        gain = f"{row['NDCG@10'] / best - 1:+.1%}" if best > 0 else "-"
+        print(
+            f"{row['name']:<24}{size}{row['HR@1']:>8.4f}{row['HR@5']:>8.4f}{row['HR@10']:>8.4f}"
+            f"{row['NDCG@10']:>9.4f}{f'{low:.4f}-{high:.4f}':>16}{row['MRR']:>8.4f}{gain:>15}"
+        )
+    for better, worse in (("student", "teacher"), ("student", "student-no-kd")):
+        if better in ranks and worse in ranks:
+            a, b = ndcg(ranks[better], 10), ndcg(ranks[worse], 10)
+            print(f"{better} over {worse}: {a.mean() / b.mean() - 1:+.2%} NDCG@10, paired bootstrap p = {paired_p(a, b):.4f}")
+
+
+def find_runs(args: argparse.Namespace, data: Interactions) -> list[Path]:
+    """The run folders asked for, or all of this dataset's, the teacher first."""
+    if args.runs:
+        return [Path(run) for run in args.runs]
+    folder = Path("runs") / data.name
+    runs = sorted(path.parent for path in folder.glob("*/model.safetensors"))
+    return sorted(runs, key=lambda run: not run.name.startswith("teacher"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Accuracy on the test part, and with --bench latency.")
+    add_data_flags(parser)
+    parser.add_argument("--runs", nargs="+", metavar="RUN", help="run folders (default: all under runs/<data>)")
+    parser.add_argument("--sampled", choices=("uniform", "popularity"), help="rank among 100 sampled negatives, to compare with older papers only")
+    parser.add_argument("--sample-seed", type=int, default=0, help="seed of --sampled")
+    parser.add_argument("--bench", action="store_true", help="also time every run")
+    parser.add_argument("--json", type=Path, help="write everything to this file")
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args()
+    data, device = load_dataset(args.data, args.root, args.min_count), pick_device(args.device)
+    train, _, test = leave_one_out(data)
+    if not len(test.targets):
+        raise InputError(f"{data.name}: no user has three items, so there is nothing to evaluate")
+    runs, negatives, protocol = find_runs(args, data), None, data.protocol
+    if args.sampled:
+        popularity = Popularity(train, data.num_items).counts.float()
+        weights = popularity if args.sampled == "popularity" else torch.ones(data.num_items)
+        protocol = f"SAMPLED: 100 {args.sampled} negatives, seed {args.sample_seed}; not comparable with full ranking"
+    print(f"{data.name}: {len(test.targets):,} test users; {protocol}")
+    rows, ranks, models = [], {}, {}
+    scorers = {"popularity": ({}, Popularity(train, data.num_items), "cpu"), "markov": ({}, Markov(train, data.num_items), "cpu")}
+    for run in runs:
+        model, config, catalogue = load_run(run)
+        check_catalogue(run, catalogue, config, data)
+        name = run.name if run.name not in scorers else str(run)
+        models[name] = model
+        scorers[name] = (run_row(run, name, model, config), model.to(device).score_next, device)
+    for name, (row, score, where) in scorers.items():
+        if args.sampled:
+            negatives = sample_negatives(weights, 100, args.sample_seed)  # the same for every model
+        ranks[name] = evaluate(score, test, not data.repeats, device=where, negatives=negatives, title=name)
+        interval = np.percentile(bootstrap(ndcg(ranks[name], 10)), [2.5, 97.5]).tolist()
+        rows.append({"name": name, **row, **metrics(ranks[name]), "ci95": interval})
+    print_table(rows, ranks)
+    report = {"data": {"name": data.name, "users": data.num_users, "items": data.num_items, "interactions": len(data.items)},
+              "protocol": protocol, "machine": machine(), "rows": rows}  # fmt: skip
+    if args.bench and models:
+        report["bench"] = benchmark({name: model.cpu() for name, model in models.items()})
+        report["peak_gflops"] = report["bench"][0]["peak_gflops"]
+        report["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print_bench(report["bench"])
+    if args.json:
+        write_atomic(args.json, lambda path: path.write_text(json.dumps(report, indent=1) + "\n"))
+        print(f"written to {args.json}")
+    if not runs:
+        print(f"no runs under runs/{data.name} yet; next: python teacher.py --data {args.data}")
+
+
+if __name__ == "__main__":
+    run_command(main)

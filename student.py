@@ -1,0 +1,195 @@
+"""Mini-BERT, how small a recommender can be, and the compiled scorer that serves it.
+
+    python student.py --run runs/ml-1m/student "Toy Story (1995)" "Matrix, The (1999)"
+
+prints what to watch next, with scores and the milliseconds that it took. Mini-BERT is a BERT4Rec
+(Sun et al. 2019) with the anatomy of its teacher, `PreBert`, and a tenth of its size or less;
+distill.py trains it. In order: the model -> run folders -> `Recommender` -> titles -> the command.
+
+Letters: B batch (users), T sequence length, V catalogue (items + PAD + MASK), k how many to recommend.
+"""
+
+import argparse
+import difflib
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data import PAD, InputError, pad_left, positive, run_command
+from prebert import BertConfig, PreBert, load_strict, read_safetensors
+
+STUDENTS = {  # hidden size, layers, heads; the feed-forward is four times as wide, as in BERT
+    "tiny": (64, 2, 2),
+    "small": (128, 2, 4),
+    "base": (192, 2, 6),
+}
+
+
+class MiniBert(PreBert):
+    """A small BERT4Rec with random first weights: `PreBert`'s contract at a preset of STUDENTS."""
+
+    def __init__(self, size: str, num_items: int, max_length: int, causal: bool = False):
+        hidden, layers, heads = STUDENTS[size]
+        super().__init__(BertConfig(hidden, layers, heads, 4 * hidden, max_length, causal=causal), num_items)
+
+
+# ---------------------------------------------------------------- run folders
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a run folder; InputError says which file is missing or broken."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"no {path}; train first: python teacher.py, then python distill.py") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: not a JSON object")
+    return content
+
+
+def load_run(run: str | Path) -> tuple[PreBert, dict, dict]:
+    """The model of a run folder with its config and catalogue {raw_ids, titles}.
+
+    Raises InputError if a file is missing, of another version, or does not fit the others.
+    """
+    run = Path(run)
+    config, catalogue = read_json(run / "config.json"), read_json(run / "catalogue.json")
+    try:
+        shape, num_items = BertConfig(**config["model"]), int(config["num_items"])
+        raw_ids, titles = catalogue["raw_ids"], catalogue["titles"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{run}: config.json or catalogue.json is not of this version ({error})") from error
+    if not len(raw_ids) == len(titles) == num_items + 1:
+        raise InputError(f"{run}: catalogue.json has {len(raw_ids)} items, config.json {num_items + 1}")
+    with torch.device("meta"):  # shapes only: nothing is allocated until the weights prove that they fit
+        model = PreBert(shape, num_items)
+    load_strict(model, read_safetensors(run / "model.safetensors"), run / "model.safetensors")
+    return model.eval(), config, catalogue
+
+
+# ---------------------------------------------------------------- serving
+
+BUCKETS = (16, 32, 64, 128, 200)  # a history is padded to the next of these, so few shapes are compiled
+
+
+class TopK(nn.Module):
+    """tokens (B, T) that end in MASK -> the k best unseen items: scores (B, k), item ids (B, k)."""
+
+    def __init__(self, model: PreBert, k: int, exclude_seen: bool):
+        super().__init__()
+        self.model, self.k, self.exclude_seen = model, k, exclude_seen
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        last = torch.full((tokens.shape[0], 1), tokens.shape[1] - 1, device=tokens.device)
+        scores = self.model.logits(self.model(tokens, last)[:, 0])  # (B, num_items)
+        scores = F.pad(scores.float(), (1, 1), value=-torch.inf)  # (B, V): a column an id, specials never win
+        if self.exclude_seen:
+            scores = scores.scatter(1, tokens, -torch.inf)
+        return scores.topk(self.k, dim=1)
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is cuda, then mps, then cpu."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from error
+
+
+class Recommender:
+    """Histories in, the k best items out, through a graph that scores and ranks in one piece.
+
+    compile: fuse the graph with torch.compile, once a bucket of history lengths; `warm_up_s` tells
+    what that cost. Raises InputError for a broken run folder or an item that is not in the catalogue.
+    """
+
+    def __init__(self, run_dir: str | Path, k: int = 10, device: str = "auto", compile: bool = True):
+        model, config, catalogue = load_run(run_dir)
+        self.titles, self.raw_ids = catalogue["titles"], catalogue["raw_ids"]
+        self.device = pick_device(device)
+        self.question, self.blank = model.question, int(not model.config.causal)
+        self.max_items, self.mask_id = model.max_length - self.blank, model.mask_id
+        self.buckets = [size for size in BUCKETS if size < model.max_length] + [model.max_length]
+        self.graph = TopK(model, min(k, model.num_items), config["exclude_seen"]).to(self.device).eval()
+        self.by_title: dict[str, list[int]] = {}
+        for item, title in enumerate(self.titles[1:], 1):
+            self.by_title.setdefault(title.casefold(), []).append(item)
+        began = time.perf_counter()
+        if compile:
+            self.graph = torch.compile(self.graph, dynamic=False)
+            for size in self.buckets:
+                self._top_k(torch.full((1, size), self.mask_id))
+        self.warm_up_s = time.perf_counter() - began
+
+    @torch.inference_mode()
+    def _top_k(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        scores, items = self.graph(tokens.to(self.device))
+        return scores.cpu(), items.cpu()
+
+    def item(self, name: str | int) -> int:
+        """The id of an item given as id, as title (any case) or, for equal titles, as `id:RAW`."""
+        if isinstance(name, int):
+            if not 1 <= name < len(self.titles):
+                raise InputError(f"item {name} is not in the catalogue of 1..{len(self.titles) - 1}")
+            return name
+        if name.startswith("id:") and name[3:] in self.raw_ids[1:]:
+            return self.raw_ids.index(name[3:], 1)
+        found = self.by_title.get(name.casefold(), [])
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise InputError(f"{name!r} is the title of {len(found)} items; say which: " + ", ".join(f"id:{self.raw_ids[i]}" for i in found))
+        inside = [title for title in self.by_title if name.casefold() in title][:3]
+        close = inside or difflib.get_close_matches(name.casefold(), self.by_title, 3, 0.5)
+        hint = " or ".join(repr(self.titles[self.by_title[title][0]]) for title in close)
+        raise InputError(f"no item {name!r} in the catalogue" + (f"; did you mean {hint}?" if hint else ""))
+
+    def __call__(self, histories: Sequence[Sequence[str | int]]) -> list[list[tuple[int, str, float]]]:
+        """For each history, oldest item first: [(item id, title, score), ...], best first, at most k."""
+        rows = [[self.item(name) for name in history] for history in histories]
+        if not rows or not all(rows):
+            raise InputError("a history needs at least one item")
+        longest = min(self.max_items, max(map(len, rows)))
+        width = next(size for size in self.buckets if size >= longest + self.blank)
+        ends = torch.tensor([len(row) for row in rows]).cumsum(0)
+        starts = ends - torch.tensor([len(row) for row in rows])
+        tokens = pad_left(torch.tensor([item for row in rows for item in row]), starts, ends, width - self.blank)
+        scores, items = self._top_k(self.question(tokens))
+        answers = []
+        for row, row_scores, row_items in zip(rows, scores.tolist(), items.tolist(), strict=True):
+            pairs = zip(row_items, row_scores, strict=True)
+            answers.append([(i, self.titles[i], s) for i, s in pairs if s > -torch.inf])
+        return answers
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Recommend what comes next after the given titles, oldest first.")
+    parser.add_argument("titles", nargs="+", help='such as "Toy Story (1995)"; id:RAW names an item by its raw id')
+    parser.add_argument("--run", default="runs/ml-1m/student", help="run folder (default: %(default)s)")
+    parser.add_argument("-k", type=positive, default=10, help="how many to recommend")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--compile", action="store_true", help="compile first: slower to start, faster to answer")
+    args = parser.parse_args()
+    recommender = Recommender(args.run, args.k, args.device, args.compile)
+    recommender([args.titles])  # the first call pays for memory and threads
+    began = time.perf_counter()
+    answers = recommender([args.titles])[0]
+    milliseconds = 1000 * (time.perf_counter() - began)
+    watched = [recommender.titles[recommender.item(title)] for title in args.titles]
+    print(f"after {', '.join(watched)}:")
+    for place, (_, title, score) in enumerate(answers, 1):
+        print(f"{place:>4}  {score:7.2f}  {title}")
+    print(f"{milliseconds:.1f} ms, {'compiled' if args.compile else 'eager'}, on {recommender.device}")
+
+
+if __name__ == "__main__":
+    run_command(main)

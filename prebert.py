@@ -14,6 +14,7 @@ import math
 import os
 import re
 import sys
+import urllib.request
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -293,12 +294,14 @@ def find_bert(source: str) -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prebert"
     if all((cache / source / name).exists() for name in BERT_FILES):
         return cache / source
-    from huggingface_hub import hf_hub_download  # a slow import that only a first run needs
+    from huggingface_hub import constants, hf_hub_download  # a slow import that only a first run needs
+    from huggingface_hub.errors import HfHubHTTPError
 
     try:
+        urllib.request.urlopen(constants.ENDPOINT, timeout=10).close()  # the hub client retries for half a minute
         return [Path(hf_hub_download(HUB[source], name)).parent for name in BERT_FILES][0]
-    except Exception as error:  # the hub client raises many kinds, and each one means: not reachable
-        print(f"huggingface.co did not answer ({type(error).__name__})", file=sys.stderr)
+    except (OSError, HfHubHTTPError) as error:
+        print(f"{constants.ENDPOINT} did not answer ({error})", file=sys.stderr)
     if source != "minilm":
         raise InputError(
             f"download {', '.join(BERT_FILES)} of https://huggingface.co/{HUB[source]} elsewhere and pass their folder as --bert"

@@ -1,0 +1,21 @@
+# make demo: from an empty machine to recommendations. make test: everything that is checked.
+PYTHON ?= python3
+BIN := .venv/bin
+FILMS := "Toy Story (1995)" "Star Wars (1977)" "Fargo (1996)"
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/python data.py --data ml-100k
+	$(BIN)/python teacher.py --data ml-100k --minutes 4 --overwrite
+	$(BIN)/python distill.py --data ml-100k --minutes 2 --overwrite
+	$(BIN)/python evaluate.py --data ml-100k
+	$(BIN)/python student.py --run runs/ml-100k/student -k 3 $(FILMS)
+
+test: .venv/installed
+	$(BIN)/python -m pytest -q tests
+
+.PHONY: demo test

@@ -1,0 +1,88 @@
+"""Metrics against loops, baselines against counting by hand."""
+
+import math
+
+import pytest
+import torch
+
+from data import leave_one_out, pad_left
+from evaluate import Markov, Popularity, bootstrap, evaluate, hit_rate, metrics, ndcg, paired_p, sample_negatives, target_ranks
+from test_data import hand_log
+
+
+def loop_rank(scores: list[float], target: int, seen: set[int]) -> int:
+    rank = 1
+    for item, score in enumerate(scores, 1):
+        if item != target and item not in seen and not score < scores[target - 1]:
+            rank += 1
+    return rank
+
+
+def test_ranks_and_metrics_equal_loops():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randint(0, 12, (300, 30), generator=generator).float()  # many ties
+    targets = torch.randint(1, 31, (300,), generator=generator)
+    seen = torch.randint(0, 31, (300, 8), generator=generator)
+    ranks = target_ranks(scores, targets, seen)
+    expected = [loop_rank(s.tolist(), int(t), set(row.tolist())) for s, t, row in zip(scores, targets, seen, strict=True)]
+    assert ranks.tolist() == expected
+    for k in (1, 5, 10, 20):
+        assert hit_rate(ranks, k).mean().item() == pytest.approx(sum(r <= k for r in expected) / 300)
+        gains = [1 / math.log2(r + 1) if r <= k else 0 for r in expected]
+        assert ndcg(ranks, k).mean().item() == pytest.approx(sum(gains) / 300)
+    assert metrics(ranks)["MRR"] == pytest.approx(sum(1 / r for r in expected) / 300)
+
+
+def test_scorers_that_say_nothing_get_nothing():
+    targets = torch.tensor([1, 30, 7])
+    for value in (0.0, -math.inf, math.nan):
+        assert target_ranks(torch.full((3, 30), value), targets).tolist() == [30, 30, 30]
+
+
+def test_known_places():
+    scores = torch.tensor([[0.1, 0.9, 0.5, 0.7]])
+    assert target_ranks(scores, torch.tensor([3])).tolist() == [3]
+    assert target_ranks(scores, torch.tensor([3]), torch.tensor([[2, 0]])).tolist() == [2]
+    assert target_ranks(scores, torch.tensor([3]), torch.tensor([[2, 3]])).tolist() == [2]  # a target is never left out
+    assert ndcg(torch.tensor([3]), 10).item() == pytest.approx(0.5)
+
+
+def test_evaluate_gives_each_user_the_rank_of_the_whole_history():
+    log = hand_log(*[[(u + t) % 40 + 1 for t in range(3 + u % 20)] for u in range(60)])
+    _, _, test = leave_one_out(log)
+    scores = torch.randn(41, 40, generator=torch.Generator().manual_seed(0))
+    score = lambda history: scores[history[:, -1]]  # noqa: E731
+    ranks = evaluate(score, test, True, max_length=4)  # the model reads 4 items, the exclusion all of them
+    for row in range(len(test.targets)):
+        history = test.items[test.starts[row] : test.ends[row]]
+        expected = loop_rank(scores[history[-1]].tolist(), int(test.targets[row]), set(history.tolist()))
+        assert ranks[row] == expected
+
+
+def test_popularity_and_transitions_by_hand():
+    train, _, _ = leave_one_out(hand_log([1, 2, 1, 2, 3, 9, 9], [2, 3, 9, 9], [4, 2], [5]))
+    # training part: 1 2 1 2 3 | 2 3 | 4 2 | 5
+    history = torch.tensor([[0, 2], [0, 9], [2, 1]])
+    assert Popularity(train, 9)(history)[0].tolist() == [2, 4, 2, 1, 1, 0, 0, 0, 0]
+    scores = Markov(train, 9)(history)
+    assert scores.long().tolist() == [[1, 0, 2, 0, 0, 0, 0, 0, 0], [0] * 9, [0, 2, 0, 0, 0, 0, 0, 0, 0]]
+    assert scores[1].argmax() == 1  # 9 was held out and has no successor: popularity decides
+
+
+def test_sampled_negatives_are_unseen_distinct_and_follow_the_weights():
+    weights = torch.ones(50)
+    weights[:10] = 20.0
+    draw = sample_negatives(weights, 20, seed=1)
+    seen = pad_left(torch.arange(1, 12), torch.tensor([0] * 500), torch.tensor([5] * 500), 6)
+    sample = draw(torch.full((500,), 50), seen)
+    assert sample.shape == (500, 20) and all(len(set(row)) == 20 for row in sample.tolist())
+    assert not torch.isin(sample, torch.tensor([0, 1, 2, 3, 4, 5, 50])).any()
+    counts = torch.bincount(sample.flatten(), minlength=51).float()
+    assert counts[6:11].min() > 1.5 * counts[11:50].max()  # the popular ones come more often
+
+
+def test_bootstrap_interval_is_the_normal_one():
+    values = torch.rand(4000, generator=torch.Generator().manual_seed(0)).double()
+    means = bootstrap(values)
+    assert means.std() == pytest.approx(values.std().item() / 4000**0.5, rel=0.1)
+    assert paired_p(values, values) == 1.0 and paired_p(values + 0.1, values) <= 0.001

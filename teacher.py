@@ -15,9 +15,8 @@ import argparse
 import csv
 import json
 import math
-import os
-import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,11 +30,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import PAD, Interactions, InputError, Split, add_data_flags, batches, leave_one_out, load_dataset, mask_items
-from data import next_items, pad_left, positive, run_command, windows, write_atomic
-from evaluate import evaluate, hit_rate, machine, ndcg
-from prebert import BertConfig, PreBert, cooccurrence_vectors, encode_titles, load_bert, prebert_from_bert
-from prebert import set_item_table, write_safetensors
+from data import (
+    PAD,
+    InputError,
+    Interactions,
+    Split,
+    add_data_flags,
+    batches,
+    leave_one_out,
+    load_dataset,
+    mask_items,
+    next_items,
+    pad_left,
+    positive,
+    run_command,
+    windows,
+    write_atomic,
+)
+from evaluate import evaluate, hit_rate, machine, ndcg, peak_memory_gb
+from prebert import (
+    BertConfig,
+    PreBert,
+    cooccurrence_vectors,
+    encode_titles,
+    load_bert,
+    prebert_from_bert,
+    set_item_table,
+    write_safetensors,
+)
 from student import pick_device, read_json
 
 Batch = tuple[Tensor, Tensor, Tensor]  # tokens (B, T), positions (B, M), labels (B, M) with PAD where nothing is asked
@@ -67,7 +89,9 @@ def make_optimizer(model: PreBert, lr: float, body_lr: float, weight_decay: floa
         body = name.startswith(("encoder.", "position_embedding."))
         decay = weight_decay if parameter.ndim == 2 and "embedding" not in name else 0.0
         groups.setdefault((body_lr if body else lr, decay), []).append(parameter)
-    settings = [{"params": params, "lr": rate, "peak": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
+    settings = [
+        {"params": params, "lr": rate, "peak": rate, "weight_decay": decay} for (rate, decay), params in groups.items()
+    ]
     return torch.optim.AdamW(settings, fused=True)
 
 
@@ -82,7 +106,11 @@ def autocast_dtype(device: torch.device, precision: str) -> torch.dtype:
     """bfloat16 where the hardware multiplies it (`auto`), else float32; bf16 without hardware is slower."""
     if precision != "auto":
         return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
-    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    fast = (
+        torch.cuda.is_bf16_supported()
+        if device.type == "cuda"
+        else device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    )
     return torch.bfloat16 if fast else torch.float32
 
 
@@ -105,7 +133,9 @@ def load_checkpoint(run: Path) -> dict:
     except FileNotFoundError:
         raise InputError(f"nothing to resume in {run}: no train_state.pt; start without --resume") from None
     except Exception as error:  # torch.load has no single error for a broken file
-        raise InputError(f"{run / 'train_state.pt'} cannot be read ({type(error).__name__}); start again with --overwrite") from error
+        raise InputError(
+            f"{run / 'train_state.pt'} cannot be read ({type(error).__name__}); start again with --overwrite"
+        ) from error
 
 
 def resume(run: Path, model: PreBert, optimizer: torch.optim.Optimizer, config: dict) -> dict:
@@ -156,12 +186,14 @@ class Progress:
         self.tty, self.shown, self.items, self.began = sys.stderr.isatty(), 0.0, 0, time.perf_counter()
 
     def show(self, step: int, share: float, loss: float, left: float) -> None:
+        """Print unless the last line is too young; `left` in seconds."""
         now = time.perf_counter()
         if now - self.shown < (0.5 if self.tty else 30):
             return
         self.shown = now
         rate = self.items / (now - self.began)
-        line = f"step {step:>6}  {share:>4.0%}  loss {loss:6.3f}  {rate:>8,.0f} items/s  {int(left) // 60:>3}:{int(left) % 60:02} left"
+        minutes, seconds = divmod(int(left), 60)
+        line = f"step {step:>6}  {share:>4.0%}  loss {loss:6.3f}  {rate:>8,.0f} items/s  {minutes:>3}:{seconds:02} left"
         print(line, end="\r" if self.tty else "\n", file=sys.stderr, flush=True)
 
 
@@ -181,7 +213,13 @@ def seeded(seed: int, kind: str, number: int) -> torch.Generator:
 
 
 def draw_batch(
-    model: PreBert, split: Split, starts: Tensor, ends: Tensor, last_only: Tensor, rate: float, generator: torch.Generator
+    model: PreBert,
+    split: Split,
+    starts: Tensor,
+    ends: Tensor,
+    last_only: Tensor,
+    rate: float,
+    generator: torch.Generator,
 ) -> Batch:
     """Windows (B,) of the log as a batch with fresh questions, masked or next-item as the model asks."""
     tokens = pad_left(split.items, starts, ends, int((ends - starts).max()))  # (B, T)
@@ -199,7 +237,16 @@ def start_run(run: Path, data: Interactions, config: dict, overwrite: bool) -> d
     catalogue = {"raw_ids": data.raw_ids, "titles": data.titles}
     for name, content in (("config.json", config), ("catalogue.json", catalogue)):
         write_atomic(run / name, lambda path, content=content: path.write_text(json.dumps(content, indent=1)))
-    return {"epoch": 0, "batch": 0, "step": 0, "seconds": 0.0, "cpu_seconds": 0.0, "best": -1.0, "waited": 0, "loss": 0.0}
+    return {
+        "epoch": 0,
+        "batch": 0,
+        "step": 0,
+        "seconds": 0.0,
+        "cpu_seconds": 0.0,
+        "best": -1.0,
+        "waited": 0,
+        "loss": 0.0,
+    }
 
 
 @dataclass
@@ -251,7 +298,8 @@ def train_epoch(session: Session, split: Split) -> None:
     Ctrl-C or SIGTERM, with everything saved.
     """
     model, args, state, seed = session.model, session.args, session.state, session.args.seed
-    starts, ends, last_only = windows(split, model.max_length, args.last_share, seeded(seed, "windows", state["epoch"]))
+    longest = model.max_length + model.config.causal  # of n + 1 items, n are read and n are asked for
+    starts, ends, last_only = windows(split, longest, args.last_share, seeded(seed, "windows", state["epoch"]))
     plan = batches(starts, ends, args.tokens, seeded(seed, "batches", state["epoch"]))
     for rows in plan[state["batch"] :]:
         share = session.spent(len(plan))
@@ -289,11 +337,19 @@ def end_epoch(session: Session, valid: Split, exclude_seen: bool) -> None:
         state["best"] = quality
         write_safetensors(run / "model.safetensors", model.state_dict())
     session.read_clocks()
-    row = {"step": state["step"], "epoch": state["epoch"], "minutes": round(state["seconds"] / 60, 3), "loss": round(state["loss"], 5)}
+    row = {
+        "step": state["step"],
+        "epoch": state["epoch"],
+        "minutes": round(state["seconds"] / 60, 3),
+        "loss": round(state["loss"], 5),
+    }
     row |= {"valid_NDCG@10": round(quality, 5), "valid_HR@10": round(hits, 5)}
     append_log(run, row)
     save_checkpoint(run, model, session.optimizer, state)
-    print(f"epoch {row['epoch']:>3}  {row['minutes']:6.1f} min  loss {row['loss']:.3f}  validation NDCG@10 {quality:.4f}  HR@10 {hits:.4f}" + ("  best" if not state["waited"] else "") + " " * 12)
+    print(
+        f"epoch {row['epoch']:>3}  {row['minutes']:6.1f} min  loss {row['loss']:.3f}  "
+        f"validation NDCG@10 {quality:.4f}  HR@10 {hits:.4f}  {'' if state['waited'] else 'best':<12}"
+    )
 
 
 def train(model: PreBert, loss_of: Loss, data: Interactions, run: Path, args: argparse.Namespace, config: dict) -> None:
@@ -312,7 +368,8 @@ def train(model: PreBert, loss_of: Loss, data: Interactions, run: Path, args: ar
     optimizer = make_optimizer(model, args.lr, args.body_lr or args.lr, args.weight_decay)
     state = resume(run, model, optimizer, config) if args.resume else start_run(run, data, config, args.overwrite)
     session = Session(model, loss_of, optimizer, dtype, run, args, state, Stop(), Progress())
-    session.began, session.began_cpu = time.perf_counter() - state["seconds"], time.process_time() - state["cpu_seconds"]
+    session.began = time.perf_counter() - state["seconds"]
+    session.began_cpu = time.process_time() - state["cpu_seconds"]
     params = sum(parameter.numel() for parameter in model.parameters())
     print(f"training {run}: {params:,} parameters, {dtype} on {model.item_bias.device}, {data.num_items:,} items")
     while session.spent(1) < 1 and state["waited"] < args.patience:
@@ -320,7 +377,7 @@ def train(model: PreBert, loss_of: Loss, data: Interactions, run: Path, args: ar
         end_epoch(session, valid, not data.repeats)
     report = {"valid_NDCG@10": state["best"], "steps": state["step"], "epochs": state["epoch"]}
     report |= {"minutes": state["seconds"] / 60, "cpu_minutes": state["cpu_seconds"] / 60}
-    report["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    report["peak_memory_gb"] = peak_memory_gb()
     write_atomic(run / "metrics.json", lambda path: path.write_text(json.dumps(report, indent=1) + "\n"))
     (run / "train_state.pt").unlink()
 
@@ -335,14 +392,22 @@ def add_training_flags(parser: argparse.ArgumentParser, **defaults: object) -> N
     group.add_argument("--epochs", type=positive, help="passes over the data (default: %(default)s)")
     group.add_argument("--minutes", type=float, help="budget by the clock instead of --epochs; the schedule follows it")
     group.add_argument("--lr", type=float, help="peak learning rate (default: %(default)s)")
-    group.add_argument("--body-lr", type=float, help="peak rate of encoder and positions (default: %(default)s, None is as --lr)")
+    group.add_argument(
+        "--body-lr", type=float, help="the same for encoder and positions (default: %(default)s; None: --lr)"
+    )
     group.add_argument("--warmup", type=float, default=0.05, help="share of the budget in which the rate rises")
     group.add_argument("--weight-decay", type=float, default=0.01)
     group.add_argument("--tokens", type=positive, default=4096, help="positions in a batch (default: %(default)s)")
-    group.add_argument("--max-length", type=positive, default=200, help="items that the model reads (default: %(default)s)")
-    group.add_argument("--objective", choices=("masked", "next"), help="fill in blanks, or predict each next item (default: masked; for a student as its teacher)")
+    group.add_argument("--max-length", type=positive, default=200, help="items the model reads (default: %(default)s)")
+    group.add_argument(
+        "--objective",
+        choices=("masked", "next"),
+        help="fill in blanks, or predict each next item (default: masked, or as the teacher)",
+    )
     group.add_argument("--mask-rate", type=float, help="share of items asked for (default: 0.2 masked, 1 next)")
-    group.add_argument("--last-share", type=float, default=0.1, help="masked: share of windows with only the last item masked")
+    group.add_argument(
+        "--last-share", type=float, help="masked: share of windows with just the last one hidden (default: 0.1)"
+    )
     group.add_argument("--label-smoothing", type=float, default=0.0)
     group.add_argument("--patience", type=positive, default=5, help="evaluations without improvement before stopping")
     group.add_argument("--eval-users", type=positive, default=1000, help="validation users asked after an epoch")
@@ -358,8 +423,10 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     """End with argparse's message and code 2 for numbers that make no sense."""
     if args.mask_rate is None:
         args.mask_rate = 0.2 if args.objective == "masked" else 1.0
-    if args.objective == "next":
-        args.last_share = 0.0  # every position is asked what follows it; no windows for the last one alone
+    if args.objective == "next" and args.last_share:
+        parser.error("--last-share is for --objective masked; next asks at every position")
+    if args.last_share is None:
+        args.last_share = 0.1 if args.objective == "masked" else 0.0
     for name in ("mask_rate", "last_share", "warmup", "label_smoothing"):
         if not 0 <= getattr(args, name) <= 1:
             parser.error(f"--{name.replace('_', '-')} must be between 0 and 1")
@@ -374,13 +441,16 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
 def describe(data: Interactions, model: PreBert, args: argparse.Namespace) -> dict:
     """config.json: all that is needed to rebuild the model, to repeat the run and to trust its figures."""
     script = Path(sys.argv[0])
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    commit = ""
+    if shutil.which("git"):
+        git = ["git", "describe", "--always", "--dirty"]
+        commit = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     settings = {key: value for key, value in vars(args).items() if key not in ("resume", "overwrite", "device", "root")}
     return {
         "version": 1, "data": data.name, "num_items": data.num_items, "exclude_seen": not data.repeats,
         "model": asdict(model.config), "seed": args.seed, "settings": settings, "protocol": data.protocol,
         "command": shlex.join(["python", script.name, *sys.argv[1:]]),
-        "commit": git.stdout.strip() or "unknown", "machine": machine(),
+        "commit": commit or "unknown", "machine": machine(),
     }  # fmt: skip
 
 
@@ -411,15 +481,21 @@ def build_teacher(args: argparse.Namespace, data: Interactions) -> PreBert:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Fine-tune a pre-trained BERT into a recommender.")
     add_data_flags(parser)
-    parser.add_argument("--bert", default="minilm", help="minilm, bert-base-uncased, a folder, or none for random weights")
-    parser.add_argument("--item-init", choices=("cooc", "text", "random"), default="cooc", help="first item embeddings (default: %(default)s)")
+    parser.add_argument("--bert", default="minilm", help="minilm, bert-base-uncased, a folder, or none: random weights")
+    parser.add_argument(
+        "--item-init",
+        choices=("cooc", "text", "random"),
+        default="cooc",
+        help="first item embeddings (default: %(default)s)",
+    )
     add_training_flags(parser, name="teacher", objective="masked", epochs=10, lr=1e-3, body_lr=3e-4, tokens=2048)
     args = parser.parse_args()
     check_flags(parser, args)
     data = load_dataset(args.data, args.root, args.min_count)
     model = build_teacher(args, data)
     run = Path("runs") / data.name / args.name
-    train(model, partial(masked_item_loss, label_smoothing=args.label_smoothing), data, run, args, describe(data, model, args))
+    loss = partial(masked_item_loss, label_smoothing=args.label_smoothing)
+    train(model, loss, data, run, args, describe(data, model, args))
     print(f"the best weights are in {run}; next: python distill.py --data {args.data}")
 
 

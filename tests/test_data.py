@@ -12,7 +12,18 @@ import pytest
 import torch
 
 import data
-from data import PAD, InputError, Interactions, batches, leave_one_out, load_dataset, mask_items, next_items, pad_left, windows
+from data import (
+    PAD,
+    InputError,
+    Interactions,
+    batches,
+    leave_one_out,
+    load_dataset,
+    mask_items,
+    next_items,
+    pad_left,
+    windows,
+)
 
 
 def atomic(tmp_path, text: str, name: str = "x.inter", **kwargs) -> Interactions:
@@ -241,7 +252,7 @@ def test_download_unpacks_only_what_we_read(serve, tmp_path):
 @pytest.mark.parametrize("mode", ["truncated", "wrong", "missing"])
 def test_bad_downloads_are_never_taken_for_data(serve, tmp_path, mode):
     serve(mode)
-    with pytest.raises(InputError, match="127.0.0.1"):
+    with pytest.raises(InputError, match=r"127\.0\.0\.1"):
         load_dataset("ml-1m", tmp_path, min_count=1)
     assert not (tmp_path / "ml-1m").exists() and not (tmp_path / "ml-1m.zip").exists()
 

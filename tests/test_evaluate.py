@@ -4,10 +4,21 @@ import math
 
 import pytest
 import torch
+from test_data import hand_log
 
 from data import leave_one_out, pad_left
-from evaluate import Markov, Popularity, bootstrap, evaluate, hit_rate, metrics, ndcg, paired_p, sample_negatives, target_ranks
-from test_data import hand_log
+from evaluate import (
+    Markov,
+    Popularity,
+    bootstrap,
+    evaluate,
+    hit_rate,
+    metrics,
+    ndcg,
+    paired_p,
+    sample_negatives,
+    target_ranks,
+)
 
 
 def loop_rank(scores: list[float], target: int, seen: set[int]) -> int:
@@ -24,7 +35,9 @@ def test_ranks_and_metrics_equal_loops():
     targets = torch.randint(1, 31, (300,), generator=generator)
     seen = torch.randint(0, 31, (300, 8), generator=generator)
     ranks = target_ranks(scores, targets, seen)
-    expected = [loop_rank(s.tolist(), int(t), set(row.tolist())) for s, t, row in zip(scores, targets, seen, strict=True)]
+    expected = [
+        loop_rank(s.tolist(), int(t), set(row.tolist())) for s, t, row in zip(scores, targets, seen, strict=True)
+    ]
     assert ranks.tolist() == expected
     for k in (1, 5, 10, 20):
         assert hit_rate(ranks, k).mean().item() == pytest.approx(sum(r <= k for r in expected) / 300)

@@ -1,6 +1,7 @@
 """prebert.py against bytes written by hand, PyTorch's own encoder, and Hugging Face's BERT."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,19 @@ from torch import nn
 import data
 from data import PAD, InputError
 from prebert import (
-    BERT_FILES, Bert, BertConfig, Encoder, PreBert, cooccurrence_vectors, encode_titles, load_bert, prebert_from_bert,
-    read_safetensors, rename_bert_weights, set_item_table, write_safetensors,
+    BERT_FILES,
+    Bert,
+    BertConfig,
+    Encoder,
+    PreBert,
+    cooccurrence_vectors,
+    encode_titles,
+    load_bert,
+    prebert_from_bert,
+    read_safetensors,
+    rename_bert_weights,
+    set_item_table,
+    write_safetensors,
 )  # fmt: skip
 
 SMALL = BertConfig(16, 2, 4, 32, 12, 30, 2, hidden_dropout_prob=0.0)
@@ -76,7 +88,20 @@ def test_malformed_safetensors_are_refused_in_a_sentence(tmp_path, content):
 
 
 def test_written_safetensors_come_back_for_every_dtype(tmp_path):
-    tensors = {str(d): torch.arange(6).reshape(2, 3).to(d) for d in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool)}
+    tensors = {
+        str(d): torch.arange(6).reshape(2, 3).to(d)
+        for d in (
+            torch.float64,
+            torch.float32,
+            torch.float16,
+            torch.bfloat16,
+            torch.int64,
+            torch.int32,
+            torch.int8,
+            torch.uint8,
+            torch.bool,
+        )
+    }
     tensors |= {"scalar": torch.tensor(3.0), "empty": torch.zeros(0, 4), "strided": torch.arange(6.0).reshape(2, 3).T}
     write_safetensors(tmp_path / "x", tensors)
     found = read_safetensors(tmp_path / "x")
@@ -89,7 +114,15 @@ def test_written_safetensors_come_back_for_every_dtype(tmp_path):
 
 def reference_encoder(encoder: Encoder, config: BertConfig) -> nn.TransformerEncoder:
     """PyTorch's own post-LN encoder with our weights."""
-    layer = nn.TransformerEncoderLayer(config.hidden_size, config.num_attention_heads, config.intermediate_size, 0.0, "gelu", config.layer_norm_eps, batch_first=True)
+    layer = nn.TransformerEncoderLayer(
+        config.hidden_size,
+        config.num_attention_heads,
+        config.intermediate_size,
+        0.0,
+        "gelu",
+        config.layer_norm_eps,
+        batch_first=True,
+    )
     reference = nn.TransformerEncoder(layer, config.num_hidden_layers, enable_nested_tensor=False)
     for ours, theirs in zip(encoder.layers, reference.layers, strict=True):
         theirs.self_attn.in_proj_weight.data = ours.attention.qkv.weight.data
@@ -179,7 +212,11 @@ def hugging_face_names(bert: Bert, prefix: str, old: bool) -> dict:
         for j, part in enumerate(("query", "key", "value")):
             theirs[f"{base}.attention.self.{part}.weight"] = layer.attention.qkv.weight[j * size : (j + 1) * size]
             theirs[f"{base}.attention.self.{part}.bias"] = layer.attention.qkv.bias[j * size : (j + 1) * size]
-        for name, module in (("attention.output", layer.attention.output), ("intermediate", layer.feed_forward.up), ("output", layer.feed_forward.down)):
+        for name, module in (
+            ("attention.output", layer.attention.output),
+            ("intermediate", layer.feed_forward.up),
+            ("output", layer.feed_forward.down),
+        ):
             theirs[f"{base}.{name}.dense.weight"], theirs[f"{base}.{name}.dense.bias"] = module.weight, module.bias
         norms |= {f"{base}.attention.output": layer.attention_norm, f"{base}.output": layer.feed_forward_norm}
     for name, norm in norms.items():
@@ -192,8 +229,8 @@ def bert_folder(tmp_path, prefix="", old=False, **changes) -> tuple[Path, Bert]:
     bert = shaken(Bert(SMALL))
     tensors = hugging_face_names(bert, prefix, old) | {"cls.predictions.bias": torch.zeros(30)}
     write_safetensors(tmp_path / "model.safetensors", tensors)
-    config = {"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32,
-              "max_position_embeddings": 12, "vocab_size": 30, "type_vocab_size": 2, "unknown": 1, **changes}  # fmt: skip
+    config = {name: value for name, value in asdict(SMALL).items() if name != "causal"}
+    config |= {"model_type": "bert", "unknown": 1, **changes}
     (tmp_path / "config.json").write_text(json.dumps(config))
     vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[MASK]", "toy", "story"])}
     Tokenizer(models.WordLevel(vocabulary, "[UNK]")).save(str(tmp_path / "tokenizer.json"))
@@ -210,7 +247,9 @@ def test_every_weight_of_a_bert_folder_is_consumed(tmp_path, capsys, prefix, old
 
 
 def test_rename_leaves_nothing_behind():
-    ours, ignored = rename_bert_weights(hugging_face_names(Bert(SMALL), "bert.", False) | {"bert.pooler.dense.bias": torch.zeros(1)})
+    ours, ignored = rename_bert_weights(
+        hugging_face_names(Bert(SMALL), "bert.", False) | {"bert.pooler.dense.bias": torch.zeros(1)}
+    )
     assert set(ours) == set(Bert(SMALL).state_dict()) and len(ignored) == 1
 
 
@@ -257,7 +296,9 @@ def test_prebert_keeps_berts_body_mask_and_positions(tmp_path):
     for name, tensor in bert.encoder.state_dict().items():
         assert torch.equal(model.encoder.state_dict()[name], tensor)
     # The sum that BERT feeds its encoder for word, position and segment is what ours feeds it.
-    assert torch.allclose(model.position_embedding.weight, bert.position_embedding.weight[:10] + bert.segment_embedding.weight[0])
+    assert torch.allclose(
+        model.position_embedding.weight, bert.position_embedding.weight[:10] + bert.segment_embedding.weight[0]
+    )
     with pytest.raises(InputError, match="12 positions"):
         prebert_from_bert(bert, tokenizer, 20, 13)
 
@@ -294,7 +335,9 @@ def test_cooccurrence_factors_give_the_ppmi_matrix_back():
                 if i != j and abs(i - j) <= 2:
                     counts[a - 1, b - 1] += 1
     total = counts.sum(1)
-    expected = torch.where(counts > 0, (counts * counts.sum() / (total[:, None] * total)).log().clamp(min=0), 0.0).nan_to_num()
+    expected = torch.where(
+        counts > 0, (counts * counts.sum() / (total[:, None] * total)).log().clamp(min=0), 0.0
+    ).nan_to_num()
     vectors = cooccurrence_vectors(train, 5, 5, window=2)
     left = vectors @ vectors.T  # (U sqrt(S)) (U sqrt(S))^T = U S U^T = |A| for a symmetric matrix A
     values, basis = torch.linalg.eigh(expected)

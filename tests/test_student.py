@@ -22,8 +22,10 @@ def run(request, ring, tmp_path_factory):
     for parameter in model.parameters():
         parameter.data.normal_(0.05, 0.2)
     write_safetensors(folder / "model.safetensors", model.state_dict())
-    titles = log.titles[:-2] + ["Twin (1999)", "Twin (1999)"]
-    (folder / "config.json").write_text(json.dumps({"model": asdict(model.config), "num_items": log.num_items, "exclude_seen": True}))
+    titles = [*log.titles[:-2], "Twin (1999)", "Twin (1999)"]
+    (folder / "config.json").write_text(
+        json.dumps({"model": asdict(model.config), "num_items": log.num_items, "exclude_seen": True})
+    )
     (folder / "catalogue.json").write_text(json.dumps({"raw_ids": log.raw_ids, "titles": titles}))
     return folder
 
@@ -32,7 +34,9 @@ def test_top_k_is_the_ranking_that_evaluation_uses(run, ring):
     model, _, _ = load_run(run)
     _, _, test = leave_one_out(load_dataset(str(ring)))
     ranks = evaluate(model.score_next, test, True)
-    answers = Recommender(run, k=10, compile=False)([test.items[a:b].tolist() for a, b in zip(test.starts, test.ends, strict=True)])
+    answers = Recommender(run, k=10, compile=False)(
+        [test.items[a:b].tolist() for a, b in zip(test.starts, test.ends, strict=True)]
+    )
     for answer, target, rank in zip(answers, test.targets.tolist(), ranks.tolist(), strict=True):
         ids = [item for item, _, _ in answer]
         assert (ids.index(target) + 1 if target in ids else 11) == min(rank, 11)
@@ -86,7 +90,15 @@ def test_presets_are_a_tenth_of_the_teacher():
         assert sum(p.numel() for name, p in model.named_parameters() if not name.startswith("item_")) <= teacher / 10
 
 
-@pytest.mark.parametrize(("file", "content"), [("config.json", "{}"), ("config.json", "["), ("catalogue.json", '{"raw_ids": [], "titles": []}'), ("model.safetensors", "")])
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.json", "{}"),
+        ("config.json", "["),
+        ("catalogue.json", '{"raw_ids": [], "titles": []}'),
+        ("model.safetensors", ""),
+    ],
+)
 def test_broken_run_folders_are_refused(run, tmp_path, file, content):
     for name in ("config.json", "catalogue.json", "model.safetensors"):
         (tmp_path / name).write_bytes((run / name).read_bytes())

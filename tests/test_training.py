@@ -29,7 +29,9 @@ TINY = ["--epochs", "2", "--max-length", "16", "--tokens", "256", "--eval-users"
 
 def command(script: str, *arguments: object, cwd: Path, expect: int = 0) -> str:
     """Run a script as a user would; returns stdout, or stderr where failure is expected."""
-    result = subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], cwd=cwd, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, ROOT / script, *map(str, arguments)], cwd=cwd, capture_output=True, text=True
+    )
     assert result.returncode == expect, result.stderr
     assert "Traceback" not in result.stderr
     return result.stderr if expect else result.stdout
@@ -41,17 +43,28 @@ def command(script: str, *arguments: object, cwd: Path, expect: int = 0) -> str:
 def test_masked_item_loss_is_the_mean_over_hidden_positions():
     torch.manual_seed(0)
     model = MiniBert("tiny", 30, 12).eval()
-    tokens, positions, labels = mask_items(torch.randint(1, 31, (5, 12)), torch.zeros(5, dtype=torch.bool), 31, 0.3, torch.Generator())
+    tokens, positions, labels = mask_items(
+        torch.randint(1, 31, (5, 12)), torch.zeros(5, dtype=torch.bool), 31, 0.3, torch.Generator()
+    )
     everywhere = torch.arange(12).expand(5, 12)
     log_p = model.logits(model(tokens, everywhere)).log_softmax(-1)
-    terms = [-log_p[b, p, label - 1] for b in range(5) for p, label in zip(positions[b].tolist(), labels[b].tolist(), strict=True) if label]
-    assert masked_item_loss(model, (tokens, positions, labels)).item() == pytest.approx(sum(terms).item() / len(terms), rel=1e-5)
+    terms = [
+        -log_p[b, p, label - 1]
+        for b in range(5)
+        for p, label in zip(positions[b].tolist(), labels[b].tolist(), strict=True)
+        if label
+    ]
+    assert masked_item_loss(model, (tokens, positions, labels)).item() == pytest.approx(
+        sum(terms).item() / len(terms), rel=1e-5
+    )
 
 
 def test_distillation_is_zero_for_equal_logits():
     logits, labels = torch.randn(6, 9), torch.arange(6)
     assert distillation_loss(logits, logits + 3.0, labels, 2.0, 1.0).abs() < 1e-6  # a shift changes no softmax
-    assert distillation_loss(logits, logits, labels, 2.0, 0.0).item() == pytest.approx(F.cross_entropy(logits, labels).item())
+    assert distillation_loss(logits, logits, labels, 2.0, 0.0).item() == pytest.approx(
+        F.cross_entropy(logits, labels).item()
+    )
 
 
 def test_distillation_against_a_loop():
@@ -59,9 +72,14 @@ def test_distillation_against_a_loop():
     total, t, alpha = 0.0, 2.5, 0.7
     for s, q, label in zip(student.tolist(), teacher.tolist(), labels, strict=True):
         zs, zq, z1 = (sum(math.exp(x / k) for x in row) for row, k in ((s, t), (q, t), (s, 1)))
-        kl = sum(math.exp(b / t) / zq * (math.log(math.exp(b / t) / zq) - math.log(math.exp(a / t) / zs)) for a, b in zip(s, q, strict=True))
+        kl = sum(
+            math.exp(b / t) / zq * (math.log(math.exp(b / t) / zq) - math.log(math.exp(a / t) / zs))
+            for a, b in zip(s, q, strict=True)
+        )
         total += (1 - alpha) * -math.log(math.exp(s[label]) / z1) + alpha * t * t * kl
-    assert distillation_loss(student, teacher, torch.tensor(labels), t, alpha).item() == pytest.approx(total / 4, rel=1e-5)
+    assert distillation_loss(student, teacher, torch.tensor(labels), t, alpha).item() == pytest.approx(
+        total / 4, rel=1e-5
+    )
 
 
 def test_temperature_squared_keeps_the_gradients_size():
@@ -101,16 +119,24 @@ def test_principal_components_keep_the_distances_of_a_flat_cloud():
 def test_schedule_and_optimizer_groups():
     assert [schedule(p, 0.1) for p in (0.0, 0.05, 0.1, 0.55, 1.0)] == pytest.approx([0, 0.5, 1, 0.5, 0])
     model = MiniBert("tiny", 30, 12)
-    rates = {id(p): (g["lr"], g["weight_decay"]) for g in make_optimizer(model, 1e-2, 1e-3, 0.1).param_groups for p in g["params"]}
+    rates = {
+        id(p): (g["lr"], g["weight_decay"])
+        for g in make_optimizer(model, 1e-2, 1e-3, 0.1).param_groups
+        for p in g["params"]
+    }
     assert len(rates) == len(list(model.parameters()))
     assert rates[id(model.item_embedding.weight)] == (1e-2, 0) and rates[id(model.head[0].weight)] == (1e-2, 0.1)
-    assert rates[id(model.encoder.layers[0].attention.qkv.weight)] == (1e-3, 0.1) and rates[id(model.encoder.norm.weight)] == (1e-3, 0)
+    assert rates[id(model.encoder.layers[0].attention.qkv.weight)] == (1e-3, 0.1) and rates[
+        id(model.encoder.norm.weight)
+    ] == (1e-3, 0)
 
 
 def test_one_batch_can_be_learnt_by_heart():
     torch.manual_seed(0)
     model = PreBert(BertConfig(64, 2, 4, 128, 12, hidden_dropout_prob=0.0), 50)
-    batch = mask_items(torch.randint(1, 51, (8, 12)), torch.zeros(8, dtype=torch.bool), 51, 0.3, torch.Generator().manual_seed(0))
+    batch = mask_items(
+        torch.randint(1, 51, (8, 12)), torch.zeros(8, dtype=torch.bool), 51, 0.3, torch.Generator().manual_seed(0)
+    )
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     for _ in range(150):
         optimizer.zero_grad()
@@ -126,7 +152,19 @@ def test_one_batch_can_be_learnt_by_heart():
 
 def options(*arguments: str, **defaults: object) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    add_training_flags(parser, **{"objective": "masked", "lr": 1e-3, "epochs": 3, "name": "x", "max_length": 16, "tokens": 256, "device": "cpu", **defaults})
+    add_training_flags(
+        parser,
+        **{
+            "objective": "masked",
+            "lr": 1e-3,
+            "epochs": 3,
+            "name": "x",
+            "max_length": 16,
+            "tokens": 256,
+            "device": "cpu",
+            **defaults,
+        },
+    )
     args = parser.parse_args(arguments)
     check_flags(parser, args)
     return args
@@ -193,14 +231,17 @@ def test_a_loss_that_is_not_finite_stops_with_advice(ring, tmp_path):
     log, args = load_dataset(str(ring)), options()
     model = MiniBert("tiny", log.num_items, 16)
     broken = lambda model, batch: masked_item_loss(model, batch) * math.nan  # noqa: E731
-    with pytest.raises(InputError, match="step 0, learning rate .* try a smaller --lr"):
+    with pytest.raises(InputError, match=r"step 0, learning rate .* try a smaller --lr"):
         train(model, broken, log, tmp_path / "run", args, describe(log, model, args))
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
 def test_minutes_budget_follows_the_clock_and_patience_ends_early(ring, tmp_path):
     log = load_dataset(str(ring))
-    for flags, limit in ((["--minutes", "0.05", "--patience", "999"], 20), (["--epochs", "500", "--patience", "2", "--lr", "1e-9"], 60)):
+    for flags, limit in (
+        (["--minutes", "0.05", "--patience", "999"], 20),
+        (["--epochs", "500", "--patience", "2", "--lr", "1e-9"], 60),
+    ):
         args, began = options(*flags), time.perf_counter()
         model = MiniBert("tiny", log.num_items, 16)
         train(model, partial(masked_item_loss), log, tmp_path / flags[0], args, describe(log, model, args))
@@ -221,15 +262,21 @@ def test_every_command_from_data_to_recommendation(ring, tmp_path):
     table = command("evaluate.py", "--data", ring, "--json", "out.json", cwd=tmp_path)
     report = json.loads((tmp_path / "out.json").read_text())
     assert [row["name"] for row in report["rows"]] == ["popularity", "markov", "teacher", "student", "student-no-kd"]
-    assert {"HR@1", "HR@5", "HR@10", "HR@20", "NDCG@5", "NDCG@10", "NDCG@20", "MRR", "ci95", "params"} <= set(report["rows"][2])
+    assert {"HR@1", "HR@5", "HR@10", "HR@20", "NDCG@5", "NDCG@10", "NDCG@20", "MRR", "ci95", "params"} <= set(
+        report["rows"][2]
+    )
     assert {"command", "seed", "commit", "machine", "minutes"} <= set(report["rows"][3])
     assert report["rows"][1]["NDCG@10"] > 0.9  # on a ring, the step from one film to the next is all there is
     assert "student over teacher" in table and "student over student-no-kd" in table
     text = command("evaluate.py", "--data", ring, "--sampled", "uniform", cwd=tmp_path, expect=2)
     assert "fewer than 100" in text
-    answer = command("student.py", "--run", "runs/ring/student", "film 3 (1953)", "Film 4 (1954)", "-k", 3, cwd=tmp_path)
+    answer = command(
+        "student.py", "--run", "runs/ring/student", "film 3 (1953)", "Film 4 (1954)", "-k", 3, cwd=tmp_path
+    )
     assert len(re.findall(r"Film \d+ \(\d+\)$", answer, re.M)) == 3 and " ms, eager" in answer
-    assert "did you mean" in command("student.py", "--run", "runs/ring/student", "Film 3 (1853)", cwd=tmp_path, expect=2)
+    assert "did you mean" in command(
+        "student.py", "--run", "runs/ring/student", "Film 3 (1853)", cwd=tmp_path, expect=2
+    )
     assert "ranks" not in table
 
 
@@ -238,17 +285,48 @@ def test_next_item_teacher_and_student(ring, tmp_path):
     command("distill.py", "--data", ring, "--size", "tiny", *TINY, cwd=tmp_path)
     model = json.loads((tmp_path / "runs/ring/student/config.json").read_text())["model"]
     assert model["causal"]
-    assert "--objective next" in command("distill.py", "--data", ring, "--size", "tiny", "--objective", "masked", "--name", "x", *TINY, cwd=tmp_path, expect=2)
+    assert "--objective next" in command(
+        "distill.py",
+        "--data",
+        ring,
+        "--size",
+        "tiny",
+        "--objective",
+        "masked",
+        "--name",
+        "x",
+        *TINY,
+        cwd=tmp_path,
+        expect=2,
+    )
 
 
 def test_bench_reports_every_field(ring, tmp_path):
     command("teacher.py", "--data", ring, "--bert", "none", *TINY, cwd=tmp_path)
     command("distill.py", "--data", ring, "--size", "tiny", *TINY, cwd=tmp_path)
-    text = command("evaluate.py", "--data", ring, "--runs", "runs/ring/student", "--bench", "--json", "b.json", cwd=tmp_path)
+    text = command(
+        "evaluate.py", "--data", ring, "--runs", "runs/ring/student", "--bench", "--json", "b.json", cwd=tmp_path
+    )
     report = json.loads((tmp_path / "b.json").read_text())
     assert "users/s" in text and report["peak_gflops"] > 0
-    assert {(row["mode"], row["batch_size"]) for row in report["bench"]} == {("eager", 1), ("eager", 256), ("compiled", 1), ("compiled", 256)}
-    fields = {"name", "mode", "batch_size", "length", "p50_ms", "p95_ms", "p99_ms", "users_per_s", "flops_per_user", "fraction_of_peak"}
+    assert {(row["mode"], row["batch_size"]) for row in report["bench"]} == {
+        ("eager", 1),
+        ("eager", 256),
+        ("compiled", 1),
+        ("compiled", 256),
+    }
+    fields = {
+        "name",
+        "mode",
+        "batch_size",
+        "length",
+        "p50_ms",
+        "p95_ms",
+        "p99_ms",
+        "users_per_s",
+        "flops_per_user",
+        "fraction_of_peak",
+    }
     assert all(fields <= set(row) and row["p50_ms"] <= row["p95_ms"] <= row["p99_ms"] for row in report["bench"])
 
 
@@ -275,7 +353,9 @@ def test_bad_input_gets_one_clear_line_and_code_2(ring, tmp_path, arguments, wor
 
 def test_a_run_of_another_catalogue_is_refused(ring, tmp_path):
     command("distill.py", "--data", ring, "--no-kd", "--size", "tiny", *TINY, cwd=tmp_path)
-    text = command("evaluate.py", "--data", ring, "--min-count", "14", "--runs", "runs/ring/student-no-kd", cwd=tmp_path, expect=2)
+    text = command(
+        "evaluate.py", "--data", ring, "--min-count", "14", "--runs", "runs/ring/student-no-kd", cwd=tmp_path, expect=2
+    )
     assert "another catalogue" in text
 
 

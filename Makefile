@@ -10,8 +10,8 @@ FILMS := "Toy Story (1995)" "Star Wars (1977)" "Fargo (1996)"
 
 demo: .venv/installed
 	$(BIN)/python data.py --data ml-100k
-	$(BIN)/python teacher.py --data ml-100k --minutes 4 --overwrite
-	$(BIN)/python distill.py --data ml-100k --minutes 2 --overwrite
+	$(BIN)/python teacher.py --data ml-100k --objective next --minutes 3 --overwrite
+	$(BIN)/python distill.py --data ml-100k --minutes 1.5 --overwrite
 	$(BIN)/python evaluate.py --data ml-100k
 	$(BIN)/python student.py --run runs/ml-100k/student -k 3 $(FILMS)
 

@@ -106,9 +106,6 @@ def main() -> None:
     group.add_argument("--item-init", choices=("pca", "cooc", "random"), help=first)
     add_training_flags(parser, epochs=20, lr=3e-3)
     args = parser.parse_args()
-    args.teacher = args.teacher or str(Path("runs") / dataset_name(args.data) / "teacher")
-    args.objective = args.objective or teacher_objective(args)
-    check_flags(parser, args)
     if args.no_kd and (args.temperature, args.alpha) != (None, None):
         parser.error("--temperature and --alpha are of no use with --no-kd")
     if not args.no_kd and args.label_smoothing:
@@ -117,6 +114,9 @@ def main() -> None:
     args.alpha = 0.9 if args.alpha is None else args.alpha
     if args.temperature <= 0 or not 0 <= args.alpha <= 1:
         parser.error("--temperature must be above 0, --alpha between 0 and 1")
+    args.teacher = args.teacher or str(Path("runs") / dataset_name(args.data) / "teacher")
+    args.objective = args.objective or teacher_objective(args)
+    check_flags(parser, args)
     args.name = args.name or ("student-no-kd" if args.no_kd else "student")
     args.item_init = args.item_init or ("cooc" if args.no_kd else "pca")
     data = load_dataset(args.data, args.root, args.min_count)

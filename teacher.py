@@ -2,7 +2,7 @@
 
     python teacher.py --data ml-1m
 
-MEASURED_TEACHER
+ML-1M with --objective next --minutes 27 on two CPU cores: test NDCG@10 0.1881 (one seed).
 
 A share of each history is hidden, and the model is asked what stood there (Sun et al. 2019,
 section 3.5; arXiv 2409.14810, section 3.2). distill.py trains students in the same loop with

@@ -235,12 +235,12 @@ def read_movielens(folder: Path, ratings: str, movies: str, separators: tuple[st
 def read_atomic(path: Path) -> tuple[Log, dict]:
     """RecBole atomic files: `path` (.inter) and, if it is there, the .item file beside it."""
 
-    def header(lines: Iterator[tuple[int, str]], file: Path) -> dict[str, int]:
+    def header(lines: Iterator[tuple[int, str]]) -> dict[str, int]:
         _, first = next(lines, (1, ""))
         return {name.split(":")[0]: column for column, name in enumerate(first.split("\t"))}
 
     lines = read_lines(path, "utf-8")
-    names = header(lines, path)
+    names = header(lines)
     for needed in ("user_id", "item_id"):
         if needed not in names:
             raise InputError(f"{path}:1: no column {needed}:token in the header, found {list(names)[:8]}")
@@ -250,7 +250,7 @@ def read_atomic(path: Path) -> tuple[Log, dict]:
     log, titles = read_table(path, lines, "\t", columns), {}
     if (items := path.with_suffix(".item")).exists():
         lines = read_lines(items, "utf-8")
-        names = header(lines, items)
+        names = header(lines)
         title = next((names[n] for n in names if re.search("title|name", n)), None)
         if "item_id" not in names:
             raise InputError(f"{items}:1: no column item_id:token in the header, found {list(names)[:8]}")
@@ -470,9 +470,8 @@ def next_items(tokens: Tensor, rate: float, generator: torch.Generator):
     positions (B, T - 1) and labels (B, T - 1), PAD where nothing is asked.
     """
     history, labels = tokens[:, :-1], tokens[:, 1:]
-    asked = (torch.rand(labels.shape, generator=generator) < rate) | (
-        torch.arange(labels.shape[1]) == labels.shape[1] - 1
-    )
+    asked = torch.rand(labels.shape, generator=generator) < rate
+    asked[:, -1] = True  # so that every row asks something
     labels = torch.where(asked & (history != PAD), labels, PAD)
     return history, torch.arange(history.shape[1]).expand(history.shape), labels
 
@@ -526,6 +525,8 @@ def run_command(main: Callable[[], None]) -> None:
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def main() -> None:

@@ -41,7 +41,7 @@ from data import (
     write_atomic,
 )
 from prebert import PreBert
-from student import TopK, load_run, pick_device
+from student import TopK, load_run, pick_device, read_json
 
 Scorer = Callable[[Tensor], Tensor]  # history (B, T), left-padded, newest last -> scores (B, I) of items 1..I
 
@@ -269,7 +269,7 @@ def peak_memory_gb() -> float:
 
 def run_row(run: Path, name: str, model: PreBert, config: dict) -> dict:
     """What is known of a run before it is evaluated: its size, and how it was made."""
-    made = json.loads((run / "metrics.json").read_text()) if (run / "metrics.json").exists() else {}
+    made = read_json(run / "metrics.json") if (run / "metrics.json").exists() else {}
     params = sum(parameter.numel() for parameter in model.parameters())
     row = {"name": name, "params": params, "body_params": params - model.item_embedding.weight.numel()}
     row["mb"] = (run / "model.safetensors").stat().st_size / 1e6

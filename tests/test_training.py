@@ -277,7 +277,6 @@ def test_every_command_from_data_to_recommendation(ring, tmp_path):
     assert "did you mean" in command(
         "student.py", "--run", "runs/ring/student", "Film 3 (1853)", cwd=tmp_path, expect=2
     )
-    assert "ranks" not in table
 
 
 def test_next_item_teacher_and_student(ring, tmp_path):
@@ -358,6 +357,10 @@ def test_a_run_of_another_catalogue_is_refused(ring, tmp_path):
     path.write_text(json.dumps({**catalogue, "raw_ids": ["", *catalogue["raw_ids"][:0:-1]]}))
     text = command("evaluate.py", "--data", ring, "--runs", "runs/ring/student-no-kd", cwd=tmp_path, expect=2)
     assert "another catalogue" in text
+    path.write_text(json.dumps(catalogue))
+    (path.parent / "metrics.json").write_text("{")
+    text = command("evaluate.py", "--data", ring, "--runs", "runs/ring/student-no-kd", cwd=tmp_path, expect=2)
+    assert "metrics.json: not JSON" in text
 
 
 def test_teacher_weights_are_plain_safetensors(ring, tmp_path):

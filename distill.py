@@ -62,7 +62,7 @@ def principal_components(table: Tensor, size: int) -> Tensor:
 def build_student(args: argparse.Namespace, data: Interactions, teacher: PreBert | None) -> MiniBert:
     """Mini-BERT with its item table from the teacher's by PCA, from co-occurrence, or random."""
     torch.manual_seed(args.seed)
-    model = MiniBert(args.size, data.num_items, args.max_length, args.objective == "next")
+    model = MiniBert(args.size, data.num_items, args.max_length, args.objective == "next", args.dropout)
     if args.item_init == "pca":
         table = principal_components(teacher.item_embedding.weight[1:-1].detach().cpu(), model.config.hidden_size)
         set_item_table(model, table, 1.0)

@@ -33,9 +33,10 @@ STUDENTS = {  # hidden size, layers, heads; the feed-forward is four times as wi
 class MiniBert(PreBert):
     """A small BERT4Rec with random first weights: `PreBert`'s contract at a preset of STUDENTS."""
 
-    def __init__(self, size: str, num_items: int, max_length: int, causal: bool = False):
+    def __init__(self, size: str, num_items: int, max_length: int, causal: bool = False, dropout: float = 0.1):
         hidden, layers, heads = STUDENTS[size]
-        super().__init__(BertConfig(hidden, layers, heads, 4 * hidden, max_length, causal=causal), num_items)
+        shape = BertConfig(hidden, layers, heads, 4 * hidden, max_length, hidden_dropout_prob=dropout, causal=causal)
+        super().__init__(shape, num_items)
 
 
 # ---------------------------------------------------------------- run folders

@@ -4,19 +4,24 @@
 
 prints what is in a dataset: on ML-1M 6,040 users, 3,416 items and 999,611 interactions after
 5-core filtering, 4 seconds on two CPU cores. Reads the official files of MovieLens (ml-100k,
-ml-1m; downloaded when missing) and RecBole atomic files, `--data path/to/mine.inter`, which is
-the way to bring your own: a tab-separated table whose first line names typed columns,
+ml-1m; downloaded when missing), Steam and YooChoose, and RecBole atomic files,
+`--data path/to/mine.inter`, which is the way to bring your own: a tab-separated table whose first
+line names typed columns,
 
     user_id:token   item_id:token   timestamp:float
 
 with an optional `mine.item` beside it that holds titles. The rest of the file, bottom-up:
-readers -> filter -> `Interactions` -> `leave_one_out` -> windows -> `batches` -> `mask_items`.
+files -> lines -> `Log` -> `Interactions` -> `leave_one_out` -> windows -> `batches` -> `mask_items`.
 
 Letters: B batch (users), T sequence length, M masked positions of a row, U users, L log entries.
 """
 
 import argparse
+import ast
+import functools
+import gzip
 import hashlib
+import json
 import os
 import re
 import subprocess
@@ -25,8 +30,11 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import date, datetime
 from pathlib import Path
 
 import numpy as np
@@ -75,17 +83,22 @@ ARCHIVES = {
     ),
     "ml-1m": Archive(
         GROUPLENS + "ml-1m.zip", 5_917_549,
-        "a6898adb50b9ca05aa231689da44c217cb524e7ebd39d264c56e2832f2c54e20",
-        ("ratings.dat", "movies.dat"),
+        "a6898adb50b9ca05aa231689da44c217cb524e7ebd39d264c56e2832f2c54e20", ("ratings.dat", "movies.dat"),
     ),
 }  # fmt: skip
+BY_HAND = {  # too large, or packed in a way, for us to fetch: what to put under the data root
+    "steam": "steam_reviews.json.gz and steam_games.json.gz from https://cseweb.ucsd.edu/~jmcauley/datasets.html",
+    "yoochoose": "yoochoose-clicks.dat, out of https://s3-eu-west-1.amazonaws.com/yc-rdata/yoochoose-data.7z "
+    "(unpack it with `7z x yoochoose-data.7z yoochoose-clicks.dat`),",
+}
+DATASETS = (*ARCHIVES, *BY_HAND)
 MAX_MEMBER = 1 << 28  # bytes; no file that we unpack is larger, so a zip bomb stops here
 
 
 def download(archive: Archive, path: Path) -> None:
     """Fetch `archive` to `path`, going on from an earlier interrupted attempt.
 
-    Raises InputError when the address does not answer or the bytes are not the official ones.
+    Raises InputError when the bytes are not the official ones, OSError when the address does not answer.
     """
     partial = path.with_name(path.name + ".part")
     partial.parent.mkdir(parents=True, exist_ok=True)
@@ -93,15 +106,15 @@ def download(archive: Archive, path: Path) -> None:
     if have < archive.size:
         request = urllib.request.Request(archive.url, headers={"Range": f"bytes={have}-"} if have else {})
         with urllib.request.urlopen(request, timeout=20) as response:
-            if response.status != 206:  # the server sends everything, from the start
-                have = 0
-            with open(partial, "ab" if have else "wb") as file:
-                bar = tqdm(total=archive.size, initial=have, unit="B", unit_scale=True, desc=path.name)
+            have = have if response.status == 206 else 0  # else the server sends everything, from the start
+            with (
+                open(partial, "ab" if have else "wb") as file,
+                tqdm(total=archive.size, initial=have, unit="B", unit_scale=True, desc=path.name) as bar,
+            ):
                 while have <= archive.size and (block := response.read(1 << 16)):
                     file.write(block)
                     have += len(block)
                     bar.update(len(block))
-                bar.close()
     if have < archive.size:
         raise InputError(f"{archive.url} stopped after {have:,} of {archive.size:,} bytes; run again to go on")
     if have > archive.size or hashlib.sha256(partial.read_bytes()).hexdigest() != archive.sha256:
@@ -113,7 +126,7 @@ def download(archive: Archive, path: Path) -> None:
 def unzip(archive: Path, members: dict[str, Path]) -> None:
     """Copy single files out of a zip, {name inside: path outside}; nothing else in it is touched.
 
-    Raises InputError if one is missing or larger than MAX_MEMBER.
+    Raises InputError if one is missing, broken or larger than MAX_MEMBER.
     """
     try:
         with zipfile.ZipFile(archive) as opened:
@@ -123,7 +136,7 @@ def unzip(archive: Path, members: dict[str, Path]) -> None:
                 if len(content) > MAX_MEMBER:
                     raise InputError(f"{archive}: {name} is larger than {MAX_MEMBER:,} bytes")
                 write_atomic(target, lambda path, content=content: path.write_bytes(content))
-    except (zipfile.BadZipFile, KeyError) as error:
+    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, NotImplementedError, RuntimeError) as error:
         raise InputError(f"{archive} cannot be unpacked ({error}); delete it and run again") from error
 
 
@@ -169,99 +182,202 @@ def fetch(name: str, folder: Path) -> None:
         ) from error
 
 
-# ---------------------------------------------------------------- readers
+# ---------------------------------------------------------------- lines
+
+Row = tuple[str, str, float]  # raw user, raw item, time
 
 
-@dataclass
+class Incomplete(ValueError):
+    """A well-formed line that lacks a field that we need."""
+
+
 class Log:
-    """Raw columns of an interaction file, in file order; `times` is empty if the file has none."""
+    """Columns of an interaction file in its order, users and items numbered by first appearance.
 
-    users: list[str]
-    items: list[str]
-    times: list[float]
-
-
-def read_lines(path: Path, encoding: str) -> Iterator[tuple[int, str]]:
-    """Numbered lines of a text file, without line ends or a byte-order mark; blank lines left out."""
-    with open(path, "rb") as file:
-        for number, raw in enumerate(file, 1):
-            try:
-                line = raw.decode(encoding).rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                raise InputError(f"{path}:{number}: not {encoding} text ({error.reason})") from error
-            if "\0" in line:
-                raise InputError(f"{path}:{number}: holds a NUL byte, so this is not a text table")
-            line = line.removeprefix("\ufeff") if number == 1 else line
-            if line:
-                yield number, line
-
-
-def read_table(path: Path, lines: Iterator[tuple[int, str]], separator: str, columns: dict[str, int]) -> Log:
-    """Read the columns user, item and (optional) time, given by their positions in a line.
-
-    Raises InputError with file and line for a missing field or a time that is not finite.
+    Raises InputError when more than 1 % of the lines are malformed; a few are counted and reported.
     """
-    log, width = Log([], [], []), max(columns.values()) + 1
-    user, item, time_column = columns["user"], columns["item"], columns.get("time")
-    for number, line in lines:
-        fields = line.split(separator)
-        if len(fields) < width or not fields[user] or not fields[item]:
-            raise InputError(f"{path}:{number}: expected {width} or more fields, found {line[:80]!r}")
-        log.users.append(fields[user])
-        log.items.append(fields[item])
-        if time_column is not None:
+
+    def __init__(self, path: Path, lines: Iterator[tuple[int, bytes]], parse: Callable[[str], Row], encoding="utf-8"):
+        users, items, times = array("q"), array("q"), array("d")
+        user_ids: dict[str, int] = {}
+        item_ids: dict[str, int] = {}
+        self.malformed, self.incomplete, examples = 0, 0, []
+        for number, line in lines:
             try:
-                log.times.append(float(fields[time_column]))
-            except ValueError:
-                log.times.append(float("nan"))
-            if not abs(log.times[-1]) < 2**53:  # false for nan, too
-                raise InputError(f"{path}:{number}: {fields[time_column]!r} is not a timestamp")
-    return log
+                user, item, when = parse(line.decode(encoding))
+                if not user or not item or "\0" in item or "\0" in user:
+                    raise ValueError("user and item must be there, without NUL bytes")
+                if not abs(when) < 2**53:  # false for nan, too
+                    raise ValueError(f"{when} is not a timestamp")
+            except ValueError as error:
+                self.incomplete += isinstance(error, Incomplete)
+                self.malformed += not isinstance(error, Incomplete)
+                reason = f"not {encoding} text" if isinstance(error, UnicodeDecodeError) else error
+                if len(examples) < 3:
+                    examples.append(f"{path}:{number}: {reason}; found {line[:60]!r}")
+                continue
+            users.append(user_ids.setdefault(user, len(user_ids)))
+            items.append(item_ids.setdefault(item, len(item_ids)))
+            times.append(when)
+        self.read = len(users) + self.malformed + self.incomplete
+        if self.malformed > 0.01 * self.read:
+            raise InputError(f"{examples[0]} ({self.malformed:,} of {self.read:,} lines are malformed)")
+        for example in examples:
+            print(f"left out: {example}", file=sys.stderr)
+        self.users, self.items = np.frombuffer(users, np.int64), np.frombuffer(items, np.int64)  # (L,)
+        self.times, self.raw_items = np.frombuffer(times, np.float64), list(item_ids)
 
 
-def read_movielens(folder: Path, ratings: str, movies: str, separators: tuple[str, str]) -> tuple[Log, dict]:
-    """Official MovieLens files: `user item rating time` lines, and `item title ...` lines in latin-1."""
-    lines = read_lines(folder / ratings, "latin-1")
-    log = read_table(folder / ratings, lines, separators[0], {"user": 0, "item": 1, "time": 3})
+def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Numbered lines of a (gzipped) file, without line ends or a byte-order mark; blank lines left out."""
+    size = path.stat().st_size
+    with open(path, "rb") as raw, tqdm(total=size, unit="B", unit_scale=True, desc=path.name, leave=False, delay=1) as bar:
+        try:
+            for number, line in enumerate(gzip.open(raw) if path.suffix == ".gz" else raw, 1):
+                line = line.rstrip(b"\r\n")
+                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+                if line:
+                    yield number, line
+                if not number & 0x3FFF:
+                    bar.update(raw.tell() - bar.n)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise InputError(f"{path}: broken gzip file ({error}); download it again") from error
+
+
+def separated(separator: str, user: int, item: int, when: int | None, parse_time: Callable[[str], float] = float):
+    """A parser of lines like user::item::rating::time, columns given by number."""
+    width = max(user, item, when or 0) + 1
+
+    def parse(line: str) -> Row:
+        fields = line.split(separator)
+        if len(fields) < width:
+            raise ValueError(f"expected {width} or more fields")
+        try:
+            return fields[user], fields[item], 0.0 if when is None else parse_time(fields[when])
+        except ValueError:
+            raise ValueError(f"{fields[when or 0]!r} is not a timestamp") from None
+
+    return parse
+
+
+def iso_seconds(text: str) -> float:
+    """2014-04-07T10:51:09.277Z as seconds since 1970."""
+    return datetime.fromisoformat(text).timestamp()
+
+
+iso_days = functools.cache(lambda text: float(date.fromisoformat(text).toordinal()))
+
+STRING = r"""u?'[^'\\]*(?:\\.[^'\\]*)*'|u?"[^"\\]*(?:\\.[^"\\]*)*\""""
+PAIR = re.compile(rf"\s*({STRING})\s*:\s*({STRING}|[-+.\w]+|\[[^\[\]]*\])\s*(,|\}}\s*$)")
+
+
+def python2_dict(line: str) -> dict[str, str]:
+    """A line such as {u'username': u'Zo\\xeb', u'hours': 1.5} as {key: literal}, without evaluating it.
+
+    Only token by token is it safe: texts hold quotes, braces and things that look like other fields.
+    """
+    if not line.startswith("{"):
+        raise ValueError("expected a dictionary in braces")
+    fields, position, end = {}, 1, ","
+    while end == ",":
+        pair = PAIR.match(line, position)
+        if pair is None:
+            raise ValueError(f"expected 'key': value at column {position}")
+        key, value, end = pair.groups()
+        fields[key.lstrip("u")[1:-1]], position = value, pair.end()
+    if position != len(line):
+        raise ValueError(f"expected nothing after column {position}")
+    return fields
+
+
+def text_of(literal: str) -> str:
+    """The value of a quoted literal; of any other, its letters."""
+    if "\\" in literal:
+        try:
+            return ast.literal_eval(literal)
+        except SyntaxError as error:
+            raise ValueError(f"not a string literal ({error.msg})") from None
+    return literal.lstrip("u")[1:-1] if literal[-1:] in "'\"" else literal
+
+
+def steam_review(line: str) -> Row:
+    fields = python2_dict(line)
+    try:
+        user, item, when = (text_of(fields[key]) for key in ("username", "product_id", "date"))
+    except KeyError as error:
+        raise Incomplete(f"no field {error}") from None
+    return user, item, iso_days(when)
+
+
+def steam_titles(path: Path) -> dict[str, str]:
+    """{product id: app_name or title} of steam_games.json.gz; games without either keep their id."""
     titles = {}
-    for number, line in read_lines(folder / movies, "latin-1"):
-        fields = line.split(separators[1])
+    for _, line in read_lines(path) if path.exists() else ():
+        try:
+            fields = {key: text_of(value) for key, value in python2_dict(line.decode()).items()}
+        except ValueError:
+            continue  # a game without a readable line is shown by its id
+        titles[fields.get("id", "")] = fields.get("app_name") or fields.get("title") or ""
+    return titles
+
+
+def movielens_titles(path: Path, separator: str) -> dict[str, str]:
+    """{movie id: title} of lines id, title, ... in latin-1."""
+    titles = {}
+    for number, line in read_lines(path):
+        fields = line.decode("latin-1").split(separator)
         if len(fields) < 2:
-            raise InputError(f"{folder / movies}:{number}: expected item{separators[1]}title, found {line[:80]!r}")
+            raise InputError(f"{path}:{number}: expected item{separator}title, found {line[:60]!r}")
         titles[fields[0]] = fields[1]
-    return log, titles
+    return titles
 
 
-def read_atomic(path: Path) -> tuple[Log, dict]:
+def atomic_columns(path: Path, lines: Iterator[tuple[int, bytes]], needed: tuple[str, ...]) -> dict[str, int]:
+    """Positions of the columns of a RecBole atomic file from its first line; InputError if one is missing."""
+    _, first = next(lines, (1, b""))
+    columns = {name.split(":")[0]: i for i, name in enumerate(first.decode("utf-8", "replace").split("\t"))}
+    for name in needed:
+        if name not in columns:
+            raise InputError(f"{path}:1: no column {name}:token in the header, found {list(columns)[:8]}")
+    return columns
+
+
+def atomic_titles(path: Path) -> dict[str, str]:
+    """{item id: title} from a .item file, if it is there and has a column whose name says title or name."""
+    titles = {}
+    lines = read_lines(path) if path.exists() else iter(())
+    columns = atomic_columns(path, lines, ("item_id",)) if path.exists() else {}
+    title = next((columns[name] for name in columns if re.search("title|name", name)), None)
+    for number, line in lines if title is not None else ():
+        fields = line.decode("utf-8", "replace").split("\t")
+        if len(fields) != len(columns):
+            raise InputError(f"{path}:{number}: expected {len(columns)} fields, found {len(fields)}")
+        year = fields[columns["release_year"]] if "release_year" in columns else ""
+        text = fields[title]  # MovieLens' own titles end in the year; RecBole cut it off
+        titles[fields[columns["item_id"]]] = f"{text} ({year})" if year and "(" + year not in text else text
+    return titles
+
+
+def read_atomic(path: Path) -> tuple[Log, dict[str, str]]:
     """RecBole atomic files: `path` (.inter) and, if it is there, the .item file beside it."""
+    lines = read_lines(path)
+    columns = atomic_columns(path, lines, ("user_id", "item_id"))
+    parse = separated("\t", columns["user_id"], columns["item_id"], columns.get("timestamp"))
+    return Log(path, lines, parse), atomic_titles(path.with_suffix(".item"))
 
-    def header(lines: Iterator[tuple[int, str]]) -> dict[str, int]:
-        _, first = next(lines, (1, ""))
-        return {name.split(":")[0]: column for column, name in enumerate(first.split("\t"))}
 
-    lines = read_lines(path, "utf-8")
-    names = header(lines)
-    for needed in ("user_id", "item_id"):
-        if needed not in names:
-            raise InputError(f"{path}:1: no column {needed}:token in the header, found {list(names)[:8]}")
-    columns = {"user": names["user_id"], "item": names["item_id"]}
-    if "timestamp" in names:
-        columns["time"] = names["timestamp"]
-    log, titles = read_table(path, lines, "\t", columns), {}
-    if (items := path.with_suffix(".item")).exists():
-        lines = read_lines(items, "utf-8")
-        names = header(lines)
-        title = next((names[n] for n in names if re.search("title|name", n)), None)
-        if "item_id" not in names:
-            raise InputError(f"{items}:1: no column item_id:token in the header, found {list(names)[:8]}")
-        for number, line in lines if title is not None else ():
-            fields = line.split("\t")
-            if len(fields) != len(names):
-                raise InputError(f"{items}:{number}: expected {len(names)} fields, found {len(fields)}")
-            year = fields[names["release_year"]] if "release_year" in names else ""
-            text = fields[title]  # MovieLens' own titles end in the year; RecBole cut it off
-            titles[fields[names["item_id"]]] = f"{text} ({year})" if year and "(" + year not in text else text
-    return log, titles
+def read_official(name: str, folder: Path) -> tuple[Log, dict[str, str]]:
+    """The official files of a dataset in `folder`: its log and the items' titles."""
+    if name == "steam":
+        path = folder / "steam_reviews.json.gz"
+        return Log(path, read_lines(path), steam_review), steam_titles(folder / "steam_games.json.gz")
+    if name == "yoochoose":
+        path = folder / "yoochoose-clicks.dat"
+        return Log(path, read_lines(path), separated(",", 0, 2, 1, iso_seconds)), {}
+    log_name, titles_name = ARCHIVES[name].members
+    between, titles_between = {"ml-100k": ("\t", "|"), "ml-1m": ("::", "::")}[name]
+    log = Log(folder / log_name, read_lines(folder / log_name), separated(between, 0, 1, 3), "latin-1")
+    return log, movielens_titles(folder / titles_name, titles_between)
 
 
 # ---------------------------------------------------------------- interactions
@@ -277,7 +393,8 @@ class Interactions:
     raw_ids: list[str]  # (num_items + 1,) the file's own id of each item; [PAD] is empty
     titles: list[str]  # (num_items + 1,) title, or the raw id where there is none
     has_titles: bool
-    num_read: int  # lines of the file, before filtering
+    repeats: bool  # whether some user has the same item twice; if so, evaluation does not exclude seen items
+    counts: dict[str, int]  # what became of the file's lines: read, malformed, ..., kept
 
     @property
     def num_users(self) -> int:
@@ -288,12 +405,6 @@ class Interactions:
         return len(self.raw_ids) - 1
 
     @property
-    def repeats(self) -> bool:
-        """Whether some user has the same item twice; if so, seen items are not excluded in evaluation."""
-        users = np.repeat(np.arange(self.num_users), np.diff(self.offsets))
-        return len(np.unique(users * (self.num_items + 1) + self.items)) < len(self.items)
-
-    @property
     def protocol(self) -> str:
         seen = "seen items NOT excluded (users repeat items)" if self.repeats else "seen items excluded"
         return (
@@ -302,13 +413,14 @@ class Interactions:
         )
 
 
-def first_appearance(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Number values by first appearance: the distinct values in that order, and each entry's number."""
-    distinct, first, inverse = np.unique(values, return_index=True, return_inverse=True)
-    order = np.argsort(first)
-    rank = np.empty_like(order)
-    rank[order] = np.arange(len(order))
-    return distinct[order], rank[inverse]
+def renumber(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Number codes by first appearance: the old codes in that order, and each entry's new number."""
+    first = np.full(codes.max() + 1, len(codes))
+    first[codes[::-1]] = np.arange(len(codes))[::-1]  # the last to write is the first to appear
+    order = np.argsort(first, kind="stable")[: np.count_nonzero(first < len(codes))]
+    number = np.empty_like(first)
+    number[order] = np.arange(len(order))
+    return order, number[codes]
 
 
 def core_filter(users: np.ndarray, items: np.ndarray, min_count: int) -> np.ndarray:
@@ -322,30 +434,46 @@ def core_filter(users: np.ndarray, items: np.ndarray, min_count: int) -> np.ndar
         keep = keep[enough]
 
 
-def build(name: str, log: Log, titles: dict, min_count: int) -> Interactions:
-    """Filter, sort by time within users (ties keep file order) and number users and items from the log.
+def first_times(users: np.ndarray, items: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Of entries in time `order`, indices of the first of each user and item, in file order."""
+    pairs = users[order] * (items.max(initial=0) + 1) + items[order]
+    return np.sort(order[np.unique(pairs, return_index=True)[1]])
 
-    Raises InputError when nothing is left.
+
+def build(name: str, log: Log, titles: dict[str, str], min_count: int, fraction: int, once: bool) -> Interactions:
+    """Filter, sort by time within users (ties keep file order) and number items by first appearance.
+
+    fraction: keep the 1/fraction of users whose last interaction is most recent. once: a user's
+    repeated item counts once, its first time. Raises InputError when nothing is left.
     """
-    number: dict[str, int] = {}
-    users = np.array([number.setdefault(user, len(number)) for user in log.users], dtype=np.int64)
-    number = {}
-    items = np.array([number.setdefault(item, len(number)) for item in log.items], dtype=np.int64)
-    raw = list(number)
-    keep = core_filter(users, items, min_count)
+    keep = np.arange(len(log.users))
+    if once:
+        keep = first_times(log.users, log.items, np.lexsort((log.times, log.users)))
+    repeated = len(log.users) - len(keep)
+    if fraction > 1 and len(keep):
+        latest = np.full(log.users.max() + 1, -np.inf)
+        np.maximum.at(latest, log.users, log.times)
+        recent = np.argsort(-latest, kind="stable")[: -(-len(latest) // fraction)]
+        keep = keep[np.isin(log.users[keep], recent)]
+    older = len(log.users) - repeated - len(keep)
+    keep = keep[core_filter(log.users[keep], log.items[keep], min_count)]
     if not len(keep):
         raise InputError(
-            f"{name}: none of {len(users):,} interactions are left after the {min_count}-core filter; "
+            f"{name}: none of {len(log.users):,} interactions are left after the {min_count}-core filter; "
             f"try a smaller --min-count"
         )
-    kept_items, items = first_appearance(items[keep])
-    _, users = first_appearance(users[keep])
-    times = np.array(log.times)[keep] if log.times else np.zeros(len(keep))
-    order = np.lexsort((times, users))  # lexsort is stable: ties stay in file order
+    kept_items, items = renumber(log.items[keep])
+    _, users = renumber(log.users[keep])
+    order = np.lexsort((log.times[keep], users))  # stable: ties stay in file order
+    items, users = items[order] + 1, users[order]
     offsets = np.concatenate([[0], np.cumsum(np.bincount(users))])
-    raw_ids = [""] + [raw[item] for item in kept_items]
+    raw_ids = [""] + [log.raw_items[item] for item in kept_items]
+    counts = {"read": log.read, "malformed": log.malformed, "incomplete": log.incomplete, "repeated": repeated,
+              "older": older, "filtered": len(log.users) - repeated - older - len(keep), "kept": len(keep)}  # fmt: skip
+    pairs = np.sort(users * (len(raw_ids) + 1) + items)
+    repeats = bool((pairs[1:] == pairs[:-1]).any())
     shown = [titles.get(raw_id) or raw_id for raw_id in raw_ids]
-    return Interactions(name, items[order] + 1, offsets, raw_ids, shown, bool(titles), len(log.users))
+    return Interactions(name, items, offsets, raw_ids, shown, bool(titles), repeats, counts)
 
 
 def dataset_name(name: str) -> str:
@@ -353,26 +481,62 @@ def dataset_name(name: str) -> str:
     return Path(name).stem if name.endswith(".inter") else name
 
 
-def load_dataset(name: str, root: str | Path | None = None, min_count: int = 5) -> Interactions:
-    """Load `ml-100k`, `ml-1m` or a RecBole `.inter` file; official files are downloaded when missing.
-
-    root: the folder with one sub-folder a dataset; default $PREBERT_DATA, else ./data.
-    Raises InputError for an unknown name, a missing file or a malformed line.
-    """
+def find_files(name: str, root: str | Path | None) -> list[Path]:
+    """The files that hold a dataset, the log first; downloaded where we can, InputError where we cannot."""
     if name.endswith(".inter"):
         if not Path(name).is_file():
-            raise InputError(f"no file {name}; --data takes {', '.join(ARCHIVES)} or a path to a .inter file")
-        return build(dataset_name(name), *read_atomic(Path(name)), min_count)
-    if name not in ARCHIVES:
-        raise InputError(f"unknown dataset {name!r}; --data takes {', '.join(ARCHIVES)} or a path to a .inter file")
+            raise InputError(f"no file {name}; --data takes {', '.join(DATASETS)} or a path to a .inter file")
+        return [Path(name), Path(name).with_suffix(".item")]
+    if name not in DATASETS:
+        raise InputError(f"unknown dataset {name!r}; --data takes {', '.join(DATASETS)} or a path to a .inter file")
     folder = Path(root or os.environ.get("PREBERT_DATA") or "data") / name
-    if not all((folder / member).exists() for member in ARCHIVES[name].members):
-        if not (folder / f"{name}.inter").exists():
-            fetch(name, folder)
-        if (folder / f"{name}.inter").exists():
-            return build(name, *read_atomic(folder / f"{name}.inter"), min_count)
-    separators = {"ml-100k": ("\t", "|"), "ml-1m": ("::", "::")}[name]
-    return build(name, *read_movielens(folder, *ARCHIVES[name].members, separators), min_count)
+    if name in BY_HAND:
+        log = folder / {"steam": "steam_reviews.json.gz", "yoochoose": "yoochoose-clicks.dat"}[name]
+        if not log.is_file():
+            raise InputError(f"no {log}; put {BY_HAND[name]} into {folder}")
+        return [log, folder / "steam_games.json.gz"]
+    official, atomic = [folder / member for member in ARCHIVES[name].members], folder / f"{name}.inter"
+    if not all(path.exists() for path in official) and not atomic.exists():
+        fetch(name, folder)
+    return official if all(path.exists() for path in official) else [atomic, atomic.with_suffix(".item")]
+
+
+CACHE_FROM = 1 << 24  # bytes; smaller logs are read faster than anyone waits
+
+
+def write_cache(data: Interactions, path: Path) -> None:
+    rest = {key: value for key, value in vars(data).items() if key not in ("items", "offsets")}
+    with open(path, "wb") as file:
+        np.savez(file, items=data.items, offsets=data.offsets, rest=np.frombuffer(json.dumps(rest).encode(), np.uint8))
+
+
+def read_cache(path: Path) -> Interactions:
+    """The parsed copy of a log; numpy refuses pickles unless told otherwise."""
+    try:
+        with np.load(path) as saved:
+            return Interactions(items=saved["items"], offsets=saved["offsets"], **json.loads(saved["rest"].tobytes()))
+    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} cannot be read ({error}); delete it and run again") from error
+
+
+def load_dataset(name: str, root: str | Path | None = None, min_count: int = 5, fraction: int = 1) -> Interactions:
+    """Load one of DATASETS or a RecBole `.inter` file; a large one leaves a parsed copy under runs/.
+
+    root: the folder with one sub-folder a dataset; default $PREBERT_DATA, else ./data.
+    fraction: keep the most recent 1/fraction of the users (sessions).
+    Raises InputError for an unknown name, a missing file or too many malformed lines.
+    """
+    paths = [path for path in find_files(name, root) if path.exists()]
+    states = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    key = hashlib.sha256(repr((1, states, min_count, fraction)).encode()).hexdigest()[:16]
+    cache = Path("runs") / dataset_name(name) / f"interactions-{key}.npz"
+    if cache.exists():
+        return read_cache(cache)
+    log, titles = read_atomic(paths[0]) if paths[0].suffix == ".inter" else read_official(name, paths[0].parent)
+    data = build(dataset_name(name), log, titles, min_count, fraction, once=name == "steam")
+    if sum(size for _, size, _ in states) >= CACHE_FROM:
+        write_atomic(cache, functools.partial(write_cache, data))
+    return data
 
 
 # ---------------------------------------------------------------- sequences
@@ -490,7 +654,7 @@ def statistics(data: Interactions, max_length: int) -> str:
     quantiles = ", ".join(f"{q:.0%} {np.quantile(sizes, q):.0f}" for q in (0, 0.25, 0.5, 0.75, 0.95, 1))
     return "\n".join([
         f"{data.name}: {data.num_users:,} users, {data.num_items:,} items, {len(data.items):,} interactions",
-        f"  read              {data.num_read:,} lines, {data.num_read - len(data.items):,} filtered out",
+        f"  lines             {', '.join(f'{count:,} {what}' for what, count in data.counts.items() if count)}",
         f"  density           {len(data.items) / data.num_users / data.num_items:.2%}",
         f"  history length    {quantiles}; mean {sizes.mean():.1f}",
         f"  longer than {max_length:<5} {np.mean(sizes > max_length):.1%} of users; older items go to further windows",
@@ -506,9 +670,10 @@ def statistics(data: Interactions, max_length: int) -> str:
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that every script shares."""
     group = parser.add_argument_group("data")
-    group.add_argument("--data", default="ml-1m", help="ml-100k, ml-1m or a path to a RecBole .inter file")
+    group.add_argument("--data", default="ml-1m", help=f"{', '.join(DATASETS)} or a path to a RecBole .inter file")
     group.add_argument("--root", help="folder of datasets (default: $PREBERT_DATA, else ./data)")
     group.add_argument("--min-count", type=positive, default=5, help="users and items with fewer are left out")
+    group.add_argument("--fraction", type=positive, default=1, metavar="N", help="keep the most recent 1/N of the users")
 
 
 def positive(text: str) -> int:
@@ -535,7 +700,7 @@ def main() -> None:
     parser.add_argument("--max-length", type=positive, default=200, help="length that the models read")
     args = parser.parse_args()
     began = time.perf_counter()
-    data = load_dataset(args.data, args.root, args.min_count)
+    data = load_dataset(args.data, args.root, args.min_count, args.fraction)
     print(statistics(data, args.max_length))
     print(f"loaded in {time.perf_counter() - began:.1f} s; next: python teacher.py --data {args.data}")
 

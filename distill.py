@@ -120,7 +120,7 @@ def main() -> None:
     check_flags(parser, args)
     args.name = args.name or ("student-no-kd" if args.no_kd else "student")
     args.item_init = args.item_init or ("cooc" if args.no_kd else "pca")
-    data = load_dataset(args.data, args.root, args.min_count)
+    data = load_dataset(args.data, args.root, args.min_count, args.fraction)
     teacher = None if args.no_kd and args.item_init != "pca" else load_teacher(args, data)
     model = build_student(args, data, teacher)
     loss = partial(masked_item_loss, label_smoothing=args.label_smoothing)

@@ -331,7 +331,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write everything to this file")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
-    data, device = load_dataset(args.data, args.root, args.min_count), pick_device(args.device)
+    data, device = load_dataset(args.data, args.root, args.min_count, args.fraction), pick_device(args.device)
     train, _, test = leave_one_out(data)
     if not len(test.targets):
         raise InputError(f"{data.name}: no user has three items, so there is nothing to evaluate")

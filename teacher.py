@@ -489,7 +489,7 @@ def main() -> None:
     add_training_flags(parser, name="teacher", objective="masked", epochs=10, lr=1e-3, body_lr=3e-4, tokens=2048)
     args = parser.parse_args()
     check_flags(parser, args)
-    data = load_dataset(args.data, args.root, args.min_count)
+    data = load_dataset(args.data, args.root, args.min_count, args.fraction)
     model = build_teacher(args, data)
     run = Path("runs") / data.name / args.name
     loss = partial(masked_item_loss, label_smoothing=args.label_smoothing)

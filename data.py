@@ -231,7 +231,8 @@ class Log:
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Numbered lines of a (gzipped) file, without line ends or a byte-order mark; blank lines left out."""
     size = path.stat().st_size
-    with open(path, "rb") as raw, tqdm(total=size, unit="B", unit_scale=True, desc=path.name, leave=False, delay=1) as bar:
+    bar = tqdm(total=size, unit="B", unit_scale=True, desc=path.name, leave=False, delay=1)
+    with open(path, "rb") as raw, bar:
         try:
             for number, line in enumerate(gzip.open(raw) if path.suffix == ".gz" else raw, 1):
                 line = line.rstrip(b"\r\n")
@@ -673,7 +674,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--data", default="ml-1m", help=f"{', '.join(DATASETS)} or a path to a RecBole .inter file")
     group.add_argument("--root", help="folder of datasets (default: $PREBERT_DATA, else ./data)")
     group.add_argument("--min-count", type=positive, default=5, help="users and items with fewer are left out")
-    group.add_argument("--fraction", type=positive, default=1, metavar="N", help="keep the most recent 1/N of the users")
+    group.add_argument("--fraction", type=positive, default=1, metavar="N", help="keep the latest 1/N of the users")
 
 
 def positive(text: str) -> int:
@@ -681,6 +682,21 @@ def positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
     return int(text)
+
+
+def number(low: float, high: float) -> Callable[[str], float]:
+    """An argparse type: a number of the open interval (low, high); a bound of the form -1e-9 lets zero in."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not low < value < high:
+            raise argparse.ArgumentTypeError(f"{text!r} must be a number above {max(low, 0):g} and below {high:g}")
+        return value
+
+    return parse
 
 
 def run_command(main: Callable[[], None]) -> None:

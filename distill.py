@@ -13,18 +13,46 @@ Letters: M asked positions in a batch, I items, D and S hidden sizes of teacher 
 """
 
 import argparse
+import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
-from data import PAD, InputError, Interactions, add_data_flags, dataset_name, leave_one_out, load_dataset, run_command
+from data import (
+    PAD,
+    InputError,
+    Interactions,
+    Split,
+    add_data_flags,
+    batches,
+    dataset_name,
+    leave_one_out,
+    load_dataset,
+    number,
+    pad_left,
+    run_command,
+)  # fmt: skip
 from evaluate import check_catalogue
 from prebert import PreBert, cooccurrence_vectors, set_item_table
 from student import STUDENTS, MiniBert, load_run, pick_device, read_json
-from teacher import Batch, add_training_flags, check_flags, describe, masked_item_loss, train
+from teacher import (
+    Batch,
+    add_training_flags,
+    autocast_dtype,
+    check_flags,
+    describe,
+    make_sampler,
+    masked_item_loss,
+    train,
+    world,
+)
+
+Answers = Callable[[Batch], Tensor]  # the teachers' logits for what a batch asks, (M, I)
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, alpha: float) -> Tensor:
@@ -37,18 +65,74 @@ def distillation_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperat
     student, teacher = student.float(), teacher.float()
     log_p = F.log_softmax(student / temperature, dim=-1)
     log_q = F.log_softmax(teacher / temperature, dim=-1)
-    divergence = F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
-    return (1 - alpha) * F.cross_entropy(student, labels) + alpha * temperature**2 * divergence
+    divergence = F.kl_div(log_p, log_q, reduction="sum", log_target=True)
+    cross_entropy = F.cross_entropy(student, labels, reduction="sum")
+    return ((1 - alpha) * cross_entropy + alpha * temperature**2 * divergence) / max(1, len(labels))
 
 
-def student_loss(student: PreBert, batch: Batch, teacher: PreBert, temperature: float, alpha: float) -> Tensor:
-    """The same masked batch through both models, the teacher without dropout or gradient; a scalar."""
-    tokens, positions, labels = batch
+def student_loss(student: PreBert, batch: Batch, answers: Answers, temperature: float, alpha: float) -> Tensor:
+    """The student on a batch, against the teachers' answers to the same questions; a scalar."""
+    tokens, positions, labels, _ = batch
     asked = labels != PAD
-    with torch.no_grad():
-        targets = teacher.logits(teacher(tokens, positions)[asked])  # (M, I)
     logits = student.logits(student(tokens, positions)[asked])  # (M, I)
-    return distillation_loss(logits, targets, labels[asked] - 1, temperature, alpha)
+    return distillation_loss(logits, answers(batch), labels[asked] - 1, temperature, alpha)
+
+
+# ---------------------------------------------------------------- teachers' answers
+
+
+def mean_of(logits: list[Tensor]) -> Tensor:
+    """Log of the mean distribution of several teachers, (M, I); of one, its logits."""
+    if len(logits) == 1:
+        return logits[0]
+    return torch.stack([z.float().log_softmax(-1) for z in logits]).logsumexp(0) - math.log(len(logits))
+
+
+def ask(teachers: list[PreBert]) -> Answers:
+    """Answers by the teachers to the very batch that the student sees, without dropout or gradient."""
+
+    @torch.no_grad()
+    def answers(batch: Batch) -> Tensor:
+        tokens, positions, labels, _ = batch
+        return mean_of([teacher.logits(teacher(tokens, positions)[labels != PAD]) for teacher in teachers])
+
+    return answers
+
+
+@torch.no_grad()
+def states_of(teacher: PreBert, split: Split, dtype: torch.dtype) -> Tensor:
+    """A causal teacher's state after each item of the training part, (L, D), read in windows from the newest on."""
+    states = torch.zeros(len(split.items), teacher.config.hidden_size, dtype=dtype)
+    sizes, length, device = split.ends - split.starts, teacher.max_length, teacher.item_bias.device
+    counts = -(-sizes // length)
+    rows = torch.repeat_interleave(torch.arange(len(sizes)), counts)
+    place = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows]  # 0 is a history's newest window
+    ends = split.ends[rows] - length * place
+    starts = torch.maximum(split.starts[rows], ends - length)
+    for group in tqdm(batches(starts, ends, 8192), desc="the teacher reads"):
+        width = int((ends - starts)[group].max())
+        tokens = pad_left(split.items, starts[group], ends[group], width)  # (B, T)
+        entries = (ends[group] - width)[:, None] + torch.arange(width)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            read = teacher(tokens.to(device), torch.arange(width, device=device).expand(tokens.shape))  # (B, T, D)
+        states[entries[tokens != PAD]] = read.cpu()[tokens != PAD].to(dtype)
+    return states
+
+
+def remember(teachers: list[PreBert], split: Split, dtype: torch.dtype) -> Answers:
+    """Answers from states computed once: what a causal teacher says after an item does not depend on the questions.
+
+    Takes len(log) x D x 2 bytes of memory a teacher in bf16, and saves the teacher's pass at every step.
+    """
+    states = [states_of(teacher, split, dtype) for teacher in teachers]
+
+    @torch.no_grad()
+    def answers(batch: Batch) -> Tensor:
+        _, _, labels, entries = batch
+        wanted = entries[labels != PAD].cpu()
+        return mean_of([t.logits(s[wanted].to(labels.device)) for t, s in zip(teachers, states, strict=True)])
+
+    return answers
 
 
 def principal_components(table: Tensor, size: int) -> Tensor:
@@ -72,17 +156,14 @@ def build_student(args: argparse.Namespace, data: Interactions, teacher: PreBert
     return model
 
 
-def teacher_objective(args: argparse.Namespace) -> str:
-    """What the teacher was asked in training; `masked` for a student without one."""
-    if args.no_kd and not (Path(args.teacher) / "config.json").exists():
-        return "masked"
-    model = read_json(Path(args.teacher) / "config.json").get("model")
-    return "next" if isinstance(model, dict) and model.get("causal") else "masked"
+def causal_run(run: Path) -> bool:
+    """Whether a run was trained on next items."""
+    model = read_json(run / "config.json").get("model")
+    return isinstance(model, dict) and bool(model.get("causal"))
 
 
-def load_teacher(args: argparse.Namespace, data: Interactions) -> PreBert:
+def load_teacher(run: Path, args: argparse.Namespace, data: Interactions) -> PreBert:
     """The teacher's run, frozen; InputError if it was trained on other data or another kind of question."""
-    run = Path(args.teacher)
     teacher, config, catalogue = load_run(run)
     check_catalogue(run, catalogue, config, data)
     objective = "next" if teacher.config.causal else "masked"
@@ -98,38 +179,51 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train a small student, with a teacher or (--no-kd) without.")
     add_data_flags(parser)
     group = parser.add_argument_group("distillation")
-    group.add_argument("--teacher", help="the teacher's run folder (default: runs/<data>/teacher)")
-    group.add_argument("--size", choices=tuple(STUDENTS), default="base", help="(default: %(default)s)")
-    group.add_argument("--temperature", type=float, help="T in the loss (default: 1)")
-    group.add_argument("--alpha", type=float, help="weight of the teacher in the loss (default: 0.9)")
-    group.add_argument("--no-kd", action="store_true", help="labels only, no teacher: the control")
-    first = "first item embeddings (default: pca of the teacher's; cooc with --no-kd)"
-    group.add_argument("--item-init", choices=("pca", "cooc", "random"), help=first)
+    add = group.add_argument
+    add("--teacher", nargs="+", metavar="RUN", help="run folder (default: runs/<data>/teacher); of several, the mean")
+    add("--size", choices=tuple(STUDENTS), default="base", help="(default: %(default)s)")
+    add("--temperature", type=number(0, math.inf), help="T in the loss (default: 1)")
+    add("--alpha", type=number(-1e-9, 1 + 1e-9), help="weight of the teacher in the loss (default: 0.9)")
+    add("--no-kd", action="store_true", help="labels only, no teacher: the control")
+    add("--cache", action="store_true", help="next-item teachers only: read the log once and keep the states in memory")
+    add("--item-init", choices=("pca", "cooc", "random"),
+        help="first item embeddings (default: pca of the teacher's; cooc with --no-kd)")  # fmt: skip
     add_training_flags(parser, epochs=20, lr=3e-3)
     args = parser.parse_args()
-    if args.no_kd and (args.temperature, args.alpha) != (None, None):
-        parser.error("--temperature and --alpha are of no use with --no-kd")
+    if args.no_kd and (args.cache or (args.temperature, args.alpha) != (None, None)):
+        parser.error("--temperature, --alpha and --cache are of no use with --no-kd")
     if not args.no_kd and args.label_smoothing:
         parser.error("--label-smoothing is for --no-kd: the teacher's distribution takes its place")
-    args.temperature = 1.0 if args.temperature is None else args.temperature
-    args.alpha = 0.9 if args.alpha is None else args.alpha
-    if args.temperature <= 0 or not 0 <= args.alpha <= 1:
-        parser.error("--temperature must be above 0, --alpha between 0 and 1")
-    args.teacher = args.teacher or str(Path("runs") / dataset_name(args.data) / "teacher")
-    args.objective = args.objective or teacher_objective(args)
+    args.temperature, args.alpha = args.temperature or 1.0, 0.9 if args.alpha is None else args.alpha
+    args.teacher = args.teacher or [str(Path("runs") / dataset_name(args.data) / "teacher")]
+    if args.objective is None:
+        known = not args.no_kd or (Path(args.teacher[0]) / "config.json").exists()
+        args.objective = "next" if known and causal_run(Path(args.teacher[0])) else "masked"
+    if args.cache and args.objective == "masked":
+        parser.error("--cache is for --objective next: masked questions are redrawn at every step")
     check_flags(parser, args)
     args.name = args.name or ("student-no-kd" if args.no_kd else "student")
     args.item_init = args.item_init or ("cooc" if args.no_kd else "pca")
-    data = load_dataset(args.data, args.root, args.min_count, args.fraction)
-    teacher = None if args.no_kd and args.item_init != "pca" else load_teacher(args, data)
-    model = build_student(args, data, teacher)
-    loss = partial(masked_item_loss, label_smoothing=args.label_smoothing)
-    if not args.no_kd:
-        loss = partial(student_loss, teacher=teacher, temperature=args.temperature, alpha=args.alpha)
+    distill(args, load_dataset(args.data, args.root, args.min_count, args.fraction))
+
+
+def distill(args: argparse.Namespace, data: Interactions) -> None:
+    """Build student and loss from the flags and train."""
+    needed = args.teacher if not args.no_kd else args.teacher[:1] if args.item_init == "pca" else []
+    teachers = [load_teacher(Path(run), args, data) for run in needed]
+    model = build_student(args, data, teachers[0] if teachers else None)
+    if args.no_kd:
+        sampler = make_sampler(args, data)
+        loss = partial(masked_item_loss, label_smoothing=args.label_smoothing, sampler=sampler)
+    else:
+        dtype = autocast_dtype(pick_device(args.device), args.precision)
+        answers = remember(teachers, leave_one_out(data)[0], dtype) if args.cache else ask(teachers)
+        loss = partial(student_loss, answers=answers, temperature=args.temperature, alpha=args.alpha)
     run = Path("runs") / data.name / args.name
     train(model, loss, data, run, args, describe(data, model, args))
-    print(f"the best weights are in {run}; next: python evaluate.py --data {args.data}")
-    print(f'then: python student.py --run {run} "{data.titles[1]}"')
+    if world()[0] == 0:
+        print(f"the best weights are in {run}; next: python evaluate.py --data {args.data}")
+        print(f'then: python student.py --run {run} "{data.titles[1]}"')
 
 
 if __name__ == "__main__":

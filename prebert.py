@@ -363,23 +363,16 @@ def find_bert(source: str) -> Path:
     return cache / source
 
 
-def read_bert_config(path: Path) -> BertConfig:
-    """Shape from a Hugging Face config.json; InputError for models that this encoder does not compute."""
-    try:
-        raw = json.loads(path.read_text("utf-8"))
-        model_type, relative = raw.get("model_type"), raw.get("position_embedding_type", "absolute")
-        known = {name: raw[name] for name in BertConfig.__dataclass_fields__ if name in raw}
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise InputError(f"{path}: not a JSON object ({error})") from error
-    if model_type != "bert":
-        raise InputError(f"{path}: model type {model_type!r} is not supported, only 'bert' is")
-    if relative != "absolute":
-        raise InputError(f"{path}: position_embedding_type {relative!r} is not supported, only 'absolute' is")
+def check_shape(raw: object, path: Path) -> BertConfig:
+    """The known fields of a JSON object as a BertConfig; InputError for shapes that make no sense or no model."""
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: the model's shape is not a JSON object")
+    known = {name: raw[name] for name in BertConfig.__dataclass_fields__ if name in raw}
     for name, default in asdict(BertConfig()).items():
-        value = known.get(name, default)
+        value, limit = known.get(name, default), 1000 if name == "num_hidden_layers" else 10_000_000
         if type(value) is not type(default) and not (isinstance(default, float) and type(value) is int):
             raise InputError(f"{path}: {name} is {str(value)[:40]!r}, expected {type(default).__name__}")
-        if (isinstance(value, int | float) and not 0 <= value < 10_000_000) or (type(default) is int and value < 1):
+        if (isinstance(value, int | float) and not 0 <= value < limit) or (type(default) is int and value < 1):
             raise InputError(f"{path}: {name} = {value} is out of range")
     config = BertConfig(**known)
     if config.hidden_act not in ACTIVATIONS:
@@ -387,6 +380,22 @@ def read_bert_config(path: Path) -> BertConfig:
     if config.hidden_size % config.num_attention_heads:
         raise InputError(
             f"{path}: hidden_size {config.hidden_size} is no multiple of {config.num_attention_heads} heads"
+        )
+    return config
+
+
+def read_bert_config(path: Path) -> BertConfig:
+    """Shape from a Hugging Face config.json; InputError for models that this encoder does not compute."""
+    try:
+        raw = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({error})") from error
+    config = check_shape(raw, path)
+    if raw.get("model_type") != "bert":
+        raise InputError(f"{path}: model type {raw.get('model_type')!r} is not supported, only 'bert' is")
+    if raw.get("position_embedding_type", "absolute") != "absolute":
+        raise InputError(
+            f"{path}: position_embedding_type {raw['position_embedding_type']!r} is not supported, only 'absolute' is"
         )
     return config
 

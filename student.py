@@ -21,7 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import InputError, pad_left, positive, run_command
-from prebert import BertConfig, PreBert, load_strict, read_safetensors
+from prebert import BertConfig, PreBert, check_shape, load_strict, read_safetensors
+
+VERSION = 1  # of the run folder; a folder of another version is refused
 
 STUDENTS = {  # hidden size, layers, heads; the feed-forward is four times as wide, as in BERT
     "tiny": (64, 2, 2),
@@ -62,13 +64,17 @@ def load_run(run: str | Path) -> tuple[PreBert, dict, dict]:
     """
     run = Path(run)
     config, catalogue = read_json(run / "config.json"), read_json(run / "catalogue.json")
-    try:
-        shape, num_items = BertConfig(**config["model"]), int(config["num_items"])
-        raw_ids, titles = catalogue["raw_ids"], catalogue["titles"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{run}: config.json or catalogue.json is not of this version ({error})") from error
-    if not len(raw_ids) == len(titles) == num_items + 1:
-        raise InputError(f"{run}: catalogue.json has {len(raw_ids)} items, config.json {num_items + 1}")
+    if config.get("version") != VERSION:
+        raise InputError(f"{run}: made by version {config.get('version')} of this code, which is version {VERSION}")
+    shape, num_items = check_shape(config.get("model"), run / "config.json"), config.get("num_items")
+    raw_ids, titles = catalogue.get("raw_ids"), catalogue.get("titles")
+    for names in (raw_ids, titles):
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise InputError(f"{run / 'catalogue.json'}: raw_ids and titles must be lists of strings")
+    if type(num_items) is not int or num_items < 1 or not len(raw_ids) == len(titles) == num_items + 1:
+        raise InputError(f"{run}: catalogue.json has {len(raw_ids) - 1} items, config.json {num_items}")
+    if type(config.get("exclude_seen")) is not bool:
+        raise InputError(f"{run / 'config.json'}: exclude_seen must be true or false")
     with torch.device("meta"):  # shapes only: nothing is allocated until the weights prove that they fit
         model = PreBert(shape, num_items)
     load_strict(model, read_safetensors(run / "model.safetensors"), run / "model.safetensors")

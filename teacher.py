@@ -1,36 +1,43 @@
 """PreBERT: a pre-trained BERT learns to recommend, in a loop that can be stopped and resumed.
 
     python teacher.py --data ml-1m --objective next --minutes 27
+    torchrun --nproc-per-node 8 teacher.py --data ml-1m     # the same on several GPUs or machines
 
 On two CPU cores: test NDCG@10 0.1881, one seed (results/ml-1m/pipeline.json). Without --objective
 next, the paper's masked items are asked for.
 
 A share of each history is hidden, and the model is asked what stood there (Sun et al. 2019,
 section 3.5; arXiv 2409.14810, section 3.2). distill.py trains students in the same loop with
-another loss. In order: loss -> optimizer and schedule -> checkpoints -> `train` -> the command.
+another loss. In order: loss -> optimizer and schedule -> processes -> checkpoints -> `train` -> the command.
 
-Letters: B batch (users), T sequence length, D hidden size, M hidden positions of a row, I items.
+Letters: B batch (users), T sequence length, D hidden size, M asked positions of a row, I items.
 """
 
 import argparse
 import csv
 import ctypes
+import fcntl
+import io
 import json
 import math
+import os
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from data import (
     PAD,
@@ -43,12 +50,13 @@ from data import (
     load_dataset,
     mask_items,
     next_items,
+    number,
     pad_left,
     positive,
     run_command,
     windows,
     write_atomic,
-)
+)  # fmt: skip
 from evaluate import evaluate, hit_rate, machine, ndcg, peak_memory_gb
 from prebert import (
     BertConfig,
@@ -59,23 +67,58 @@ from prebert import (
     prebert_from_bert,
     set_item_table,
     write_safetensors,
-)
-from student import pick_device, read_json
+)  # fmt: skip
+from student import VERSION, pick_device, read_json
 
-Batch = tuple[Tensor, Tensor, Tensor]  # tokens (B, T), positions (B, M), labels (B, M) with PAD where nothing is asked
+# What is asked in one step: tokens (B, T); positions (B, M); labels (B, M), PAD where nothing is asked; and
+# entries (B, M), the place in the log of the item at each position.
+Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 Loss = Callable[[PreBert, Batch], Tensor]
 
 
-def masked_item_loss(model: PreBert, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
-    """Mean of -log p(item | everything around it) over the hidden positions, a scalar.
+@dataclass(frozen=True)
+class Sampler:
+    """Negatives for catalogues whose full softmax is too large, drawn with known probabilities."""
 
-    p = softmax(head(h) E^T + b) over all items; the encoder's last layer and this softmax are
-    computed where something is hidden and nowhere else.
+    chance: Tensor  # (I,) of each item at each draw
+    count: int  # draws a batch, shared by all its positions
+
+    def draw(self) -> tuple[Tensor, Tensor]:
+        """Columns (N,) and log of how often each is expected among N draws, (N,)."""
+        columns = torch.multinomial(self.chance, self.count, replacement=True)
+        return columns, (self.count * self.chance[columns]).log()
+
+
+def sampled_logits(model: PreBert, states: Tensor, labels: Tensor, sampler: Sampler) -> Tensor:
+    """Scores of each label (column 0) and of shared negatives, (M, 1 + N), whose softmax stands for the full one.
+
+    Subtracting log(N q) makes the sum of exponentials over the sample an unbiased estimate of the sum over the
+    catalogue (Bengio & Senecal 2008, equation 5); a negative that happens to be the label does not count twice.
     """
-    tokens, positions, labels = batch
+    columns, expected = sampler.draw()
+    label_scores = (states * model.item_embedding.weight[1 + labels]).sum(1) + model.item_bias[labels]
+    scores = F.linear(states, model.item_embedding.weight[1 + columns], model.item_bias[columns] - expected)
+    scores = scores.float().masked_fill(columns == labels[:, None], -torch.inf)  # (M, N)
+    return torch.cat([label_scores.float()[:, None], scores], dim=1)
+
+
+def masked_item_loss(
+    model: PreBert, batch: Batch, label_smoothing: float = 0.0, sampler: Sampler | None = None
+) -> Tensor:
+    """Mean of -log p(item | what the model may see) over the asked positions, a scalar.
+
+    p = softmax(head(h) E^T + b) over all items, or over a sample of them; the encoder's last layer and
+    this softmax are computed where something is asked and nowhere else.
+    """
+    tokens, positions, labels, _ = batch
     asked = labels != PAD  # (B, M)
-    logits = model.logits(model(tokens, positions)[asked])  # (B * M, I)
-    return F.cross_entropy(logits.float(), labels[asked] - 1, label_smoothing=label_smoothing)
+    states, columns = model(tokens, positions)[asked], labels[asked] - 1
+    if sampler is None:
+        logits = model.logits(states).float()  # (B * M, I)
+    else:
+        logits, columns = sampled_logits(model, states, columns, sampler), torch.zeros_like(columns)
+    total = F.cross_entropy(logits, columns, label_smoothing=label_smoothing, reduction="sum")
+    return total / max(1, len(columns))
 
 
 # ---------------------------------------------------------------- optimizer and schedule
@@ -112,44 +155,6 @@ def autocast_dtype(device: torch.device, precision: str) -> torch.dtype:
     return torch.bfloat16 if supported.get(device.type, bool)() else torch.float32
 
 
-# ---------------------------------------------------------------- checkpoints
-
-
-def save_checkpoint(run: Path, model: PreBert, optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Everything that training needs to go on: run/train_state.pt.
-
-    No random state is in it: each draw is a function of the seed and the step (see `train`).
-    """
-    content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "state": state}
-    write_atomic(run / "train_state.pt", lambda path: torch.save(content, path))
-
-
-def load_checkpoint(run: Path) -> dict:
-    """Contents of run/train_state.pt, tensors and plain values only; InputError if there is none."""
-    try:
-        return torch.load(run / "train_state.pt", map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"nothing to resume in {run}: no train_state.pt; start without --resume") from None
-    except Exception as error:  # torch.load has no single error for a broken file
-        raise InputError(
-            f"{run / 'train_state.pt'} cannot be read ({type(error).__name__}); start again with --overwrite"
-        ) from error
-
-
-def resume(run: Path, model: PreBert, optimizer: torch.optim.Optimizer, config: dict) -> dict:
-    """Load the last checkpoint into model and optimizer and return the training state.
-
-    Raises InputError if the run was started with other settings, and says which.
-    """
-    checkpoint, before = load_checkpoint(run), read_json(run / "config.json")
-    for key in ("data", "model", "num_items", "settings", "seed"):
-        if before.get(key) != config[key]:
-            raise InputError(f"--resume {run}: {key} was {before.get(key)}, now {config[key]}; use the same flags")
-    model.load_state_dict(checkpoint["model"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    return checkpoint["state"]
-
-
 def keep_freed_memory() -> None:
     """Ask glibc to keep freed memory instead of handing it back: a step allocates the same blocks as the last.
 
@@ -161,18 +166,145 @@ def keep_freed_memory() -> None:
             mallopt(parameter, value)
 
 
+# ---------------------------------------------------------------- processes
+
+
+def world() -> tuple[int, int]:
+    """This process' number and how many there are; (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def join_processes(args: argparse.Namespace) -> None:
+    """Under torchrun, meet the other processes: NCCL between GPUs, gloo between CPUs."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        if args.device in ("auto", "cuda") and torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group("nccl")
+        else:
+            dist.init_process_group("gloo")
+
+
+def share_of(batch: Batch) -> tuple[Batch, float]:
+    """This process' rows of a batch, and the weight of their mean loss in the mean over all processes."""
+    rank, size = world()
+    if size == 1:
+        return batch, 1.0
+    tokens, positions, labels, entries = batch
+    if len(tokens) > rank:
+        part = tuple(tensor[rank::size] for tensor in batch)
+    else:  # a long history fills a batch alone: the others ask nothing of it
+        part = (tokens[:1], positions[:1], torch.zeros_like(labels[:1]), entries[:1])
+    return part, size * int((part[2] != PAD).sum()) / int((labels != PAD).sum())
+
+
+def everyone(values: list[float], device: torch.device) -> list[float]:
+    """Sums of numbers over all processes."""
+    if world()[1] == 1:
+        return values
+    total = torch.tensor(values, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+class Objective(nn.Module):
+    """Model and loss as one module, so that PyTorch's DDP sees one forward pass a step."""
+
+    def __init__(self, model: PreBert, loss_of: Loss):
+        super().__init__()
+        self.model, self.loss_of = model, loss_of
+
+    def forward(self, *batch: Tensor) -> Tensor:
+        return self.loss_of(self.model, batch)
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def save_checkpoint(run: Path, model: PreBert, optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Everything that training needs to go on: run/train_state.pt.
+
+    No random state is in it: each draw is a function of the seed and the step (see `train`).
+    """
+    buffer = io.BytesIO()  # torch.save into a file hides a full disk behind an error of its own
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "state": state}, buffer)
+    write_atomic(run / "train_state.pt", lambda path: path.write_bytes(buffer.getbuffer()))
+
+
+def load_checkpoint(run: Path) -> dict:
+    """Contents of run/train_state.pt, tensors and plain values only; InputError if they cannot be read."""
+    try:
+        return torch.load(run / "train_state.pt", map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load has no single error for a broken file
+        raise InputError(
+            f"{run / 'train_state.pt'} cannot be read ({type(error).__name__}); start again with --overwrite"
+        ) from error
+
+
+def resume(run: Path, model: PreBert, optimizer: torch.optim.Optimizer, config: dict) -> dict:
+    """Load the last checkpoint into model and optimizer and return the training state.
+
+    Raises InputError if the run was started with other settings, and says which, or if the file does not fit.
+    """
+    checkpoint, before = load_checkpoint(run), read_json(run / "config.json")
+    for key in ("version", "data", "model", "num_items", "settings", "seed"):
+        if before.get(key) != config[key]:
+            raise InputError(f"--resume {run}: {key} was {before.get(key)}, now {config[key]}; use the same flags")
+    try:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        state = {key: type(value)(checkpoint["state"][key]) for key, value in FRESH.items()}
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{run / 'train_state.pt'} does not fit: {reason}; start again with --overwrite") from error
+    if (run / "log.csv").exists():  # a crash may have come between a row and its checkpoint
+        rows = (run / "log.csv").read_text().splitlines(keepends=True)
+        kept = rows[:1] + [row for row in rows[1:] if int(row.split(",")[0]) <= state["step"]]
+        write_atomic(run / "log.csv", lambda path: path.write_text("".join(kept)))
+    return state
+
+
+FRESH = {"epoch": 0, "batch": 0, "step": 0, "waited": 0, "seconds": 0.0, "cpu_seconds": 0.0, "loss": 0.0, "best": -1.0}
+
+
+def start_run(run: Path, data: Interactions, config: dict, overwrite: bool) -> dict:
+    """Create the run folder with config.json and catalogue.json; returns a fresh training state."""
+    if (run / "config.json").exists() and not overwrite:
+        raise InputError(f"{run} exists; --resume goes on with it, --overwrite starts again, --name makes another")
+    for name in ("model.safetensors", "log.csv", "metrics.json", "train_state.pt"):
+        (run / name).unlink(missing_ok=True)
+    catalogue = {"raw_ids": data.raw_ids, "titles": data.titles}
+    for name, content in (("catalogue.json", catalogue), ("config.json", config)):
+        write_atomic(run / name, lambda path, content=content: path.write_text(json.dumps(content, indent=1)))
+    return dict(FRESH)
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Keep other trainings out of a run folder; InputError if one is in it. The first process locks for all."""
+    if world()[0]:
+        yield
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    with open(run / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another training is writing to {run}; choose another --name or wait for it") from None
+        yield
+
+
 class Stop:
     """Turns Ctrl-C and SIGTERM into a flag, so that training ends between two steps."""
 
     def __init__(self):
         self.signal = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.remember)
+        for number_ in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number_, self.remember)
 
-    def remember(self, number: int, _frame: object) -> None:
+    def remember(self, number_: int, _frame: object) -> None:
         if self.signal:  # a second one means it
-            sys.exit(128 + number)
-        self.signal = number
+            sys.exit(128 + number_)
+        self.signal = number_
 
 
 # ---------------------------------------------------------------- training
@@ -181,11 +313,15 @@ class Stop:
 def validate(model: PreBert, split: Split, exclude_seen: bool, users: int) -> tuple[float, float]:
     """NDCG@10 and HR@10 on the validation part, for the same random `users` every time."""
     chosen = torch.randperm(len(split.targets), generator=torch.Generator().manual_seed(0))[:users]
-    part = Split(split.items, split.starts[chosen], split.ends[chosen], split.targets[chosen])
+    rank, size = world()
+    mine = chosen[rank::size]
+    part = Split(split.items, split.starts[mine], split.ends[mine], split.targets[mine])
+    device = model.item_bias.device
     model.eval()
-    ranks = evaluate(model.score_next, part, exclude_seen, device=model.item_bias.device)
+    ranks = evaluate(model.score_next, part, exclude_seen, device=device)
     model.train()
-    return ndcg(ranks, 10).mean().item(), hit_rate(ranks, 10).mean().item()
+    quality, hits = everyone([ndcg(ranks, 10).sum().item(), hit_rate(ranks, 10).sum().item()], device)
+    return quality / len(chosen), hits / len(chosen)
 
 
 class Progress:
@@ -197,74 +333,47 @@ class Progress:
     def show(self, step: int, share: float, loss: float, left: float) -> None:
         """Print unless the last line is too young; `left` in seconds."""
         now = time.perf_counter()
-        if now - self.shown < (0.5 if self.tty else 30):
+        if now - self.shown < (0.5 if self.tty else 30) or world()[0]:
             return
         self.shown = now
-        rate = self.items / (now - self.began)
-        minutes, seconds = divmod(int(left), 60)
+        rate, (minutes, seconds) = self.items / (now - self.began), divmod(int(left), 60)
         line = f"step {step:>6}  {share:>4.0%}  loss {loss:6.3f}  {rate:>8,.0f} items/s  {minutes:>3}:{seconds:02} left"
         print(line, end="\r" if self.tty else "\n", file=sys.stderr, flush=True)
 
 
-def append_log(run: Path, row: dict) -> None:
-    """Add an evaluation to run/log.csv."""
-    new = not (run / "log.csv").exists()
-    with open(run / "log.csv", "a", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
-def seeded(seed: int, kind: str, number: int) -> torch.Generator:
+def seeded(seed: int, kind: str, count: int) -> torch.Generator:
     """A generator for one purpose at one moment: resuming needs the numbers, not the random state."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + number) * 3 + ("windows", "batches", "masks").index(kind))
+    return torch.Generator().manual_seed((seed * 1_000_003 + count) * 3 + ("windows", "batches", "masks").index(kind))
 
 
 def draw_batch(
-    model: PreBert,
-    split: Split,
-    starts: Tensor,
-    ends: Tensor,
-    last_only: Tensor,
-    rate: float,
-    generator: torch.Generator,
+    model: PreBert, split: Split, windows: tuple[Tensor, Tensor, Tensor], rate: float, generator: torch.Generator
 ) -> Batch:
-    """Windows (B,) of the log as a batch with fresh questions, masked or next-item as the model asks."""
-    tokens = pad_left(split.items, starts, ends, int((ends - starts).max()))  # (B, T)
+    """Windows (starts, ends, last_only; (B,) each) as a batch with fresh questions, of the model's kind."""
+    starts, ends, last_only = windows
+    width = int((ends - starts).max())
+    tokens = pad_left(split.items, starts, ends, width)  # (B, T)
     if model.config.causal:
-        return next_items(tokens, rate, generator)
-    return mask_items(tokens, last_only, model.mask_id, rate, generator)
+        tokens, positions, labels = next_items(tokens, rate, generator)
+    else:
+        tokens, positions, labels = mask_items(tokens, last_only, model.mask_id, rate, generator)
+    return tokens, positions, labels, (ends - width)[:, None] + positions
 
 
-def start_run(run: Path, data: Interactions, config: dict, overwrite: bool) -> dict:
-    """Create the run folder with config.json and catalogue.json; returns a fresh training state."""
-    if (run / "config.json").exists() and not overwrite:
-        raise InputError(f"{run} exists; --resume goes on with it, --overwrite starts again, --name makes another")
-    for name in ("model.safetensors", "log.csv", "metrics.json", "train_state.pt"):
-        (run / name).unlink(missing_ok=True)
-    catalogue = {"raw_ids": data.raw_ids, "titles": data.titles}
-    for name, content in (("config.json", config), ("catalogue.json", catalogue)):
-        write_atomic(run / name, lambda path, content=content: path.write_text(json.dumps(content, indent=1)))
-    counts = dict.fromkeys(("epoch", "batch", "step", "waited"), 0)
-    return counts | dict.fromkeys(("seconds", "cpu_seconds", "loss"), 0.0) | {"best": -1.0}
-
-
-@dataclass
 class Session:
-    """What the steps of one training share."""
+    """What the steps of one training share. `state` holds plain numbers and is saved in every checkpoint."""
 
-    model: PreBert
-    loss_of: Loss
-    optimizer: torch.optim.Optimizer
-    dtype: torch.dtype
-    run: Path
-    args: argparse.Namespace
-    state: dict  # plain numbers, saved in every checkpoint
-    stop: Stop
-    progress: Progress
-    began: float = 0.0  # when training would have begun had it not been interrupted, wall and CPU clock
-    began_cpu: float = 0.0
+    def __init__(
+        self, model: PreBert, objective: nn.Module, optimizer: torch.optim.Optimizer, run: Path,
+        args: argparse.Namespace, state: dict, stop: Stop, progress: Progress,
+    ):  # fmt: skip
+        self.model, self.optimizer, self.run, self.args = model, optimizer, run, args
+        self.state, self.stop, self.progress = state, stop, progress
+        self.objective = DistributedDataParallel(objective) if world()[1] > 1 else objective
+        self.dtype = autocast_dtype(model.item_bias.device, args.precision)
+        self.began = time.perf_counter() - state["seconds"]  # had it not been interrupted
+        self.began_cpu = time.process_time() - state["cpu_seconds"]
+        self.saved = time.perf_counter()  # when the last checkpoint was written
 
     def read_clocks(self) -> None:
         self.state["seconds"] = time.perf_counter() - self.began
@@ -276,17 +385,31 @@ class Session:
             return self.state["seconds"] / (60 * self.args.minutes)
         return (self.state["epoch"] + self.state["batch"] / steps_an_epoch) / self.args.epochs
 
+    def save(self) -> None:
+        if world()[0] == 0:
+            save_checkpoint(self.run, self.model, self.optimizer, self.state)
+        self.saved = time.perf_counter()
+
 
 def take_step(session: Session, batch: Batch, seed: int) -> float:
-    """One optimizer step; returns the loss. Dropout depends on `seed` alone."""
-    model, device = session.model, session.model.item_bias.device
-    torch.manual_seed(seed)
+    """One optimizer step on the whole batch, all processes together; returns the loss, or the step's nan or inf.
+
+    Dropout depends on `seed` alone. The clock and Ctrl-C are shared too, so that all processes stop together.
+    """
+    model, state = session.model, session.state
+    device = model.item_bias.device
+    torch.manual_seed(seed + world()[0])
+    part, weight = share_of(batch)
     with torch.autocast(device.type, session.dtype, enabled=session.dtype != torch.float32):
-        loss = session.loss_of(model, tuple(part.to(device) for part in batch))
+        loss = session.objective(*(tensor.to(device) for tensor in part)) * weight
     session.optimizer.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    value = loss.item()
+    session.read_clocks()
+    rank, size = world()
+    clock = 0.0 if rank else state["seconds"]
+    value, state["seconds"], stop = everyone([loss.item() / size, clock, session.stop.signal / size], device)
+    session.stop.signal = math.ceil(stop)
     if math.isfinite(value):  # else the caller stops, with the weights as they were
         session.optimizer.step()
     return value
@@ -308,7 +431,7 @@ def train_epoch(session: Session, split: Split) -> None:
         for group in session.optimizer.param_groups:
             group["lr"] = group["peak"] * rate
         generator = seeded(seed, "masks", state["step"])
-        batch = draw_batch(model, split, starts[rows], ends[rows], last_only[rows], args.mask_rate, generator)
+        batch = draw_batch(model, split, (starts[rows], ends[rows], last_only[rows]), args.mask_rate, generator)
         loss = take_step(session, batch, seed * 1_000_003 + state["step"])
         if not math.isfinite(loss):
             raise InputError(
@@ -317,12 +440,13 @@ def train_epoch(session: Session, split: Split) -> None:
             )
         state["loss"] = loss if state["step"] == 0 else 0.99 * state["loss"] + 0.01 * loss
         state["step"], state["batch"] = state["step"] + 1, state["batch"] + 1
-        session.read_clocks()
         session.progress.items += int((batch[0] != PAD).sum())
         session.progress.show(state["step"], share, state["loss"], state["seconds"] * (1 / max(share, 1e-3) - 1))
+        if session.stop.signal or time.perf_counter() - session.saved > 600:
+            session.save()
         if session.stop.signal:
-            save_checkpoint(session.run, model, session.optimizer, state)
-            print(f"\nstopped at step {state['step']}, saved; the same command with --resume goes on", file=sys.stderr)
+            if world()[0] == 0:
+                print(f"\nstopped at step {state['step']}; the same command with --resume goes on", file=sys.stderr)
             sys.exit(128 + session.stop.signal)
         if args.minutes and session.spent(len(plan)) >= 1:
             break
@@ -334,17 +458,24 @@ def end_epoch(session: Session, valid: Split, exclude_seen: bool) -> None:
     model, run, state = session.model, session.run, session.state
     quality, hits = validate(model, valid, exclude_seen, session.args.eval_users)
     state["waited"] = 0 if quality > state["best"] else state["waited"] + 1
-    if quality > state["best"]:
-        state["best"] = quality
-        write_safetensors(run / "model.safetensors", model.state_dict())
+    best, state["best"] = quality > state["best"], max(quality, state["best"])
     session.read_clocks()
+    if world()[0]:
+        return
+    if best:
+        write_safetensors(run / "model.safetensors", model.state_dict())
     row = {"step": state["step"], "epoch": state["epoch"], "minutes": round(state["seconds"] / 60, 3)}
     row |= {"loss": round(state["loss"], 5), "valid_NDCG@10": round(quality, 5), "valid_HR@10": round(hits, 5)}
-    append_log(run, row)
-    save_checkpoint(run, model, session.optimizer, state)
+    new = not (run / "log.csv").exists()
+    with open(run / "log.csv", "a", newline="") as file:
+        writer = csv.DictWriter(file, row, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+    session.save()
     print(
         f"epoch {row['epoch']:>3}  {row['minutes']:6.1f} min  loss {row['loss']:.3f}  "
-        f"validation NDCG@10 {quality:.4f}  HR@10 {hits:.4f}  {'' if state['waited'] else 'best':<12}"
+        f"validation NDCG@10 {quality:.4f}  HR@10 {hits:.4f}  {'best' if best else '':<12}"
     )
 
 
@@ -354,29 +485,55 @@ def train(model: PreBert, loss_of: Loss, data: Interactions, run: Path, args: ar
     The best weights by validation NDCG@10 are in model.safetensors at any time. train_state.pt, from
     which --resume goes on bit for bit, is removed when training has ended. Every random draw is a
     function of the seed and the number of its step or epoch, so there is no random state to save.
-    Raises InputError when nobody can be evaluated or the loss is not finite.
+    Raises InputError when nobody can be evaluated, the run folder is taken or the loss is not finite.
     """
     keep_freed_memory()
     split, valid, _ = leave_one_out(data)
     if not len(valid.targets):
         raise InputError(f"{data.name}: no user has the three items that training and evaluation need")
     model.train().to(pick_device(args.device))
-    dtype = autocast_dtype(model.item_bias.device, args.precision)
     optimizer = make_optimizer(model, args.lr, args.body_lr or args.lr, args.weight_decay)
-    state = resume(run, model, optimizer, config) if args.resume else start_run(run, data, config, args.overwrite)
-    session = Session(model, loss_of, optimizer, dtype, run, args, state, Stop(), Progress())
-    session.began = time.perf_counter() - state["seconds"]
-    session.began_cpu = time.process_time() - state["cpu_seconds"]
+    with locked(run):
+        state = begin(run, model, optimizer, data, args, config)
+        if state is None:
+            return
+        session = Session(model, Objective(model, loss_of), optimizer, run, args, state, Stop(), Progress())
+        while session.spent(1) < 1 and state["waited"] < args.patience:
+            train_epoch(session, split)
+            end_epoch(session, valid, not data.repeats)
+        if world()[0] == 0:
+            finish(run, state)
+
+
+def begin(
+    run: Path, model: PreBert, optimizer: torch.optim.Optimizer, data: Interactions, args: argparse.Namespace,
+    config: dict,
+) -> dict | None:  # fmt: skip
+    """The training state to go on from, or None if the run has ended."""
+    first, saved = world()[0] == 0, (run / "train_state.pt").exists()
+    say = print if first else lambda *_, **__: None
+    if args.resume and not saved and (run / "metrics.json").exists():
+        return say(f"the training of {run} has ended; --overwrite starts it again")
+    if args.resume and not saved:
+        say(f"nothing was saved in {run} yet: starting from the beginning")
+    if args.resume and saved:
+        state = resume(run, model, optimizer, config)
+    else:
+        state = start_run(run, data, config, args.overwrite or args.resume) if first else dict(FRESH)
     params = sum(parameter.numel() for parameter in model.parameters())
-    print(f"training {run}: {params:,} parameters, {dtype} on {model.item_bias.device}, {data.num_items:,} items")
-    while session.spent(1) < 1 and state["waited"] < args.patience:
-        train_epoch(session, split)
-        end_epoch(session, valid, not data.repeats)
+    processes = f", {world()[1]} processes" if world()[1] > 1 else ""
+    dtype = autocast_dtype(model.item_bias.device, args.precision)
+    say(f"training {run}: {params:,} parameters, {dtype} on {model.item_bias.device}{processes}", flush=True)
+    return state
+
+
+def finish(run: Path, state: dict) -> None:
+    """Write metrics.json, what the training has cost; the checkpoint has served its purpose."""
     report = {"valid_NDCG@10": state["best"], "steps": state["step"], "epochs": state["epoch"]}
     report |= {"minutes": state["seconds"] / 60, "cpu_minutes": state["cpu_seconds"] / 60}
     report["peak_memory_gb"] = peak_memory_gb()
     write_atomic(run / "metrics.json", lambda path: path.write_text(json.dumps(report, indent=1) + "\n"))
-    (run / "train_state.pt").unlink()
+    (run / "train_state.pt").unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- the command
@@ -384,56 +541,65 @@ def train(model: PreBert, loss_of: Loss, data: Interactions, run: Path, args: ar
 
 def add_training_flags(parser: argparse.ArgumentParser, **defaults: object) -> None:
     """The flags of both training scripts, with each script's own defaults."""
+    share, rate = number(-1e-9, 1 + 1e-9), number(0, math.inf)
     group = parser.add_argument_group("training")
-    group.add_argument("--name", help="run folder runs/<data>/<name> (default: teacher, student or student-no-kd)")
-    group.add_argument("--epochs", type=positive, help="passes over the data (default: %(default)s)")
-    group.add_argument("--minutes", type=float, help="budget by the clock instead of --epochs; the schedule follows it")
-    group.add_argument("--lr", type=float, help="peak learning rate (default: %(default)s)")
-    group.add_argument(
-        "--body-lr", type=float, help="the same for encoder and positions (default: %(default)s; None: --lr)"
-    )
-    group.add_argument("--warmup", type=float, default=0.05, help="share of the budget in which the rate rises")
-    group.add_argument("--weight-decay", type=float, default=0.01)
-    group.add_argument("--tokens", type=positive, default=4096, help="positions in a batch (default: %(default)s)")
-    group.add_argument("--max-length", type=positive, default=200, help="items the model reads (default: %(default)s)")
-    group.add_argument(
-        "--objective",
-        choices=("masked", "next"),
-        help="fill in blanks, or predict each next item (default: masked, or as the teacher)",
-    )
-    group.add_argument("--mask-rate", type=float, help="share of items asked for (default: 0.2 masked, 1 next)")
-    group.add_argument(
-        "--last-share", type=float, help="masked: share of windows with just the last one hidden (default: 0.1)"
-    )
-    group.add_argument("--dropout", type=float, default=0.1, help="share of activations zeroed (default: %(default)s)")
-    group.add_argument("--label-smoothing", type=float, default=0.0)
-    group.add_argument("--patience", type=positive, default=5, help="evaluations without improvement before stopping")
-    group.add_argument("--eval-users", type=positive, default=1000, help="validation users asked after an epoch")
-    group.add_argument("--seed", type=int, default=0)
-    group.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    group.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
-    group.add_argument("--resume", action="store_true", help="go on with an interrupted run")
-    group.add_argument("--overwrite", action="store_true", help="start again in an existing run folder")
-    parser.set_defaults(**defaults)
+    add = group.add_argument
+    add("--name", help="run folder runs/<data>/<name> (default: teacher, student or student-no-kd)")
+    add("--epochs", type=positive, help="passes over the data (default: %(default)s)")
+    add("--minutes", type=rate, help="budget by the clock instead of --epochs; the schedule follows it")
+    add("--lr", type=rate, help="peak learning rate (default: %(default)s)")
+    add("--body-lr", type=rate, help="the same for encoder and positions (default: %(default)s; None: --lr)")
+    add("--warmup", type=number(-1e-9, 1), default=0.05, help="share of the budget in which the rate rises")
+    add("--weight-decay", type=number(-1e-9, math.inf), default=0.01)
+    add("--tokens", type=positive, help="positions in a batch, over all processes (default: %(default)s)")
+    add("--max-length", type=positive, default=200, help="items the model reads (default: %(default)s)")
+    add("--objective", choices=("masked", "next"),
+        help="fill in blanks, or predict each next item (default: masked, or as the teacher)")  # fmt: skip
+    add("--mask-rate", type=number(0, 1 + 1e-9), help="share of items asked for (default: 0.2 masked, 1 next)")
+    add("--last-share", type=share, help="masked: share of windows with just the last one hidden (default: 0.1)")
+    add("--dropout", type=number(-1e-9, 0.99), default=0.1, help="share of activations zeroed (default: %(default)s)")
+    add("--label-smoothing", type=number(-1e-9, 1), default=0.0)
+    add("--negatives", type=int, help="sampled softmax with this many shared negatives (default: the full "
+        f"catalogue up to {FULL_SOFTMAX:,} items, then {NEGATIVES:,})")  # fmt: skip
+    add("--patience", type=positive, default=5, help="evaluations without improvement before stopping")
+    add("--eval-users", type=positive, default=1000, help="validation users asked after an epoch")
+    add("--seed", type=int, default=0)
+    add("--device", default="auto", help="auto, cuda, mps or cpu")
+    add("--precision", choices=("auto", "bf16", "fp32"), default="auto")
+    add("--resume", action="store_true", help="go on with an interrupted run, or start it")
+    add("--overwrite", action="store_true", help="start again in an existing run folder")
+    parser.set_defaults(**{"tokens": 4096, **defaults})
+
+
+FULL_SOFTMAX = 50_000  # items: beyond, the catalogue softmax is estimated from
+NEGATIVES = 8_192  # shared negatives a batch
 
 
 def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End with argparse's message and code 2 for numbers that make no sense."""
-    if args.mask_rate is None:
-        args.mask_rate = 0.2 if args.objective == "masked" else 1.0
-    if args.objective == "next" and args.last_share:
+    """Fill in what depends on the objective; end with argparse's message and code 2 for what makes no sense."""
+    masked = args.objective == "masked"
+    if not masked and args.last_share:
         parser.error("--last-share is for --objective masked; next asks at every position")
-    if args.last_share is None:
-        args.last_share = 0.1 if args.objective == "masked" else 0.0
-    for name in ("mask_rate", "last_share", "warmup", "dropout", "label_smoothing"):
-        if not 0 <= getattr(args, name) <= 1:
-            parser.error(f"--{name.replace('_', '-')} must be between 0 and 1")
-    for name in ("lr", "body_lr", "minutes"):
-        value = getattr(args, name)
-        if value is not None and not 0 < value < math.inf:
-            parser.error(f"--{name.replace('_', '-')} must be above 0")
-    if args.mask_rate == 0 or args.warmup == 1 or args.dropout > 0.99 or args.max_length < 2 or args.seed < 0:
-        parser.error("--mask-rate must be above 0, --warmup and --dropout below 1, --max-length 2 or more, --seed 0 or more")
+    args.mask_rate = args.mask_rate or (0.2 if masked else 1.0)
+    args.last_share = args.last_share if args.last_share is not None else 0.1 * masked
+    if args.max_length < 2 or args.seed < 0 or (args.negatives is not None and args.negatives < 1):
+        parser.error("--max-length must be 2 or more, --seed 0 or more, --negatives 1 or more")
+    join_processes(args)
+
+
+def make_sampler(args: argparse.Namespace, data: Interactions) -> Sampler | None:
+    """None where the full catalogue fits; else half uniform, half by popularity in the training part."""
+    count = args.negatives or (NEGATIVES if data.num_items > FULL_SOFTMAX else 0)
+    if not count:
+        return None
+    if world()[0] == 0:
+        print(f"sampled softmax: {count:,} shared negatives a batch instead of all {data.num_items:,} items")
+    train_part, _, _ = leave_one_out(data)
+    inside = torch.zeros(len(train_part.items) + 1)
+    inside.index_add_(0, train_part.starts, torch.ones(data.num_users))
+    inside.index_add_(0, train_part.ends, -torch.ones(data.num_users))
+    counts = torch.bincount(train_part.items, inside.cumsum(0)[:-1], data.num_items + 1)[1:]
+    return Sampler((0.5 / data.num_items + 0.5 * counts / counts.sum()).float().to(pick_device(args.device)), count)
 
 
 def describe(data: Interactions, model: PreBert, args: argparse.Namespace) -> dict:
@@ -445,7 +611,7 @@ def describe(data: Interactions, model: PreBert, args: argparse.Namespace) -> di
         commit = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     settings = {key: value for key, value in vars(args).items() if key not in ("resume", "overwrite", "device", "root")}
     return {
-        "version": 1, "data": data.name, "num_items": data.num_items, "exclude_seen": not data.repeats,
+        "version": VERSION, "data": data.name, "num_items": data.num_items, "exclude_seen": not data.repeats,
         "model": asdict(model.config), "seed": args.seed, "settings": settings, "protocol": data.protocol,
         "command": shlex.join(["python", script.name, *sys.argv[1:]]),
         "commit": commit or "unknown", "machine": machine(),
@@ -480,21 +646,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Fine-tune a pre-trained BERT into a recommender.")
     add_data_flags(parser)
     parser.add_argument("--bert", default="minilm", help="minilm, bert-base-uncased, a folder, or none: random weights")
-    parser.add_argument(
-        "--item-init",
-        choices=("cooc", "text", "random"),
-        default="cooc",
-        help="first item embeddings (default: %(default)s)",
-    )
+    parser.add_argument("--item-init", choices=("cooc", "text", "random"), default="cooc",
+                        help="first item embeddings (default: %(default)s)")  # fmt: skip
     add_training_flags(parser, name="teacher", objective="masked", epochs=10, lr=1e-3, body_lr=3e-4, tokens=2048)
     args = parser.parse_args()
     check_flags(parser, args)
     data = load_dataset(args.data, args.root, args.min_count, args.fraction)
     model = build_teacher(args, data)
     run = Path("runs") / data.name / args.name
-    loss = partial(masked_item_loss, label_smoothing=args.label_smoothing)
+    loss = partial(masked_item_loss, label_smoothing=args.label_smoothing, sampler=make_sampler(args, data))
     train(model, loss, data, run, args, describe(data, model, args))
-    print(f"the best weights are in {run}; next: python distill.py --data {args.data}")
+    if world()[0] == 0:
+        print(f"the best weights are in {run}; next: python distill.py --data {args.data}")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def run(request, ring, tmp_path_factory):
     write_safetensors(folder / "model.safetensors", model.state_dict())
     titles = [*log.titles[:-2], "Twin (1999)", "Twin (1999)"]
     (folder / "config.json").write_text(
-        json.dumps({"model": asdict(model.config), "num_items": log.num_items, "exclude_seen": True})
+        json.dumps({"version": 1, "model": asdict(model.config), "num_items": log.num_items, "exclude_seen": True})
     )
     (folder / "catalogue.json").write_text(json.dumps({"raw_ids": log.raw_ids, "titles": titles}))
     return folder

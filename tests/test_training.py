@@ -17,11 +17,20 @@ import torch
 import torch.nn.functional as F
 
 from data import InputError, load_dataset, mask_items
-from distill import distillation_loss, principal_components, student_loss
+from distill import ask, distillation_loss, principal_components, student_loss
 from evaluate import target_ranks
 from prebert import BertConfig, PreBert, read_safetensors
 from student import MiniBert
-from teacher import add_training_flags, check_flags, describe, make_optimizer, masked_item_loss, schedule, train
+from teacher import (
+    add_training_flags,
+    check_flags,
+    describe,
+    locked,
+    make_optimizer,
+    masked_item_loss,
+    schedule,
+    train,
+)  # fmt: skip
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--epochs", "2", "--max-length", "16", "--tokens", "256", "--eval-users", "20"]
@@ -54,7 +63,7 @@ def test_masked_item_loss_is_the_mean_over_hidden_positions():
         for p, label in zip(positions[b].tolist(), labels[b].tolist(), strict=True)
         if label
     ]
-    assert masked_item_loss(model, (tokens, positions, labels)).item() == pytest.approx(
+    assert masked_item_loss(model, (tokens, positions, labels, positions)).item() == pytest.approx(
         sum(terms).item() / len(terms), rel=1e-5
     )
 
@@ -106,7 +115,7 @@ def test_distillation_gradient_by_finite_differences():
 def test_teacher_gets_no_gradient_and_no_dropout():
     teacher, student = MiniBert("tiny", 30, 12).eval(), MiniBert("tiny", 30, 12).train()
     batch = mask_items(torch.randint(1, 31, (5, 12)), torch.zeros(5, dtype=torch.bool), 31, 0.3, torch.Generator())
-    student_loss(student, batch, teacher, 2.0, 0.5).backward()
+    student_loss(student, (*batch, batch[1]), ask([teacher]), 2.0, 0.5).backward()
     assert all(p.grad is None for p in teacher.parameters()) and student.item_bias.grad is not None
 
 
@@ -140,7 +149,7 @@ def test_one_batch_can_be_learnt_by_heart():
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     for _ in range(150):
         optimizer.zero_grad()
-        masked_item_loss(model, batch).backward()
+        masked_item_loss(model, (*batch, batch[1])).backward()
         optimizer.step()
     asked = batch[2] > 0
     ranks = target_ranks(model.logits(model(batch[0], batch[1])[asked]), batch[2][asked])
@@ -204,10 +213,18 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(ring, tmp_path
     lines = [(tmp_path / run / "log.csv").read_text().splitlines() for run in ("whole", "parts")]
     assert [len(rows) for rows in lines] == [9, 9]  # a header and a row an epoch
     assert not (tmp_path / "parts" / "train_state.pt").exists()
-    with pytest.raises(InputError, match="nothing to resume"):
-        go("parts", masked_item_loss, "--resume")
+    go("parts", StopAt(1, signal.SIGINT), "--resume")  # nothing is left to do, so no step is computed
+    assert "has ended" in capsys.readouterr().out
     with pytest.raises(InputError, match="--overwrite"):
         go("parts", masked_item_loss)
+
+
+def test_two_trainings_in_one_folder_are_refused(ring, tmp_path):
+    log, run = load_dataset(str(ring)), tmp_path / "run"
+    args = options()
+    model = MiniBert("tiny", log.num_items, 16)
+    with locked(run), pytest.raises(InputError, match="another training is writing"):
+        train(model, masked_item_loss, log, run, args, describe(log, model, args))
 
 
 def test_resume_refuses_other_settings_and_broken_files(ring, tmp_path):
@@ -335,7 +352,7 @@ def test_bench_reports_every_field(ring, tmp_path):
         (["data.py", "--data", "netflix"], "unknown dataset"),
         (["data.py", "--unknown"], "unrecognized"),
         (["data.py", "--min-count", "0"], "whole number"),
-        (["teacher.py", "--data", "RING", "--lr", "-1"], "--lr must be above 0"),
+        (["teacher.py", "--data", "RING", "--lr", "-1"], "--lr: '-1' must be a number above 0"),
         (["teacher.py", "--data", "RING", "--bert", "none", "--item-init", "text"], "needs a BERT"),
         (["teacher.py", "--data", "RING", "--bert", "no-such-folder"], "no BERT"),
         (["teacher.py", "--data", "RING", "--bert", "none", "--device", "warp"], "--device warp"),

@@ -2,10 +2,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
 FILMS := "Toy Story (1995)" "Star Wars (1977)" "Fargo (1996)"
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PIP) -r requirements.txt
+	touch $@
+
+.venv/checked: .venv/installed tests/requirements.txt
+	$(PIP) -r tests/requirements.txt
 	touch $@
 
 demo: .venv/installed
@@ -15,7 +20,11 @@ demo: .venv/installed
 	$(BIN)/python evaluate.py --data ml-100k
 	$(BIN)/python student.py --run runs/ml-100k/student -k 3 $(FILMS)
 
-test: .venv/installed
+check: .venv/checked
+	$(BIN)/ruff check .
+	$(BIN)/mypy *.py
+
+test: check
 	$(BIN)/python -m pytest -q tests
 
-.PHONY: demo test
+.PHONY: demo check test

@@ -24,6 +24,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 import subprocess
 import sys
 import time
@@ -35,7 +36,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date, datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
@@ -53,16 +54,22 @@ class InputError(ValueError):
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file, fsync it and rename it to `path`: all of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Let `write` fill a temporary file, fsync it and rename it to `path`: all of it or nothing.
+
+    Raises InputError when the disk is full or may not be written.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(partial)
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}; what was there before is untouched") from error
     finally:
-        partial.unlink(missing_ok=True)
+        if partial.exists():
+            partial.unlink()
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,7 @@ BY_HAND = {  # too large, or packed in a way, for us to fetch: what to put under
     "(unpack it with `7z x yoochoose-data.7z yoochoose-clicks.dat`),",
 }
 DATASETS = (*ARCHIVES, *BY_HAND)
+TIMEOUT = 20  # seconds without a byte
 MAX_MEMBER = 1 << 28  # bytes; no file that we unpack is larger, so a zip bomb stops here
 
 
@@ -105,7 +113,7 @@ def download(archive: Archive, path: Path) -> None:
     have = partial.stat().st_size if partial.exists() else 0
     if have < archive.size:
         request = urllib.request.Request(archive.url, headers={"Range": f"bytes={have}-"} if have else {})
-        with urllib.request.urlopen(request, timeout=20) as response:
+        with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
             have = have if response.status == 206 else 0  # else the server sends everything, from the start
             with (
                 open(partial, "ab" if have else "wb") as file,
@@ -126,16 +134,21 @@ def download(archive: Archive, path: Path) -> None:
 def unzip(archive: Path, members: dict[str, Path]) -> None:
     """Copy single files out of a zip, {name inside: path outside}; nothing else in it is touched.
 
-    Raises InputError if one is missing, broken or larger than MAX_MEMBER.
+    Raises InputError if one is missing, broken or larger than MAX_MEMBER, or if the zip looks like an attack:
+    names that lead out of a folder, or links.
     """
     try:
         with zipfile.ZipFile(archive) as opened:
+            for entry in opened.infolist():
+                path = PurePosixPath(entry.filename.replace("\\", "/"))
+                if path.is_absolute() or ".." in path.parts or stat.S_ISLNK(entry.external_attr >> 16):
+                    raise InputError(f"{archive}: holds {entry.filename!r}, which no honest archive does; delete it")
             for name, target in members.items():
                 with opened.open(name) as source:
                     content = source.read(MAX_MEMBER + 1)
                 if len(content) > MAX_MEMBER:
                     raise InputError(f"{archive}: {name} is larger than {MAX_MEMBER:,} bytes")
-                write_atomic(target, lambda path, content=content: path.write_bytes(content))
+                write_atomic(target, functools.partial(Path.write_bytes, data=content))
     except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, NotImplementedError, RuntimeError) as error:
         raise InputError(f"{archive} cannot be unpacked ({error}); delete it and run again") from error
 
@@ -197,11 +210,14 @@ class Log:
     Raises InputError when more than 1 % of the lines are malformed; a few are counted and reported.
     """
 
-    def __init__(self, path: Path, lines: Iterator[tuple[int, bytes]], parse: Callable[[str], Row], encoding="utf-8"):
+    def __init__(
+        self, path: Path, lines: Iterator[tuple[int, bytes]], parse: Callable[[str], Row], encoding: str = "utf-8"
+    ):
         users, items, times = array("q"), array("q"), array("d")
         user_ids: dict[str, int] = {}
         item_ids: dict[str, int] = {}
-        self.malformed, self.incomplete, examples = 0, 0, []
+        self.malformed, self.incomplete = 0, 0
+        examples: list[str] = []
         for number, line in lines:
             try:
                 user, item, when = parse(line.decode(encoding))
@@ -245,18 +261,20 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
             raise InputError(f"{path}: broken gzip file ({error}); download it again") from error
 
 
-def separated(separator: str, user: int, item: int, when: int | None, parse_time: Callable[[str], float] = float):
+def separated(
+    separator: str, user: int, item: int, when: int, parse_time: Callable[[str], float] = float
+) -> Callable[[str], Row]:
     """A parser of lines like user::item::rating::time, columns given by number."""
-    width = max(user, item, when or 0) + 1
+    width = max(user, item, when) + 1
 
     def parse(line: str) -> Row:
         fields = line.split(separator)
         if len(fields) < width:
             raise ValueError(f"expected {width} or more fields")
         try:
-            return fields[user], fields[item], 0.0 if when is None else parse_time(fields[when])
+            return fields[user], fields[item], parse_time(fields[when])
         except ValueError:
-            raise ValueError(f"{fields[when or 0]!r} is not a timestamp") from None
+            raise ValueError(f"{fields[when]!r} is not a timestamp") from None
 
     return parse
 
@@ -348,8 +366,8 @@ def atomic_titles(path: Path) -> dict[str, str]:
     titles = {}
     lines = read_lines(path) if path.exists() else iter(())
     columns = atomic_columns(path, lines, ("item_id",)) if path.exists() else {}
-    title = next((columns[name] for name in columns if re.search("title|name", name)), None)
-    for number, line in lines if title is not None else ():
+    title = next((columns[name] for name in columns if re.search("title|name", name)), -1)
+    for number, line in lines if title >= 0 else ():
         fields = line.decode("utf-8", "replace").split("\t")
         if len(fields) != len(columns):
             raise InputError(f"{path}:{number}: expected {len(columns)} fields, found {len(fields)}")
@@ -363,7 +381,11 @@ def read_atomic(path: Path) -> tuple[Log, dict[str, str]]:
     """RecBole atomic files: `path` (.inter) and, if it is there, the .item file beside it."""
     lines = read_lines(path)
     columns = atomic_columns(path, lines, ("user_id", "item_id"))
-    parse = separated("\t", columns["user_id"], columns["item_id"], columns.get("timestamp"))
+    user, item = columns["user_id"], columns["item_id"]
+    if "timestamp" in columns:
+        parse = separated("\t", user, item, columns["timestamp"])
+    else:  # the file's order is the order
+        parse = separated("\t", user, item, item, lambda _: 0.0)
     return Log(path, lines, parse), atomic_titles(path.with_suffix(".item"))
 
 
@@ -572,7 +594,9 @@ def pad_left(items: Tensor, starts: Tensor, ends: Tensor, length: int) -> Tensor
     return torch.where(index >= starts[:, None], items[index.clamp(min=0)], PAD)
 
 
-def windows(split: Split, max_length: int, last_share: float, generator: torch.Generator):
+def windows(
+    split: Split, max_length: int, last_share: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
     """One epoch of training windows: starts (W,), ends (W,), last_only (W,).
 
     A history of n items gives ceil(n / max_length) windows: its newest items, then cuts that end
@@ -609,7 +633,9 @@ def batches(starts: Tensor, ends: Tensor, tokens: int, generator: torch.Generato
     return groups
 
 
-def mask_items(tokens: Tensor, last_only: Tensor, mask: int, rate: float, generator: torch.Generator):
+def mask_items(
+    tokens: Tensor, last_only: Tensor, mask: int, rate: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
     """Hide items for the model to guess.
 
     tokens (B, T) left-padded, last_only (B,). Every item is hidden with probability `rate`; in rows
@@ -628,7 +654,7 @@ def mask_items(tokens: Tensor, last_only: Tensor, mask: int, rate: float, genera
     return tokens.masked_fill(hidden, mask), positions, labels
 
 
-def next_items(tokens: Tensor, rate: float, generator: torch.Generator):
+def next_items(tokens: Tensor, rate: float, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Ask every item for its successor, which a causal model must answer without looking ahead.
 
     tokens (B, T) left-padded; a share `rate` of positions is asked. Returns tokens (B, T - 1),

@@ -147,7 +147,7 @@ def build_student(args: argparse.Namespace, data: Interactions, teacher: PreBert
     """Mini-BERT with its item table from the teacher's by PCA, from co-occurrence, or random."""
     torch.manual_seed(args.seed)
     model = MiniBert(args.size, data.num_items, args.max_length, args.objective == "next", args.dropout)
-    if args.item_init == "pca":
+    if args.item_init == "pca" and teacher is not None:
         table = principal_components(teacher.item_embedding.weight[1:-1].detach().cpu(), model.config.hidden_size)
         set_item_table(model, table, 1.0)
     elif args.item_init == "cooc":

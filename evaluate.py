@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import resource
 import sys
 import time
@@ -93,7 +94,9 @@ def evaluate(
     """
     ranks = torch.zeros(len(split.targets), dtype=torch.long)
     groups = batches(torch.maximum(split.starts, split.ends - max_length), split.ends, 16384)
-    for rows in tqdm(groups, desc=title, leave=False, disable=not title):
+    limit = max(1, 2**26 // int(split.items.max()))  # users at once: their scores take a quarter GiB at most
+    chunks = [chunk for group in groups for chunk in group.split(limit)]
+    for rows in tqdm(chunks, desc=title, leave=False, disable=not title):
         starts, ends, targets = split.starts[rows], split.ends[rows], split.targets[rows].to(device)
         seen = pad_left(split.items, starts, ends, int((ends - starts).max())).to(device)  # (B, S)
         scores = score(seen[:, -max_length:]).float()  # (B, I)
@@ -286,8 +289,8 @@ def check_catalogue(run: Path, catalogue: dict, config: dict, data: Interactions
         )
 
 
-def print_table(rows: list[dict], ranks: dict[str, Tensor]) -> None:
-    """One line a model; below, who beats whom by how much, tested over the same users."""
+def print_table(rows: list[dict]) -> None:
+    """One line a model."""
     print(
         f"\n{'model':<24}{'params':>12}{'MB':>7}{'HR@1':>8}{'HR@5':>8}{'HR@10':>8}{'NDCG@10':>9}"
         f"{'95 % interval':>16}{'MRR':>8}{'on baseline':>15}"
@@ -295,17 +298,28 @@ def print_table(rows: list[dict], ranks: dict[str, Tensor]) -> None:
     best = max(row["NDCG@10"] for row in rows if row["name"] in ("popularity", "markov"))
     for row in rows:
         low, high = row["ci95"]
-        size = f"{row['params']:>12,}{row['mb']:>7.1f}" if "mb" in row else " " * 19
+        sizes = f"{row['params']:>12,}{row['mb']:>7.1f}" if "mb" in row else " " * 19
         gain = f"{row['NDCG@10'] / best - 1:+.1%}" if best > 0 else "-"
         print(
-            f"{row['name']:<24}{size}{row['HR@1']:>8.4f}{row['HR@5']:>8.4f}{row['HR@10']:>8.4f}"
+            f"{row['name']:<24}{sizes}{row['HR@1']:>8.4f}{row['HR@5']:>8.4f}{row['HR@10']:>8.4f}"
             f"{row['NDCG@10']:>9.4f}{f'{low:.4f}-{high:.4f}':>16}{row['MRR']:>8.4f}{gain:>15}"
         )
-    for better, worse in (("student", "teacher"), ("student", "student-no-kd")):
-        if better in ranks and worse in ranks:
-            a, b = ndcg(ranks[better], 10), ndcg(ranks[worse], 10)
-            gain, p = a.mean() / b.mean() - 1, paired_p(a, b)
-            print(f"{better} over {worse}: {gain:+.2%} NDCG@10, paired bootstrap p = {p:.4f}")
+
+
+def compare(ranks: dict[str, Tensor]) -> list[dict]:
+    """Students against their teacher and their control, over the same users: prints and returns gain and p.
+
+    Runs of seed s are named like student-s1, teacher-s1 and student-no-kd-s1.
+    """
+    found: list[dict] = []
+    for better in (name for name in ranks if re.fullmatch(r"student(-s\d+)?", name)):
+        for worse in (better.replace("student", "teacher"), "teacher", better.replace("student", "student-no-kd")):
+            if worse in ranks and (better, worse) not in [(row["better"], row["worse"]) for row in found]:
+                a, b = ndcg(ranks[better], 10), ndcg(ranks[worse], 10)
+                gain, p = (a.mean() / b.mean() - 1).item(), paired_p(a, b)
+                print(f"{better} over {worse}: {gain:+.2%} NDCG@10, paired bootstrap p = {p:.4f}")
+                found.append({"better": better, "worse": worse, "gain": gain, "p": p})
+    return found
 
 
 def find_runs(args: argparse.Namespace, data: Interactions) -> list[Path]:
@@ -317,50 +331,56 @@ def find_runs(args: argparse.Namespace, data: Interactions) -> list[Path]:
     return sorted(runs, key=lambda run: not run.name.startswith("teacher"))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Accuracy on the test part, and with --bench latency.")
-    add_data_flags(parser)
-    parser.add_argument("--runs", nargs="+", metavar="RUN", help="run folders (default: all under runs/<data>)")
-    parser.add_argument(
-        "--sampled",
-        choices=("uniform", "popularity"),
-        help="rank among 100 sampled negatives, to compare with older papers only",
-    )
-    parser.add_argument("--sample-seed", type=int, default=0, help="seed of --sampled")
-    parser.add_argument("--bench", action="store_true", help="also time every run")
-    parser.add_argument("--json", type=Path, help="write everything to this file")
-    parser.add_argument("--device", default="auto")
-    args = parser.parse_args()
-    data, device = load_dataset(args.data, args.root, args.min_count, args.fraction), pick_device(args.device)
+def evaluate_all(args: argparse.Namespace, data: Interactions) -> tuple[dict, dict[str, PreBert], dict[str, Tensor]]:
+    """Report, models and ranks of the baselines and the runs asked for, on the test part."""
     train, _, test = leave_one_out(data)
     if not len(test.targets):
         raise InputError(f"{data.name}: no user has three items, so there is nothing to evaluate")
-    runs, negatives, protocol = find_runs(args, data), None, data.protocol
-    if args.sampled:
-        popularity = Popularity(train, data.num_items).counts.float()
-        weights = popularity if args.sampled == "popularity" else torch.ones(data.num_items)
-        protocol = f"SAMPLED: 100 {args.sampled} negatives, seed {args.sample_seed}; not comparable with full ranking"
-    print(f"{data.name}: {len(test.targets):,} test users; {protocol}")
-    rows, ranks, models = [], {}, {}
-    scorers = {
-        "popularity": ({}, Popularity(train, data.num_items), "cpu"),
-        "markov": ({}, Markov(train, data.num_items), "cpu"),
-    }
-    for run in runs:
+    popularity, device = Popularity(train, data.num_items), pick_device(args.device)
+    scorers: dict[str, tuple[dict, Scorer]] = {
+        "popularity": ({}, popularity), "markov": ({}, Markov(train, data.num_items))
+    }  # fmt: skip
+    models = {}
+    for run in find_runs(args, data):
         model, config, catalogue = load_run(run)
         check_catalogue(run, catalogue, config, data)
         name = run.name if run.name not in scorers else str(run)
-        models[name] = model
-        scorers[name] = (run_row(run, name, model, config), model.to(device).score_next, device)
-    for name, (row, score, where) in scorers.items():
-        if args.sampled:
-            negatives = sample_negatives(weights, 100, args.sample_seed)  # the same for every model
+        models[name] = model.to(device)
+        scorers[name] = (run_row(run, name, model, config), model.score_next)
+    protocol, negatives = data.protocol, None
+    if args.sampled:
+        protocol = f"SAMPLED: 100 {args.sampled} negatives, seed {args.sample_seed}; not comparable with full ranking"
+    print(f"{data.name}: {len(test.targets):,} test users; {protocol}")
+    rows, ranks = [], {}
+    for name, (row, score) in scorers.items():
+        if args.sampled:  # the same draws for every model
+            weights = popularity.counts.float() if args.sampled == "popularity" else torch.ones(data.num_items)
+            negatives = sample_negatives(weights, 100, args.sample_seed)
+        where = device if name in models else "cpu"
         ranks[name] = evaluate(score, test, not data.repeats, device=where, negatives=negatives, title=name)
         interval = np.percentile(bootstrap(ndcg(ranks[name], 10)), [2.5, 97.5]).tolist()
         rows.append({"name": name, **row, **metrics(ranks[name]), "ci95": interval})
-    print_table(rows, ranks)
-    size = {"users": data.num_users, "items": data.num_items, "interactions": len(data.items)}
+    size = {"users": data.num_users, "items": data.num_items, "interactions": len(data.items), "lines": data.counts}
     report = {"data": {"name": data.name, **size}, "protocol": protocol, "machine": machine(), "rows": rows}
+    return report, models, ranks
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Accuracy on the test part, and with --bench latency.")
+    add_data_flags(parser)
+    add = parser.add_argument
+    add("--runs", nargs="+", metavar="RUN", help="run folders (default: all under runs/<data>)")
+    add("--sampled", choices=("uniform", "popularity"),
+        help="rank among 100 sampled negatives, to compare with older papers only")  # fmt: skip
+    add("--sample-seed", type=int, default=0, help="seed of --sampled")
+    add("--bench", action="store_true", help="also time every run")
+    add("--json", type=Path, help="write everything to this file")
+    add("--device", default="auto")
+    args = parser.parse_args()
+    data = load_dataset(args.data, args.root, args.min_count, args.fraction)
+    report, models, ranks = evaluate_all(args, data)
+    print_table(report["rows"])
+    report["comparisons"] = compare(ranks)
     if args.bench and models:
         report["bench"] = benchmark({name: model.cpu() for name, model in models.items()})
         report["peak_gflops"] = report["bench"][0]["peak_gflops"]
@@ -369,7 +389,7 @@ def main() -> None:
     if args.json:
         write_atomic(args.json, lambda path: path.write_text(json.dumps(report, indent=1) + "\n"))
         print(f"written to {args.json}")
-    if not runs:
+    if not models:
         print(f"no runs under runs/{data.name} yet; next: python teacher.py --data {args.data}")
 
 

@@ -18,6 +18,7 @@ import urllib.error
 import urllib.request
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -46,7 +47,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict:
     return names
 
 
-def _read_header(file, path: Path, size: int) -> tuple[dict, int]:
+def _read_header(file: BinaryIO, path: Path, size: int) -> tuple[dict, int]:
     """The header of an open file of `size` bytes, checked as far as JSON goes, and the data's length."""
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > min(MAX_HEADER, size - 8):
@@ -584,9 +585,8 @@ def cooccurrence_vectors(train: Split, num_items: int, size: int, window: int = 
     rows, columns = pairs // num_items, pairs % num_items
     totals = np.bincount(rows, counts, num_items)
     ppmi = np.log(counts * totals.sum() / (totals[rows] * totals[columns])).clip(min=0).astype(np.float32)
-    matrix = torch.sparse_coo_tensor(
-        np.stack([rows, columns]), torch.from_numpy(ppmi), (num_items, num_items), check_invariants=True
-    )
+    places, size_both = torch.from_numpy(np.stack([rows, columns])), (num_items, num_items)
+    matrix = torch.sparse_coo_tensor(places, torch.from_numpy(ppmi), size_both, check_invariants=True)
     rank = min(size, num_items)
     u, s, _ = torch.svd_lowrank(matrix.coalesce(), q=rank, niter=4)
     return F.pad(u * s.sqrt(), (0, size - rank))

@@ -13,7 +13,7 @@ import argparse
 import difflib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -66,13 +66,12 @@ def load_run(run: str | Path) -> tuple[PreBert, dict, dict]:
     config, catalogue = read_json(run / "config.json"), read_json(run / "catalogue.json")
     if config.get("version") != VERSION:
         raise InputError(f"{run}: made by version {config.get('version')} of this code, which is version {VERSION}")
-    shape, num_items = check_shape(config.get("model"), run / "config.json"), config.get("num_items")
-    raw_ids, titles = catalogue.get("raw_ids"), catalogue.get("titles")
-    for names in (raw_ids, titles):
+    shape, num_items = check_shape(config.get("model"), run / "config.json"), config.get("num_items", 0)
+    for names in (catalogue.get("raw_ids"), catalogue.get("titles")):
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise InputError(f"{run / 'catalogue.json'}: raw_ids and titles must be lists of strings")
-    if type(num_items) is not int or num_items < 1 or not len(raw_ids) == len(titles) == num_items + 1:
-        raise InputError(f"{run}: catalogue.json has {len(raw_ids) - 1} items, config.json {num_items}")
+        if not isinstance(num_items, int) or len(names) != num_items + 1 or num_items < 1:
+            raise InputError(f"{run}: catalogue.json has {len(names) - 1} items, config.json {num_items}")
     if type(config.get("exclude_seen")) is not bool:
         raise InputError(f"{run / 'config.json'}: exclude_seen must be true or false")
     with torch.device("meta"):  # shapes only: nothing is allocated until the weights prove that they fit
@@ -126,7 +125,7 @@ class Recommender:
         self.question, self.blank = model.question, int(not model.config.causal)
         self.max_items, self.mask_id = model.max_length - self.blank, model.mask_id
         self.buckets = [size for size in BUCKETS if size < model.max_length] + [model.max_length]
-        self.graph = TopK(model, min(k, model.num_items), config["exclude_seen"]).to(self.device).eval()
+        self.graph: Callable = TopK(model, min(k, model.num_items), config["exclude_seen"]).to(self.device).eval()
         self.by_title: dict[str, list[int]] = {}
         for item, title in enumerate(self.titles[1:], 1):
             self.by_title.setdefault(title.casefold(), []).append(item)

@@ -191,7 +191,7 @@ def share_of(batch: Batch) -> tuple[Batch, float]:
         return batch, 1.0
     tokens, positions, labels, entries = batch
     if len(tokens) > rank:
-        part = tuple(tensor[rank::size] for tensor in batch)
+        part = (tokens[rank::size], positions[rank::size], labels[rank::size], entries[rank::size])
     else:  # a long history fills a batch alone: the others ask nothing of it
         part = (tokens[:1], positions[:1], torch.zeros_like(labels[:1]), entries[:1])
     return part, size * int((part[2] != PAD).sum()) / int((labels != PAD).sum())
@@ -213,8 +213,8 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.loss_of = model, loss_of
 
-    def forward(self, *batch: Tensor) -> Tensor:
-        return self.loss_of(self.model, batch)
+    def forward(self, tokens: Tensor, positions: Tensor, labels: Tensor, entries: Tensor) -> Tensor:
+        return self.loss_of(self.model, (tokens, positions, labels, entries))
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -274,7 +274,7 @@ def start_run(run: Path, data: Interactions, config: dict, overwrite: bool) -> d
         (run / name).unlink(missing_ok=True)
     catalogue = {"raw_ids": data.raw_ids, "titles": data.titles}
     for name, content in (("catalogue.json", catalogue), ("config.json", config)):
-        write_atomic(run / name, lambda path, content=content: path.write_text(json.dumps(content, indent=1)))
+        write_atomic(run / name, partial(Path.write_text, data=json.dumps(content, indent=1)))
     return dict(FRESH)
 
 
@@ -629,14 +629,14 @@ def build_teacher(args: argparse.Namespace, data: Interactions) -> PreBert:
         raise InputError("--item-init text needs a BERT and item titles; use --item-init cooc")
     if args.bert == "none":
         shape = BertConfig(max_position_embeddings=args.max_length, hidden_dropout_prob=args.dropout, causal=causal)
-        model, bert, norm = PreBert(shape, data.num_items), None, 1.0
+        model, norm = PreBert(shape, data.num_items), 1.0
     else:
         bert, tokenizer = load_bert(args.bert)
         model = prebert_from_bert(bert, tokenizer, data.num_items, args.max_length, causal, args.dropout)
         norm = bert.word_embedding.weight.norm(dim=1).mean().item()
-    if args.item_init == "text":
-        set_item_table(model, encode_titles(bert, tokenizer, data.titles[1:]), norm)
-    elif args.item_init == "cooc":
+        if args.item_init == "text":
+            set_item_table(model, encode_titles(bert, tokenizer, data.titles[1:]), norm)
+    if args.item_init == "cooc":
         table = cooccurrence_vectors(leave_one_out(data)[0], data.num_items, model.config.hidden_size)
         set_item_table(model, table, norm)
     return model

@@ -1,15 +1,20 @@
 """data.py against logs small enough to work out by hand, and a local HTTP server in place of GroupLens."""
 
+import gzip
 import hashlib
 import io
 import threading
+import time
 import zipfile
 from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import data
 from data import (
@@ -77,6 +82,104 @@ def test_official_movielens_files(tmp_path):
         (folder / movies).write_bytes(mark.join(("3", "Am\xe9lie (2001)", "Comedy")).encode("latin-1") + b"\n")
         log = load_dataset(name, tmp_path, min_count=2)
         assert histories(log) == [["3", "4"], ["3", "4"]] and log.titles == ["", "Amélie (2001)", "4"]
+
+
+REVIEWS = """\
+{u'username': u'zo\\xeb', u'hours': 1.5, u'products': 7, u'product_id': u'20', u'date': u'2015-11-08', \
+u'text': u"it's {odd}, u'username': u'nobody', \\"quoted\\"", u'early_access': False, u'page': 1}
+{'date': '2015-11-07', 'text': 'caf\u00e9 \\\\', 'product_id': '30', 'f': None, 'username': 'zo\u00eb', 't': ['a']}
+{u'username': u'zo\\xeb', u'product_id': u'20', u'date': u'2015-11-01', u'hours': 1e2}
+{u'username': u'b', u'product_id': u'20', u'date': u'2016-01-01'}
+{u'username': u'b', u'product_id': u'10', u'date': u'2016-01-01'}
+{u'product_id': u'10', u'date': u'2016-01-01', u'text': u'nobody wrote this'}
+"""
+
+
+def test_steam_from_python_literals_without_eval(tmp_path, capsys):
+    folder = tmp_path / "steam"
+    folder.mkdir()
+    with gzip.open(folder / "steam_reviews.json.gz", "wt", encoding="utf-8") as file:
+        file.write(REVIEWS)
+    with gzip.open(folder / "steam_games.json.gz", "wt", encoding="utf-8") as file:
+        file.write("{u'id': u'20', u'app_name': u'Half-Life', u'tags': [u'FPS', u'Action']}\n")
+        file.write("{u'id': u'30', u'title': u'Day of Defeat'}\n{u'price': 1}\n{u'id': u'10'}\nbroken\n")
+    log = load_dataset("steam", tmp_path, min_count=1)
+    assert histories(log) == [["20", "30"], ["20", "10"]]  # a repeat counts once, at its first time
+    assert log.titles == ["", "Day of Defeat", "Half-Life", "10"] and not log.repeats
+    assert log.counts == {
+        "read": 6, "malformed": 0, "incomplete": 1, "repeated": 1, "older": 0, "filtered": 0, "kept": 4
+    }  # fmt: skip
+    assert "steam_reviews.json.gz:6: no field 'username'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{u'a': __import__('os').system('touch /tmp/pwned')}",
+        "{u'a': u'b', **x}",
+        "{u'a': u'b'",
+        "{u'a': u'b'} + 1",
+        "u'a': 1",
+        "{u'a' 1}",
+        "",
+        "{u'a': u'\\x'}",
+        "{u'a': (1).__class__}",
+    ],
+)
+def test_what_is_no_plain_literal_is_malformed(line):
+    with pytest.raises(ValueError):
+        {key: data.text_of(value) for key, value in data.python2_dict(line).items()}
+    assert not Path("/tmp/pwned").exists()
+
+
+@given(
+    st.dictionaries(st.text(st.characters(codec="utf-8"), max_size=9), st.text(max_size=30) | st.integers(), min_size=1)
+)
+def test_literals_of_any_text_come_back(fields):
+    line = repr(fields).replace("\n", "\\n")
+    assert {key: data.text_of(value) for key, value in data.python2_dict(line).items()} == {
+        repr(key)[1:-1]: value if isinstance(value, str) else str(value) for key, value in fields.items()
+    }
+
+
+CLICKS = """\
+1,2014-04-07T10:51:09.277Z,214536502,0
+1,2014-04-07T10:54:09.868Z,214536500,0
+1,2014-04-07T10:54:09.867Z,214536502,S
+2,2014-04-08T10:00:00.000Z,214536506,0
+3,2014-04-09T10:00:00.000Z,214577561,0
+3,2014-04-09T10:00:00.500Z,214536502,0
+"""
+
+
+def test_yoochoose_sessions_repeats_and_fraction(tmp_path):
+    folder = tmp_path / "yoochoose"
+    folder.mkdir()
+    with pytest.raises(InputError, match="7z x yoochoose-data.7z"):
+        load_dataset("yoochoose", tmp_path)
+    (folder / "yoochoose-clicks.dat").write_text(CLICKS)
+    log = load_dataset("yoochoose", tmp_path, min_count=1)
+    assert histories(log)[0] == ["214536502", "214536502", "214536500"] and log.num_users == 3
+    assert log.repeats and "NOT excluded" in log.protocol and not log.has_titles
+    log = load_dataset("yoochoose", tmp_path, min_count=1, fraction=2)
+    assert histories(log) == [["214536506"], ["214577561", "214536502"]] and log.counts["older"] == 3
+
+
+def test_parsed_copy_is_the_log_and_follows_its_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "CACHE_FROM", 1)
+    first = atomic(tmp_path, HEAD + "a\tp\t1\na\tq\t2\n")
+    (copy,) = tmp_path.glob("runs/x/interactions-*.npz")
+    again = load_dataset(str(tmp_path / "x.inter"), min_count=1)
+    assert histories(again) == histories(first) and vars(again).keys() == vars(first).keys()
+    assert again.titles == first.titles and again.counts == first.counts
+    assert histories(atomic(tmp_path, HEAD + "a\tp\t1\na\tq\t2\na\tr\t3\n")) == [["p", "q", "r"]]
+    copy.write_bytes(b"not a zip")
+    atomic(tmp_path, HEAD + "a\tp\t1\n")
+    for path in tmp_path.glob("runs/x/interactions-*.npz"):
+        path.write_bytes(b"not a zip")
+    with pytest.raises(InputError, match="delete it"):
+        load_dataset(str(tmp_path / "x.inter"), min_count=1)
 
 
 def test_k_core_repeats_until_stable(tmp_path):
@@ -208,10 +311,18 @@ class Server(BaseHTTPRequestHandler):
         self.log.append(begin)
         if self.mode == "missing":
             return self.send_error(404)
+        if self.mode == "redirect" and self.path != "/moved":
+            self.send_response(302)
+            self.send_header("Location", "/moved")
+            return self.end_headers()
         self.send_response(206 if begin and self.mode != "no-range" else 200)
         body = self.content[begin:] if self.mode != "no-range" else self.content
         body = body[: len(body) // 2] if self.mode == "truncated" else body
         self.end_headers()
+        if self.mode == "stalled":
+            self.wfile.write(body[:10])
+            self.wfile.flush()
+            return time.sleep(1.5)
         self.wfile.write(body[::-1] if self.mode == "wrong" else body)
 
     def log_message(self, *args):
@@ -219,13 +330,14 @@ class Server(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def serve(monkeypatch):
+def serve(monkeypatch, request):
     """serve(mode) -> folder-filling fetch of ml-1m from a server that behaves like `mode`, and its log."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr("ml-1m/ratings.dat", "1::1::5::1\n1::2::5::2\n")
         archive.writestr("ml-1m/movies.dat", "1::Toy Story (1995)::X\n")
-        archive.writestr("../evil", "x")
+        for attack in getattr(request, "param", []):
+            archive.writestr(attack, "x")
     content, servers = buffer.getvalue(), []
 
     def start(mode: str):
@@ -244,19 +356,46 @@ def serve(monkeypatch):
         server.shutdown()
 
 
-def test_download_unpacks_only_what_we_read(serve, tmp_path):
-    serve("good")
+@pytest.mark.parametrize("mode", ["good", "redirect"])
+def test_download_unpacks_only_what_we_read(serve, tmp_path, mode):
+    serve(mode)
     log = load_dataset("ml-1m", tmp_path / "data", min_count=1)
     assert log.titles == ["", "Toy Story (1995)", "2"]
     assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["ml-1m.zip", "movies.dat", "ratings.dat"]
 
 
-@pytest.mark.parametrize("mode", ["truncated", "wrong", "missing"])
-def test_bad_downloads_are_never_taken_for_data(serve, tmp_path, mode):
+@pytest.mark.parametrize("mode", ["truncated", "wrong", "missing", "stalled"])
+def test_bad_downloads_are_never_taken_for_data(serve, tmp_path, monkeypatch, mode):
+    monkeypatch.setattr(data, "TIMEOUT", 0.5)
     serve(mode)
     with pytest.raises(InputError, match=r"127\.0\.0\.1"):
         load_dataset("ml-1m", tmp_path, min_count=1)
     assert not (tmp_path / "ml-1m").exists() and not (tmp_path / "ml-1m.zip").exists()
+
+
+def symlink() -> zipfile.ZipInfo:
+    entry = zipfile.ZipInfo("ml-1m/link")
+    entry.external_attr = 0o120777 << 16
+    return entry
+
+
+ATTACKS = [["../evil"], ["/etc/evil"], ["ml-1m/../../evil"], ["..\\evil"], [symlink()]]
+
+
+@pytest.mark.parametrize("serve", ATTACKS, indirect=True)
+def test_zips_that_reach_out_of_their_folder_are_refused(serve, tmp_path):
+    with pytest.raises(InputError, match="no honest archive"):
+        serve("good")
+        load_dataset("ml-1m", tmp_path / "data", min_count=1)
+    assert not (tmp_path / "data" / "ml-1m").exists()
+
+
+def test_zip_bombs_stop_at_the_limit(serve, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "MAX_MEMBER", 10)
+    serve("good")
+    with pytest.raises(InputError, match="larger than 10 bytes"):
+        load_dataset("ml-1m", tmp_path, min_count=1)
+    assert not (tmp_path / "ml-1m").exists()
 
 
 @pytest.mark.parametrize("mode", ["good", "no-range"])

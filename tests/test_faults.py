@@ -1,0 +1,361 @@
+"""Nothing lost, nothing trusted: kills, full disks, hostile files, and invariants on random inputs."""
+
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_prebert import container, entry
+from test_training import ROOT, TINY, command
+
+from data import (
+    PAD,
+    InputError,
+    Interactions,
+    Split,
+    batches,
+    leave_one_out,
+    load_dataset,
+    mask_items,
+    pad_left,
+    write_atomic,
+)  # fmt: skip
+from evaluate import hit_rate, ndcg, peak_memory_gb, target_ranks
+from prebert import read_safetensors, write_safetensors
+from student import Recommender, load_run
+
+KILLS = int(os.environ.get("KILLS", "5"))  # the README's figure: KILLS=50 MUTANTS=100000
+MUTANTS = int(os.environ.get("MUTANTS", "10000"))
+
+
+# ---------------------------------------------------------------- training
+
+
+def test_kill_9_at_random_moments_loses_nothing(ring, tmp_path):
+    script = [sys.executable, ROOT / "tests/kill_training.py", ring, tmp_path, str(KILLS)]
+    result = subprocess.run(script, capture_output=True, text=True, timeout=500)
+    assert result.returncode == 0, result.stderr
+    assert "same bytes" in result.stdout
+    print(result.stdout)
+
+
+def test_a_full_disk_keeps_the_last_good_files(ring, tmp_path):
+    flags = ["--data", ring, "--no-kd", "--size", "tiny", *TINY]
+    command("distill.py", *flags, cwd=tmp_path)
+    run = tmp_path / "runs/ring/student-no-kd"
+    before = (run / "model.safetensors").read_bytes()
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # noqa: E731
+    result = subprocess.run(
+        [sys.executable, ROOT / "distill.py", *map(str, flags), "--name", "full"],
+        cwd=tmp_path, capture_output=True, text=True, preexec_fn=limit,
+    )  # fmt: skip
+    assert result.returncode == 2 and "cannot write" in result.stderr and "untouched" in result.stderr
+    assert not list((tmp_path / "runs/ring/full").glob("*.partial"))
+    with pytest.raises(InputError, match="cannot write"):
+        write_atomic(Path("/proc/nowhere/x"), lambda path: path.write_text(""))
+    assert (run / "model.safetensors").read_bytes() == before
+
+
+def test_two_processes_give_the_loss_curve_of_one(ring, tmp_path):
+    flags = ["--data", ring, "--bert", "none", "--dropout", 0, "--precision", "fp32", "--device", "cpu", *TINY]
+    command("teacher.py", *flags, "--name", "one", cwd=tmp_path)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = [ROOT / "teacher.py", *flags, "--name", "two"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [*launch, *map(str, arguments)], cwd=tmp_path, capture_output=True, text=True, env=environment
+    )
+    assert result.returncode == 0, result.stderr
+    one, two = (
+        [row.split(",") for row in (tmp_path / "runs/ring" / name / "log.csv").read_text().splitlines()[1:]]
+        for name in ("one", "two")
+    )
+    assert len(one) == len(two) == 2
+    for a, b in zip(one, two, strict=True):
+        assert a[:2] == b[:2]  # step and epoch
+        assert float(a[3]) == pytest.approx(float(b[3]), abs=2e-3)  # loss
+        assert float(a[4]) == pytest.approx(float(b[4]), abs=0.05)  # validation NDCG@10 of 20 users
+
+
+# ---------------------------------------------------------------- files from strangers
+
+GOOD = container({"__metadata__": {"format": "pt"}, "a": entry(), "b": entry("U8", (2, 1), (8, 10))}, b"0123456789")
+
+
+def test_mutated_safetensors_are_read_or_refused_but_never_worse(tmp_path):
+    chance, path, refused = random.Random(0), tmp_path / "x", 0
+    for _ in range(MUTANTS):
+        content = bytearray(GOOD)
+        for _ in range(chance.randint(1, 4)):
+            place = chance.randrange(len(content))
+            match chance.randrange(4):
+                case 0:
+                    content[place] = chance.randrange(256)
+                case 1:
+                    del content[place : place + chance.randint(1, 9)]
+                case 2:
+                    content[place:place] = chance.choice([b"-", b"0", b"9" * 30, b"[", b"{", b'"', b"null", b"1e9"])
+                case 3:
+                    content[place : place + 1] = content[-chance.randrange(1, 30) :]
+            content = content or bytearray(b"\0")
+        path.write_bytes(content)
+        try:
+            read_safetensors(path)
+        except InputError as error:
+            refused += 1
+            assert "\n" not in str(error) and len(str(error)) < 500
+    assert refused > MUTANTS / 2
+    assert peak_memory_gb() < 8
+
+
+CORPUS = {
+    "good": GOOD,
+    "no tensors": container({}, b""),
+    "spaces after the header": container(json.dumps({"a": entry()}).encode() + b"   "),
+    "empty tensor": container({"a": entry("F32", (0,), (0, 0))}, b""),
+    "scalar": container({"a": entry("F32", (), (0, 4))}, b"0000"),
+    "length past the end": (10**6).to_bytes(8, "little") + b"{}",
+    "absurd length": b"\xff" * 8,
+    "bad JSON": container(b"{"),
+    "unknown dtype": container({"a": entry("F31")}),
+    "negative offset": container({"a": entry(offsets=(-8, 0))}),
+    "out of range": container({"a": entry(offsets=(8, 16))}),
+    "shape against bytes": container({"a": entry(shape=(3,))}),
+    "overlap": container({"a": entry(), "b": entry(shape=(1,), offsets=(4, 8))}),
+    "hole": container({"a": entry(shape=(1,), offsets=(0, 4)), "b": entry("U8", (2,), (6, 8))}),
+    "trailing bytes": container({"a": entry()}, b"0" * 9),
+    "not UTF-8": container(b'{"\xff": 1}'),
+}
+
+
+@pytest.mark.parametrize("name", CORPUS)
+def test_same_verdict_as_the_safetensors_package(tmp_path, name):
+    (tmp_path / "x").write_bytes(CORPUS[name])
+    try:
+        safetensors.deserialize(CORPUS[name])
+        good = True
+    except safetensors.SafetensorError:
+        good = False
+    if good:
+        read_safetensors(tmp_path / "x")
+    else:
+        with pytest.raises(InputError):
+            read_safetensors(tmp_path / "x")
+
+
+@pytest.fixture(scope="module")
+def run(ring, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("serving")
+    command("distill.py", "--data", ring, "--no-kd", "--size", "tiny", *TINY, cwd=folder)
+    return folder / "runs/ring/student-no-kd"
+
+
+@pytest.mark.parametrize("name", ["config.json", "catalogue.json"])
+def test_mutated_run_files_are_read_or_refused(run, tmp_path, name):
+    for file in ("config.json", "catalogue.json", "model.safetensors"):
+        (tmp_path / file).write_bytes((run / file).read_bytes())
+    chance, text = random.Random(1), (run / name).read_text()
+    values = json.loads(text)
+    for _ in range(200):
+        broken = json.loads(text)
+        target = broken["model"] if name == "config.json" and chance.random() < 0.7 else broken
+        key = chance.choice(list(target))
+        target[key] = chance.choice([None, -1, 0, 10**12, "x", [], {}, 1.5, True, [1], float("inf")])
+        (tmp_path / name).write_text(json.dumps(broken))
+        try:
+            load_run(tmp_path)
+        except InputError as error:
+            assert "\n" not in str(error)
+    (tmp_path / name).write_text(json.dumps(values))
+    load_run(tmp_path)
+
+
+@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04", b"\x80\x04cos\nsystem\n(S'echo pwned > /tmp/pwned'\ntR."])
+def test_a_hostile_checkpoint_is_refused(ring, run, tmp_path, damage):
+    folder = tmp_path / "runs/ring/x"
+    folder.mkdir(parents=True)
+    for file in ("config.json", "catalogue.json"):
+        (folder / file).write_bytes((run / file).read_bytes())
+    (folder / "train_state.pt").write_bytes(damage)
+    flags = ["--data", ring, "--no-kd", "--size", "tiny", "--name", "x", *TINY, "--resume"]
+    assert "cannot be read" in command("distill.py", *flags, cwd=tmp_path, expect=2)
+    assert not Path("/tmp/pwned").exists()
+
+
+def test_runs_of_another_version_are_refused(run, tmp_path):
+    for file in ("config.json", "catalogue.json", "model.safetensors"):
+        (tmp_path / file).write_bytes((run / file).read_bytes())
+    config = json.loads((run / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "version": 99}))
+    with pytest.raises(InputError, match="version 99"):
+        load_run(tmp_path)
+
+
+# ---------------------------------------------------------------- serving
+
+
+def test_eight_threads_get_the_answers_of_one(run):
+    recommender, chance = Recommender(run, k=5, compile=False), random.Random(0)
+    histories = [[chance.randint(1, 60) for _ in range(chance.choice([1, 3, 15, 40]))] for _ in range(50)]
+    alone = [recommender([history]) for history in histories]
+    memory, wrong, stop = peak_memory_gb(), [], threading.Event()
+
+    def ask(index: int) -> None:
+        if recommender([histories[index % 50]]) != alone[index % 50]:
+            wrong.append(index)
+            stop.set()
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(ask, range(2000)))
+    assert not wrong and not stop.is_set()
+    assert peak_memory_gb() - memory < 0.2
+    for bad in ([[]], [[0]], [[61]], [["no such film"]]):
+        with pytest.raises(InputError):
+            recommender(bad)
+
+
+# ---------------------------------------------------------------- odd data
+
+
+@pytest.mark.parametrize(
+    ("rows", "counts"),
+    [
+        ("a\tp\t1\n", (1, 1)),  # one user, one item
+        ("a\tp\t-5\nb\tp\t1e9\n", (2, 1)),  # users with one interaction, times before 1970
+        ("\u00fc\t-7\t1\n" + "9" * 40 + "\t\u732b\t2\n", (2, 2)),  # ids are names, whatever they look like
+    ],
+)
+def test_small_and_odd_logs_give_the_right_result(tmp_path, rows, counts):
+    path = tmp_path / "x.inter"
+    path.write_text("user_id:token\titem_id:token\ttimestamp:float\n" + rows)
+    data = load_dataset(str(path), min_count=1)
+    assert (data.num_users, data.num_items) == counts
+    train, valid, test = leave_one_out(data)
+    assert not len(valid.targets) and not len(test.targets) and len(train.starts) == counts[0]
+    message = command("teacher.py", "--data", path, "--min-count", 1, "--bert", "none", cwd=tmp_path, expect=2)
+    assert "no user has the three items" in message
+
+
+def test_one_malformed_line_in_a_hundred_is_reported_and_two_are_an_error(tmp_path, capsys):
+    path, lines = tmp_path / "x.inter", [f"u{n % 9}\ti{n % 7}\t{n}" for n in range(300)]
+    lines[150] = "broken"
+    path.write_text("\n".join(["user_id:token\titem_id:token\ttimestamp:float", *lines]))
+    data = load_dataset(str(path), min_count=1)
+    assert data.counts["malformed"] == 1 and data.counts["kept"] == 299 and data.counts["read"] == 300
+    assert "x.inter:152: expected 3 or more fields" in capsys.readouterr().err
+    for place in (10, 20, 30):
+        lines[place] = "a\tb\tsoon"
+    path.write_text("\n".join(["user_id:token\titem_id:token\ttimestamp:float", *lines]))
+    with pytest.raises(InputError, match=r"x.inter:12: 'soon' is not a timestamp.*4 of 300 lines"):
+        load_dataset(str(path), min_count=1)
+
+
+# ---------------------------------------------------------------- invariants on random inputs
+
+HISTORIES = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=12), min_size=1, max_size=8)
+
+
+def as_log(histories: list[list[int]]) -> Interactions:
+    items = np.array([item for history in histories for item in history])
+    offsets = np.cumsum([0, *map(len, histories)])
+    names = [str(i) for i in range(10)]
+    return Interactions("random", items, offsets, names, names, False, True, {})
+
+
+@given(HISTORIES)
+def test_leave_one_out_takes_the_last_two(histories):
+    train, valid, test = leave_one_out(as_log(histories))
+    for (a, b), history in zip(zip(train.starts, train.ends, strict=True), histories, strict=True):
+        assert train.items[a:b].tolist() == (history[:-2] if len(history) >= 3 else history)
+    long = [history for history in histories if len(history) >= 3]
+    assert valid.targets.tolist() == [h[-2] for h in long] and test.targets.tolist() == [h[-1] for h in long]
+    assert [test.items[a:b].tolist() for a, b in zip(test.starts, test.ends, strict=True)] == [h[:-1] for h in long]
+
+
+@given(HISTORIES, st.integers(1, 15))
+def test_pad_left_is_the_newest_behind_zeros(histories, length):
+    log = as_log(histories)
+    offsets = torch.from_numpy(log.offsets)
+    rows = pad_left(torch.from_numpy(log.items), offsets[:-1], offsets[1:], length).tolist()
+    assert rows == [[PAD] * (length - len(h)) + h[-length:] for h in histories]
+
+
+@given(HISTORIES, st.floats(0.01, 1.0), st.integers(0, 10**6))
+def test_mask_items_hides_what_it_asks_for(histories, rate, seed):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.tensor([[PAD] * (12 - len(h)) + h for h in histories])
+    last_only = torch.rand(len(tokens), generator=generator) < 0.3
+    masked, positions, labels = mask_items(tokens, last_only, 10, rate, generator)
+    hidden = masked == 10
+    assert (hidden.sum(1) == (labels != PAD).sum(1)).all() and (hidden.sum(1) >= 1).all()
+    assert torch.equal(torch.where(hidden, PAD, masked), torch.where(hidden, PAD, tokens))
+    asked = labels != PAD
+    assert torch.equal(tokens.gather(1, positions)[asked], labels[asked])
+    assert (masked.gather(1, positions)[asked] == 10).all()
+    assert (hidden[last_only].sum(1) == 1).all() and hidden[last_only][:, -1].all()
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(1, 200), st.integers(0, 10**6))
+def test_batches_hold_every_row_once_within_the_budget(sizes, tokens, seed):
+    ends = torch.tensor(sizes).cumsum(0)
+    starts = ends - torch.tensor(sizes)
+    for generator in (None, torch.Generator().manual_seed(seed)):
+        groups = batches(starts, ends, tokens, generator)
+        assert sorted(torch.cat(groups).tolist()) == list(range(len(sizes)))
+        assert all(len(g) == 1 or len(g) * int((ends - starts)[g].max()) <= tokens for g in groups)
+
+
+@settings(max_examples=200)
+@given(st.lists(st.lists(st.integers(-3, 3), min_size=6, max_size=6), min_size=1, max_size=5), st.data())
+def test_ranks_and_metrics_against_sorting(scores, data):
+    targets = [data.draw(st.integers(1, 6)) for _ in scores]
+    seen = [data.draw(st.lists(st.integers(1, 6), max_size=4)) for _ in scores]
+    padded = torch.tensor([[*row, *[0] * (4 - len(row))] for row in seen])
+    ranks = target_ranks(torch.tensor(scores).float(), torch.tensor(targets), padded)
+    for row, target, known, rank in zip(scores, targets, seen, ranks.tolist(), strict=True):
+        others = [s for item, s in enumerate(row, 1) if item != target and item not in known]
+        assert rank == 1 + sum(s >= row[target - 1] for s in others)
+        assert hit_rate(torch.tensor([rank]), 3).item() == (rank <= 3)
+        assert ndcg(torch.tensor([rank]), 3).item() == pytest.approx(1 / np.log2(rank + 1) if rank <= 3 else 0)
+
+
+def test_written_files_are_whole_or_absent(tmp_path):
+    def fail(path: Path) -> None:
+        path.write_text("half")
+        raise RuntimeError
+
+    write_safetensors(tmp_path / "x", {"a": torch.ones(3)})
+    before = (tmp_path / "x").read_bytes()
+    with pytest.raises(RuntimeError):
+        write_atomic(tmp_path / "x", fail)
+    assert (tmp_path / "x").read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_evaluation_in_chunks_gives_the_same_ranks():
+    from evaluate import evaluate
+
+    torch.manual_seed(0)
+    items, sizes = 2**21, torch.arange(3, 40)  # so many items that 32 users are scored at once
+    ends = sizes.cumsum(0)
+    log = torch.randint(1, items, (int(ends[-1]),))
+    log[0] = items
+    split = Split(log, ends - sizes, ends, torch.randint(1, 100, (len(sizes),)))
+    widths = []
+
+    def score(history: torch.Tensor) -> torch.Tensor:
+        widths.append(len(history))
+        return (history.sum(1, keepdim=True) * torch.arange(1, 101) % 101).float()
+
+    whole = target_ranks(score(pad_left(log, split.starts, split.ends, 39)), split.targets)
+    assert torch.equal(evaluate(score, split, False), whole) and max(widths[1:]) <= 32

@@ -98,7 +98,8 @@ class TopK(nn.Module):
         scores = F.pad(scores.float(), (1, 1), value=-torch.inf)  # (B, V): a column an id, specials never win
         if self.exclude_seen:
             scores = scores.scatter(1, tokens, -torch.inf)
-        return scores.topk(self.k, dim=1)
+        best, items = scores.topk(self.k, dim=1)
+        return best, items
 
 
 def pick_device(name: str) -> torch.device:

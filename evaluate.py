@@ -11,6 +11,7 @@ Letters: B batch (users), T sequence length, R users asked about, I items.
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -42,7 +43,7 @@ from data import (
     write_atomic,
 )
 from prebert import PreBert
-from student import TopK, load_run, pick_device, read_json
+from student import TopK, compiled, load_run, pick_device, read_json
 
 Scorer = Callable[[Tensor], Tensor]  # history (B, T), left-padded, newest last -> scores (B, I) of items 1..I
 
@@ -189,45 +190,58 @@ def peak_gflops(seconds: float = 1.0) -> float:
     return 2 * 2048**3 / best / 1e9
 
 
-def prepare(name: str, model: PreBert, mode: str, size: int) -> tuple[dict, Callable[[], object], list[float]]:
-    """One cell of the benchmark: its row, a call that ranks `size` full histories, and room for times."""
-    graph = TopK(model, min(10, model.num_items), True).eval()
-    tokens = torch.randint(1, model.num_items + 1, (size, model.max_length))
-    tokens[:, -1] = model.mask_id
+def prepare(name: str, model: PreBert, graph: Callable, mode: str, size: int, histories: Tensor) -> tuple:
+    """One cell of the benchmark: its row, a call that ranks `size` of the histories (H, T), and room for times."""
+    plain = TopK(model, min(10, model.num_items), True).eval()
+    chunks = list(model.question(histories).split(size))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # the fused kernel is not counted
-        graph(tokens)
-    call = torch.compile(graph, dynamic=False) if mode == "compiled" else graph
+        plain(chunks[0])
     began = time.perf_counter()
-    for _ in range(3):
-        call(tokens)
-    row = {"name": name, "mode": mode, "batch_size": size, "length": model.max_length}
+    for chunk in chunks[:2]:
+        graph(chunk)
+    row = {"name": name, "mode": mode, "batch_size": size, "length": histories.shape[1]}
     row |= {"flops_per_user": counter.get_total_flops() / size, "warm_up_s": time.perf_counter() - began}
-    return row, lambda: call(tokens), []
+    turn = itertools.cycle(chunks)
+    return row, lambda: graph(next(turn)), []
+
+
+def bench_cells(name: str, model: PreBert, sizes: tuple[int, ...], lengths: tuple[int, ...]) -> list[tuple]:
+    """Every mode, batch size and history length of one model, compiled once a shape."""
+    longest = model.max_length - (not model.config.causal)
+    possible = sorted({min(length, longest) for length in lengths})
+    cells, plain = [], TopK(model, min(10, model.num_items), True).eval()
+    for mode, size, length in itertools.product(("eager", "compiled"), sizes, possible):
+        histories = torch.randint(1, model.num_items + 1, (4 * size, length))
+        graph = compiled(plain) if mode == "compiled" else plain
+        cells.append(prepare(name, model, graph, mode, size, histories))
+    return cells
 
 
 @torch.inference_mode()
-def benchmark(models: dict[str, PreBert], batch_sizes: tuple[int, ...] = (1, 256), rounds: int = 5) -> list[dict]:
-    """Time the top 10 of each model, eager and compiled, at its maximum length, on the CPU.
+def benchmark(
+    models: dict[str, PreBert], sizes: tuple[int, ...] = (1, 8, 64, 256), lengths: tuple[int, ...] = (20, 200),
+    rounds: int = 5,
+) -> list[dict]:  # fmt: skip
+    """Time the top 10 of each model on the CPU, eager and compiled, by batch size and history length.
 
-    What is compared is interleaved, round after round, so that a noisy machine disturbs all alike.
-    Compiling and warming up come first and are timed apart. Returns one row a cell.
+    What is compared is interleaved, round after round, so that a noisy machine disturbs all alike; p50 is
+    the median over rounds of the rounds' medians. Compiling and warming up are timed apart. A row a cell.
     """
-    plan = [
-        (name, model, mode, size)
-        for name, model in models.items()
-        for mode in ("eager", "compiled")
-        for size in batch_sizes
-    ]
-    cells, peak = [prepare(*cell) for cell in tqdm(plan, desc="compiling and warming up")], peak_gflops()
+    cells = []
+    for name, model in tqdm(models.items(), desc="compiling"):
+        cells += bench_cells(name, model, sizes, lengths)
+    peak = peak_gflops()
     for _ in tqdm(range(rounds), desc="timing, rounds"):
         for _, call, times in cells:
-            end = time.perf_counter() + 1.0
-            while time.perf_counter() < end or len(times) < 3:
+            times.append([])
+            end = time.perf_counter() + 0.5
+            while time.perf_counter() < end or len(times[-1]) < 3:
                 began = time.perf_counter()
                 call()
-                times.append(time.perf_counter() - began)
+                times[-1].append(1000 * (time.perf_counter() - began))
     for row, _, times in cells:
-        row |= {f"p{quantile}_ms": 1000 * float(np.percentile(times, quantile)) for quantile in (50, 95, 99)}
+        row["p50_ms"] = float(np.median([np.median(part) for part in times]))
+        row |= {f"p{q}_ms": max(row["p50_ms"], float(np.percentile(np.concatenate(times), q))) for q in (95, 99)}
         row["users_per_s"] = row["batch_size"] / row["p50_ms"] * 1000
         row["fraction_of_peak"] = row["flops_per_user"] * row["users_per_s"] / (peak * 1e9)
         row["peak_gflops"] = peak
@@ -236,19 +250,54 @@ def benchmark(models: dict[str, PreBert], batch_sizes: tuple[int, ...] = (1, 256
 
 def print_bench(rows: list[dict]) -> None:
     """The benchmark as a table, a line a cell."""
-    print(
-        f"\nlatency of the top 10, float32, {torch.get_num_threads()} threads; "
-        f"the machine multiplies matrices at {rows[0]['peak_gflops']:.0f} GFLOP/s"
-    )
-    print(
-        f"{'model':<24}{'mode':<10}{'batch':>6}{'length':>8}{'p50 ms':>10}{'p99 ms':>10}{'users/s':>10}"
-        f"{'of peak':>9}{'warm-up s':>11}"
-    )
+    print(f"\nlatency of the top 10, float32, {torch.get_num_threads()} threads; "
+          f"the machine multiplies matrices at {rows[0]['peak_gflops']:.0f} GFLOP/s")  # fmt: skip
+    print(f"{'model':<24}{'mode':<10}{'batch':>6}{'length':>8}{'p50 ms':>10}{'p95 ms':>10}{'p99 ms':>10}{'users/s':>10}"
+          f"{'MFLOP/user':>12}{'of peak':>9}{'warm-up s':>11}")  # fmt: skip
     for row in rows:
         print(
             f"{row['name']:<24}{row['mode']:<10}{row['batch_size']:>6}{row['length']:>8}{row['p50_ms']:>10.2f}"
-            f"{row['p99_ms']:>10.2f}{row['users_per_s']:>10.0f}{row['fraction_of_peak']:>9.0%}{row['warm_up_s']:>11.1f}"
+            f"{row['p95_ms']:>10.2f}{row['p99_ms']:>10.2f}{row['users_per_s']:>10.0f}"
+            f"{row['flops_per_user'] / 1e6:>12.0f}{row['fraction_of_peak']:>9.0%}{row['warm_up_s']:>11.1f}"
         )
+
+
+def bench_plot(rows: list[dict]) -> str:
+    """Latency by batch size of every model and length, compiled."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if row["mode"] == "compiled":
+            lines.setdefault(f"{row['name']}, {row['length']} items", []).append((row["batch_size"], row["p50_ms"]))
+    return plot_svg(lines, "top 10, compiled, median", "users in a batch", "milliseconds", log=True)
+
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#444444", "#999999")
+
+
+def plot_svg(lines: dict[str, list[tuple[float, float]]], title: str, x_name: str, y_name: str, log: bool) -> str:
+    """Lines through points {name: [(x, y), ...]} as SVG text; `log` makes both axes logarithmic."""
+    values = np.array([point for line in lines.values() for point in line])  # (points, 2)
+    values = np.log10(values) if log else values
+    low, span = values.min(0), np.ptp(values, axis=0).clip(1e-9)
+    text = '<text x="{:.0f}" y="{:.0f}" text-anchor="{}" {}>{}</text>'.format
+    parts = [
+        text(270, 25, "middle", 'font-weight="bold"', title), text(270, 372, "middle", "", x_name),
+        text(18, 195, "middle", 'transform="rotate(-90 18 195)"', y_name),
+        '<path d="M70 330H480M70 330V55" stroke="#000" fill="none"/>',
+    ]  # fmt: skip
+    for share in np.linspace(0, 1, 5):
+        x, y = 10 ** (low + share * span) if log else low + share * span
+        parts.append(text(70 + 400 * share, 348, "middle", "", f"{x:.3g}"))
+        parts.append(text(64, 334 - 270 * share, "end", "", f"{y:.3g}"))
+    for i, (name, line) in enumerate(lines.items()):
+        shares = ((np.log10(line) if log else np.array(line)) - low) / span  # (points, 2)
+        spots = [(70 + 400 * x, 330 - 270 * y) for x, y in shares.tolist()]
+        colour, path = COLOURS[i % len(COLOURS)], " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
+        parts.append(f'<polyline points="{path}" stroke="{colour}" stroke-width="2" fill="none"/>')
+        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in spots]
+        parts.append(text(495, 70 + 20 * i, "start", f'fill="{colour}"', name))
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 700 385" font-family="sans-serif" font-size="12">'
+            f'<rect width="700" height="385" fill="#fff"/>{"".join(parts)}</svg>\n')  # fmt: skip
 
 
 # ---------------------------------------------------------------- the table
@@ -383,6 +432,9 @@ def main() -> None:
     report["comparisons"] = compare(ranks)
     if args.bench and models:
         report["bench"] = benchmark({name: model.cpu() for name, model in models.items()})
+        if args.json:
+            picture = bench_plot(report["bench"])
+            write_atomic(args.json.with_suffix(".svg"), lambda path: path.write_text(picture))
         report["peak_gflops"] = report["bench"][0]["peak_gflops"]
         report["peak_memory_gb"] = peak_memory_gb()
         print_bench(report["bench"])

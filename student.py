@@ -102,6 +102,12 @@ class TopK(nn.Module):
         return best, items
 
 
+def compiled(graph: nn.Module) -> Callable:
+    """The graph fused by torch.compile, once for every shape that it meets."""
+    torch._dynamo.config.recompile_limit = 1024  # the default, 8 shapes of all models together, ends in eager mode
+    return torch.compile(graph, dynamic=False)
+
+
 def pick_device(name: str) -> torch.device:
     """`auto` is cuda, then mps, then cpu."""
     if name == "auto":
@@ -126,13 +132,13 @@ class Recommender:
         self.question, self.blank = model.question, int(not model.config.causal)
         self.max_items, self.mask_id = model.max_length - self.blank, model.mask_id
         self.buckets = [size for size in BUCKETS if size < model.max_length] + [model.max_length]
-        self.graph: Callable = TopK(model, min(k, model.num_items), config["exclude_seen"]).to(self.device).eval()
+        graph = TopK(model, min(k, model.num_items), config["exclude_seen"]).to(self.device).eval()
+        self.graph: Callable = compiled(graph) if compile else graph
         self.by_title: dict[str, list[int]] = {}
         for item, title in enumerate(self.titles[1:], 1):
             self.by_title.setdefault(title.casefold(), []).append(item)
         began = time.perf_counter()
         if compile:
-            self.graph = torch.compile(self.graph, dynamic=False)
             for size in self.buckets:
                 self._top_k(torch.full((1, size), self.mask_id))
         self.warm_up_s = time.perf_counter() - began

@@ -155,7 +155,7 @@ CLICKS = """\
 def test_yoochoose_sessions_repeats_and_fraction(tmp_path):
     folder = tmp_path / "yoochoose"
     folder.mkdir()
-    with pytest.raises(InputError, match="7z x yoochoose-data.7z"):
+    with pytest.raises(InputError, match="7z x yoochoose-data"):
         load_dataset("yoochoose", tmp_path)
     (folder / "yoochoose-clicks.dat").write_text(CLICKS)
     log = load_dataset("yoochoose", tmp_path, min_count=1)

@@ -11,6 +11,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -325,12 +326,12 @@ def test_bench_reports_every_field(ring, tmp_path):
     )
     report = json.loads((tmp_path / "b.json").read_text())
     assert "users/s" in text and report["peak_gflops"] > 0
+    assert len(report["bench"]) == 2 * 4  # modes and batch sizes; this model reads 16 items at most, so there is one length
     assert {(row["mode"], row["batch_size"]) for row in report["bench"]} == {
-        ("eager", 1),
-        ("eager", 256),
-        ("compiled", 1),
-        ("compiled", 256),
+        (mode, size) for mode in ("eager", "compiled") for size in (1, 8, 64, 256)
     }
+    picture = ElementTree.parse(tmp_path / "b.svg").getroot()
+    assert len(picture.findall("{http://www.w3.org/2000/svg}polyline")) == 1  # a line a length
     fields = {
         "name",
         "mode",

@@ -46,7 +46,9 @@ def write_steam(path: Path, reviews: int, chance: np.random.Generator) -> None:
     users = (chance.pareto(1.1, reviews) * reviews / 40).astype(np.int64) % (reviews // 3)
     items = (chance.pareto(0.8, reviews) * 60).astype(np.int64) % 15_474
     days = np.datetime64("2010-10-15") + chance.integers(0, 2600, reviews)
-    words = np.array(["it\\'s", 'a "game"', "{fun}", "u\\'product_id\\': 7", "caf\\xe9", "good", "10/10", "play", "would"])
+    words = np.array([
+        "it\\'s", 'a "game"', "{fun}", "u\\'product_id\\': 7", "caf\\xe9", "good", "10/10", "play", "would",
+    ])  # fmt: skip
     texts = [" ".join(words[chance.integers(0, len(words), 40)]) for _ in range(1000)]
     with gzip.open(path, "wt", compresslevel=1, encoding="utf-8") as file:
         for begin in range(0, reviews, CHUNK):

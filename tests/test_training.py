@@ -326,7 +326,7 @@ def test_bench_reports_every_field(ring, tmp_path):
     )
     report = json.loads((tmp_path / "b.json").read_text())
     assert "users/s" in text and report["peak_gflops"] > 0
-    assert len(report["bench"]) == 2 * 4  # modes and batch sizes; this model reads 16 items at most, so there is one length
+    assert len(report["bench"]) == 2 * 4  # modes and batch sizes; of 16 items at most, this model reads one length
     assert {(row["mode"], row["batch_size"]) for row in report["bench"]} == {
         (mode, size) for mode in ("eager", "compiled") for size in (1, 8, 64, 256)
     }

@@ -572,16 +572,17 @@ def cooccurrence_vectors(train: Split, num_items: int, size: int, window: int = 
     ppmi(i, j) = max(0, log(count(i, j) * total / (count(i) * count(j)))), counted for items at most
     `window` steps apart in a training history; rows of U sqrt(S) (Levy & Goldberg 2014, section 3).
     """
-    items = train.items.numpy() - 1
+    items, starts, sizes = train.items.numpy() - 1, train.starts.numpy(), (train.ends - train.starts).numpy()
     user = np.full(len(items), -1)  # held-out items stay at -1: they belong to nobody here
-    for row, (start, end) in enumerate(zip(train.starts.tolist(), train.ends.tolist(), strict=True)):
-        user[start:end] = row
-    keys = []
-    for step in range(1, window + 1):
+    entries = np.repeat(starts - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())
+    user[entries] = np.repeat(np.arange(len(sizes)), sizes)
+    found = []
+    for step in range(1, window + 1):  # counted step by step: a step's keys are as many as the log's entries
         same = (user[step:] == user[:-step]) & (user[step:] >= 0)
         left, right = items[:-step][same], items[step:][same]
-        keys += [left * num_items + right, right * num_items + left]
-    pairs, counts = np.unique(np.concatenate(keys), return_counts=True)
+        found += [np.unique(a * num_items + b, return_counts=True) for a, b in ((left, right), (right, left))]
+    pairs, inverse = np.unique(np.concatenate([keys for keys, _ in found]), return_inverse=True)
+    counts = np.bincount(inverse, np.concatenate([times for _, times in found]))
     rows, columns = pairs // num_items, pairs % num_items
     totals = np.bincount(rows, counts, num_items)
     ppmi = np.log(counts * totals.sum() / (totals[rows] * totals[columns])).clip(min=0).astype(np.float32)

@@ -72,6 +72,11 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
             partial.unlink()
 
 
+def cache_folder() -> Path:
+    """Where files are kept that can always be had again: $XDG_CACHE_HOME/prebert, else ~/.cache/prebert."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prebert"
+
+
 @dataclass(frozen=True)
 class Archive:
     """Where a dataset officially lives, and how to know that it arrived whole."""

@@ -11,6 +11,7 @@ Letters: B batch (users), T sequence length, R users asked about, I items.
 """
 
 import argparse
+import csv
 import itertools
 import json
 import os
@@ -18,8 +19,10 @@ import platform
 import re
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +46,7 @@ from data import (
     write_atomic,
 )
 from prebert import PreBert
-from student import TopK, compiled, load_run, pick_device, read_json
+from student import TopK, compile_ahead, load_run, pick_device, read_json
 
 Scorer = Callable[[Tensor], Tensor]  # history (B, T), left-padded, newest last -> scores (B, I) of items 1..I
 
@@ -206,14 +209,19 @@ def prepare(name: str, model: PreBert, graph: Callable, mode: str, size: int, hi
 
 
 def bench_cells(name: str, model: PreBert, sizes: tuple[int, ...], lengths: tuple[int, ...]) -> list[tuple]:
-    """Every mode, batch size and history length of one model, compiled once a shape."""
+    """Every mode, batch size and history length of one model, compiled once for all shapes."""
     longest = model.max_length - (not model.config.causal)
     possible = sorted({min(length, longest) for length in lengths})
-    cells, plain = [], TopK(model, min(10, model.num_items), True).eval()
+    cells, plain = [], TopK(model, min(10, model.num_items), True).eval().requires_grad_(False)
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        compiled = compile_ahead(plain, Path(folder) / "bench.pt2")
+        seconds = time.perf_counter() - began
     for mode, size, length in itertools.product(("eager", "compiled"), sizes, possible):
         histories = torch.randint(1, model.num_items + 1, (4 * size, length))
-        graph = compiled(plain) if mode == "compiled" else plain
+        graph = compiled if mode == "compiled" else plain
         cells.append(prepare(name, model, graph, mode, size, histories))
+        cells[-1][0]["compile_s"] = seconds if mode == "compiled" else 0.0
     return cells
 
 
@@ -253,22 +261,13 @@ def print_bench(rows: list[dict]) -> None:
     print(f"\nlatency of the top 10, float32, {torch.get_num_threads()} threads; "
           f"the machine multiplies matrices at {rows[0]['peak_gflops']:.0f} GFLOP/s")  # fmt: skip
     print(f"{'model':<24}{'mode':<10}{'batch':>6}{'length':>8}{'p50 ms':>10}{'p95 ms':>10}{'p99 ms':>10}{'users/s':>10}"
-          f"{'MFLOP/user':>12}{'of peak':>9}{'warm-up s':>11}")  # fmt: skip
+          f"{'MFLOP/user':>12}{'of peak':>9}{'compile s':>11}")  # fmt: skip
     for row in rows:
         print(
             f"{row['name']:<24}{row['mode']:<10}{row['batch_size']:>6}{row['length']:>8}{row['p50_ms']:>10.2f}"
             f"{row['p95_ms']:>10.2f}{row['p99_ms']:>10.2f}{row['users_per_s']:>10.0f}"
-            f"{row['flops_per_user'] / 1e6:>12.0f}{row['fraction_of_peak']:>9.0%}{row['warm_up_s']:>11.1f}"
+            f"{row['flops_per_user'] / 1e6:>12.0f}{row['fraction_of_peak']:>9.0%}{row['compile_s']:>11.1f}"
         )
-
-
-def bench_plot(rows: list[dict]) -> str:
-    """Latency by batch size of every model and length, compiled."""
-    lines: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
-        if row["mode"] == "compiled":
-            lines.setdefault(f"{row['name']}, {row['length']} items", []).append((row["batch_size"], row["p50_ms"]))
-    return plot_svg(lines, "top 10, compiled, median", "users in a batch", "milliseconds", log=True)
 
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#444444", "#999999")
@@ -298,6 +297,33 @@ def plot_svg(lines: dict[str, list[tuple[float, float]]], title: str, x_name: st
         parts.append(text(495, 70 + 20 * i, "start", f'fill="{colour}"', name))
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 700 385" font-family="sans-serif" font-size="12">'
             f'<rect width="700" height="385" fill="#fff"/>{"".join(parts)}</svg>\n')  # fmt: skip
+
+
+def pictures(report: dict, runs: list[Path]) -> dict[str, str]:
+    """SVG texts by name: learning curves of the runs, and with a benchmark latency and accuracy against it."""
+    curves, found = {}, {}
+    for run in runs:
+        if (run / "log.csv").exists():
+            with open(run / "log.csv", newline="") as file:
+                rows = list(csv.DictReader(file))
+            curves[run.name] = [(float(row["minutes"]), float(row["valid_NDCG@10"])) for row in rows]
+    if any(curves.values()):
+        lines = {name: line for name, line in curves.items() if line}
+        found["curves"] = plot_svg(lines, "learning curves", "minutes of training", "validation NDCG@10", log=False)
+    latency: dict[str, list[tuple[float, float]]] = {}
+    quality = {row["name"]: row["NDCG@10"] for row in report["rows"]}
+    trade = {}
+    for row in report.get("bench", []):
+        if row["mode"] == "compiled":
+            latency.setdefault(f"{row['name']}, {row['length']} items", []).append((row["batch_size"], row["p50_ms"]))
+            if row["batch_size"] == 1:  # lengths ascend, so the longest history stays
+                trade[row["name"]] = [(row["p50_ms"], quality[row["name"]])]
+    if latency:
+        found["latency"] = plot_svg(latency, "top 10, compiled, median", "users in a batch", "milliseconds", log=True)
+        found["trade"] = plot_svg(
+            trade, "accuracy against speed", "ms for one user, longest history", "test NDCG@10", log=False
+        )
+    return found
 
 
 # ---------------------------------------------------------------- the table
@@ -432,15 +458,15 @@ def main() -> None:
     report["comparisons"] = compare(ranks)
     if args.bench and models:
         report["bench"] = benchmark({name: model.cpu() for name, model in models.items()})
-        if args.json:
-            picture = bench_plot(report["bench"])
-            write_atomic(args.json.with_suffix(".svg"), lambda path: path.write_text(picture))
         report["peak_gflops"] = report["bench"][0]["peak_gflops"]
         report["peak_memory_gb"] = peak_memory_gb()
         print_bench(report["bench"])
     if args.json:
         write_atomic(args.json, lambda path: path.write_text(json.dumps(report, indent=1) + "\n"))
-        print(f"written to {args.json}")
+        drawn = pictures(report, find_runs(args, data))
+        for name, text in drawn.items():
+            write_atomic(args.json.with_name(f"{args.json.stem}-{name}.svg"), partial(Path.write_text, data=text))
+        print(f"written to {args.json}" + "".join(f", {args.json.stem}-{name}.svg" for name in drawn))
     if not models:
         print(f"no runs under runs/{data.name} yet; next: python teacher.py --data {args.data}")
 

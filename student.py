@@ -11,7 +11,9 @@ Letters: B batch (users), T sequence length, V catalogue (items + PAD + MASK), k
 
 import argparse
 import difflib
+import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import InputError, pad_left, positive, run_command
+from data import InputError, cache_folder, pad_left, positive, run_command
 from prebert import BertConfig, PreBert, check_shape, load_strict, read_safetensors
 
 VERSION = 1  # of the run folder; a folder of another version is refused
@@ -82,11 +84,8 @@ def load_run(run: str | Path) -> tuple[PreBert, dict, dict]:
 
 # ---------------------------------------------------------------- serving
 
-BUCKETS = (16, 32, 64, 128, 200)  # a history is padded to the next of these, so few shapes are compiled
-
-
 class TopK(nn.Module):
-    """tokens (B, T) that end in MASK -> the k best unseen items: scores (B, k), item ids (B, k)."""
+    """tokens (B, T), see `PreBert.question` -> the k best unseen items: scores (B, k), item ids (B, k)."""
 
     def __init__(self, model: PreBert, k: int, exclude_seen: bool):
         super().__init__()
@@ -102,10 +101,35 @@ class TopK(nn.Module):
         return best, items
 
 
-def compiled(graph: nn.Module) -> Callable:
-    """The graph fused by torch.compile, once for every shape that it meets."""
-    torch._dynamo.config.recompile_limit = 1024  # the default, 8 shapes of all models together, ends in eager mode
-    return torch.compile(graph, dynamic=False)
+def compile_ahead(graph: TopK, package: Path) -> Callable:
+    """The graph as native code for any number of users and any length, from `package` if that exists.
+
+    Compiling takes some ten seconds and loading about one; a history costs what its own length costs,
+    without padding. Raises InputError where there is no C++ compiler.
+    """
+    if not package.exists():
+        longest, device = graph.model.max_length, graph.model.item_bias.device
+        tokens = torch.ones(3, min(8, longest), dtype=torch.long, device=device)  # (B, T), both left open:
+        users, length = torch.export.Dim("users", min=1, max=2**16), torch.export.Dim("length", min=2, max=longest)
+        partial = package.with_name(f"{os.getpid()}-{package.name}")
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            program = torch.export.export(graph, (tokens,), dynamic_shapes=({0: users, 1: length},))
+            torch._inductor.aoti_compile_and_package(program, package_path=str(partial))
+        except torch._inductor.exc.InvalidCxxCompiler as error:
+            raise InputError("compiling needs a C++ compiler such as g++; install one, or serve without") from error
+        os.replace(partial, package)
+    return torch._inductor.aoti_load_package(str(package))
+
+
+def package_of(run: Path, k: int, device: torch.device) -> Path:
+    """Where the compiled graph of a run is kept: named after its weights, k, this PyTorch and this processor.
+
+    It is native code, so its place is the user's own cache and not the run folder, which may come from a stranger.
+    """
+    facts = (k, str(device), torch.__version__, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads())
+    content = (run / "config.json").read_bytes() + (run / "model.safetensors").read_bytes() + repr(facts).encode()
+    return cache_folder() / "serving" / f"{hashlib.sha256(content).hexdigest()[:32]}.pt2"
 
 
 def pick_device(name: str) -> torch.device:
@@ -121,31 +145,29 @@ def pick_device(name: str) -> torch.device:
 class Recommender:
     """Histories in, the k best items out, through a graph that scores and ranks in one piece.
 
-    compile: fuse the graph with torch.compile, once a bucket of history lengths; `warm_up_s` tells
-    what that cost. Raises InputError for a broken run folder or an item that is not in the catalogue.
+    compile: run the graph as native code, see `compile_ahead`; `warm_up_s` tells what getting ready cost.
+    May be called from several threads. Raises InputError for a broken run folder.
     """
 
     def __init__(self, run_dir: str | Path, k: int = 10, device: str = "auto", compile: bool = True):
         model, config, catalogue = load_run(run_dir)
         self.titles, self.raw_ids = catalogue["titles"], catalogue["raw_ids"]
-        self.device = pick_device(device)
-        self.question, self.blank = model.question, int(not model.config.causal)
-        self.max_items, self.mask_id = model.max_length - self.blank, model.mask_id
-        self.buckets = [size for size in BUCKETS if size < model.max_length] + [model.max_length]
-        graph = TopK(model, min(k, model.num_items), config["exclude_seen"]).to(self.device).eval()
-        self.graph: Callable = compiled(graph) if compile else graph
+        self.device, began = pick_device(device), time.perf_counter()
+        self.question, self.max_items = model.question, model.max_length - (not model.config.causal)
+        graph = TopK(model.requires_grad_(False), min(k, model.num_items), config["exclude_seen"])
+        graph = graph.to(self.device).eval()
+        package = package_of(Path(run_dir), graph.k, self.device)
+        self.graph: Callable = compile_ahead(graph, package) if compile else graph
         self.by_title: dict[str, list[int]] = {}
         for item, title in enumerate(self.titles[1:], 1):
             self.by_title.setdefault(title.casefold(), []).append(item)
-        began = time.perf_counter()
-        if compile:
-            for size in self.buckets:
-                self._top_k(torch.full((1, size), self.mask_id))
+        for _ in range(3):  # the first calls pay for memory and threads
+            self._top_k(torch.ones(1, self.max_items, dtype=torch.long))
         self.warm_up_s = time.perf_counter() - began
 
     @torch.inference_mode()
-    def _top_k(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        scores, items = self.graph(tokens.to(self.device))
+    def _top_k(self, history: Tensor) -> tuple[Tensor, Tensor]:
+        scores, items = self.graph(self.question(history.to(self.device)))
         return scores.cpu(), items.cpu()
 
     def item(self, name: str | int) -> int:
@@ -174,17 +196,21 @@ class Recommender:
         rows = [[self.item(name) for name in history] for history in histories]
         if not rows or not all(rows):
             raise InputError("a history needs at least one item")
-        longest = min(self.max_items, max(map(len, rows)))
-        width = next(size for size in self.buckets if size >= longest + self.blank)
+        width = max(2, min(self.max_items, max(map(len, rows))))
         ends = torch.tensor([len(row) for row in rows]).cumsum(0)
         starts = ends - torch.tensor([len(row) for row in rows])
-        tokens = pad_left(torch.tensor([item for row in rows for item in row]), starts, ends, width - self.blank)
-        scores, items = self._top_k(self.question(tokens))
+        scores, items = self._top_k(pad_left(torch.tensor([item for row in rows for item in row]), starts, ends, width))
         answers = []
         for row_scores, row_items in zip(scores.tolist(), items.tolist(), strict=True):
             pairs = zip(row_items, row_scores, strict=True)
             answers.append([(i, self.titles[i], s) for i, s in pairs if s > -torch.inf])
         return answers
+
+
+def package_exists(args: argparse.Namespace) -> bool:
+    """Whether this run was compiled before, for this machine."""
+    weights = Path(args.run) / "model.safetensors"
+    return weights.exists() and package_of(weights.parent, args.k, pick_device(args.device)).exists()
 
 
 def main() -> None:
@@ -193,10 +219,10 @@ def main() -> None:
     parser.add_argument("--run", default="runs/ml-1m/student", help="run folder (default: %(default)s)")
     parser.add_argument("-k", type=positive, default=10, help="how many to recommend")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--compile", action="store_true", help="compile first: slower to start, faster to answer")
+    parser.add_argument("--compile", action="store_true", help="compile first, for this and all later calls")
     args = parser.parse_args()
-    recommender = Recommender(args.run, args.k, args.device, args.compile)
-    recommender([args.titles])  # the first call pays for memory and threads
+    compiled = args.compile or package_exists(args)
+    recommender = Recommender(args.run, args.k, args.device, compiled)
     began = time.perf_counter()
     answers = recommender([args.titles])[0]
     milliseconds = 1000 * (time.perf_counter() - began)
@@ -204,7 +230,7 @@ def main() -> None:
     print(f"after {', '.join(watched)}:")
     for place, (_, title, score) in enumerate(answers, 1):
         print(f"{place:>4}  {score:7.2f}  {title}")
-    print(f"{milliseconds:.1f} ms, {'compiled' if args.compile else 'eager'}, on {recommender.device}")
+    print(f"{milliseconds:.1f} ms, {'compiled' if compiled else 'eager'}, on {recommender.device}")
 
 
 if __name__ == "__main__":

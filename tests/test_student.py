@@ -1,6 +1,7 @@
 """The serving path: the same answers compiled or not, in any bucket, and clear words for bad titles."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -42,16 +43,32 @@ def test_top_k_is_the_ranking_that_evaluation_uses(run, ring):
         assert (ids.index(target) + 1 if target in ids else 11) == min(rank, 11)
 
 
-def test_compiled_equals_eager(run):
+def test_compiled_equals_eager_for_any_length_and_number_of_users(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     histories = [[3], [1, 2, 3, 4, 5], list(range(1, 39)), list(range(1, 60)) * 2]
     eager, compiled = Recommender(run, compile=False), Recommender(run, compile=True)
-    assert compiled.warm_up_s > 0
-    for history in histories:
-        for a, b in zip(eager([history])[0], compiled([history])[0], strict=True):
-            assert a[0] == b[0] and a[2] == pytest.approx(b[2], abs=1e-4)
+    for batch in (*([history] for history in histories), histories):
+        for ours, native in zip(eager(batch), compiled(batch), strict=True):
+            for a, b in zip(ours, native, strict=True):
+                assert a[0] == b[0] and a[2] == pytest.approx(b[2], abs=1e-4)
+    (package,) = tmp_path.glob("prebert/serving/*.pt2")
+    made = package.stat().st_mtime_ns
+    again = Recommender(run, compile=True)
+    assert package.stat().st_mtime_ns == made and again([[3]]) == compiled([[3]])
+    assert again.warm_up_s < compiled.warm_up_s / 2  # loaded, not compiled
+    assert not list(run.glob("*.pt2"))  # native code is never kept where strangers' files are
 
 
-def test_scores_do_not_depend_on_the_bucket(run):
+def test_compiled_answers_are_the_same_from_eight_threads(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    recommender = Recommender(run, compile=True)
+    histories = [[1 + (7 * i + j) % 50 for j in range(1 + i % 30)] for i in range(40)]
+    alone = [recommender([history]) for history in histories]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda i: recommender([histories[i % 40]]), range(400))) == alone * 10
+
+
+def test_scores_do_not_depend_on_the_padding(run):
     recommender = Recommender(run, compile=False)
     alone = recommender([[3, 5, 8]])[0]
     with_long = recommender([[3, 5, 8], list(range(1, 36))])[0]

@@ -330,8 +330,11 @@ def test_bench_reports_every_field(ring, tmp_path):
     assert {(row["mode"], row["batch_size"]) for row in report["bench"]} == {
         (mode, size) for mode in ("eager", "compiled") for size in (1, 8, 64, 256)
     }
-    picture = ElementTree.parse(tmp_path / "b.svg").getroot()
+    picture = ElementTree.parse(tmp_path / "b-latency.svg").getroot()
     assert len(picture.findall("{http://www.w3.org/2000/svg}polyline")) == 1  # a line a length
+    for name, points in (("trade", 1), ("curves", 2)):  # a point a model; a point an epoch
+        picture = ElementTree.parse(tmp_path / f"b-{name}.svg").getroot()
+        assert len(picture.findall("{http://www.w3.org/2000/svg}circle")) == points
     fields = {
         "name",
         "mode",

@@ -196,16 +196,16 @@ def peak_gflops(seconds: float = 1.0) -> float:
 def prepare(name: str, model: PreBert, graph: Callable, mode: str, size: int, histories: Tensor) -> tuple:
     """One cell of the benchmark: its row, a call that ranks `size` of the histories (H, T), and room for times."""
     plain = TopK(model, min(10, model.num_items), True).eval()
-    chunks = list(model.question(histories).split(size))
+    chunks = [(model.question(part), part) for part in histories.split(size)]
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # the fused kernel is not counted
-        plain(chunks[0])
+        plain(*chunks[0])
     began = time.perf_counter()
     for chunk in chunks[:2]:
-        graph(chunk)
+        graph(*chunk)
     row = {"name": name, "mode": mode, "batch_size": size, "length": histories.shape[1]}
     row |= {"flops_per_user": counter.get_total_flops() / size, "warm_up_s": time.perf_counter() - began}
     turn = itertools.cycle(chunks)
-    return row, lambda: graph(next(turn)), []
+    return row, lambda: graph(*next(turn)), []
 
 
 def bench_cells(name: str, model: PreBert, sizes: tuple[int, ...], lengths: tuple[int, ...]) -> list[tuple]:

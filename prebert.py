@@ -499,7 +499,7 @@ class PreBert(nn.Module):
     def question(self, history: Tensor) -> Tensor:
         """history (B, T) as what the model reads to say what follows: a blank behind it, unless it is causal."""
         if self.config.causal:
-            return history[:, -self.max_length :]
+            return history[:, -self.max_length :].contiguous()  # compiled graphs take the layout for granted
         return F.pad(history[:, -(self.max_length - 1) :], (0, 1), value=self.mask_id)  # (B, T + 1)
 
     def score_next(self, history: Tensor) -> Tensor:

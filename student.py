@@ -85,18 +85,21 @@ def load_run(run: str | Path) -> tuple[PreBert, dict, dict]:
 # ---------------------------------------------------------------- serving
 
 class TopK(nn.Module):
-    """tokens (B, T), see `PreBert.question` -> the k best unseen items: scores (B, k), item ids (B, k)."""
+    """tokens (B, T), see `PreBert.question`, and the whole histories, seen (B, S), to the k best unseen items.
+
+    Returns scores (B, k) and item ids (B, k), best first.
+    """
 
     def __init__(self, model: PreBert, k: int, exclude_seen: bool):
         super().__init__()
         self.model, self.k, self.exclude_seen = model, k, exclude_seen
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
         last = torch.full((tokens.shape[0], 1), tokens.shape[1] - 1, device=tokens.device)
         scores = self.model.logits(self.model(tokens, last)[:, 0])  # (B, num_items)
         scores = F.pad(scores.float(), (1, 1), value=-torch.inf)  # (B, V): a column an id, specials never win
         if self.exclude_seen:
-            scores = scores.scatter(1, tokens, -torch.inf)
+            scores = scores.scatter(1, seen, -torch.inf)
         best, items = scores.topk(self.k, dim=1)
         return best, items
 
@@ -109,12 +112,18 @@ def compile_ahead(graph: TopK, package: Path) -> Callable:
     """
     if not package.exists():
         longest, device = graph.model.max_length, graph.model.item_bias.device
-        tokens = torch.ones(3, min(8, longest), dtype=torch.long, device=device)  # (B, T), both left open:
-        users, length = torch.export.Dim("users", min=1, max=2**16), torch.export.Dim("length", min=2, max=longest)
+        tokens = torch.ones(3, min(8, longest), dtype=torch.long, device=device)  # (B, T)
+        seen = torch.ones(3, 9, dtype=torch.long, device=device)  # (B, S)
+        users, length, history = (
+            torch.export.Dim(name, min=low, max=high)
+            for name, low, high in (("users", 1, 2**16), ("length", 2, longest), ("history", 2, 2**16))
+        )
         partial = package.with_name(f"{os.getpid()}-{package.name}")
         partial.parent.mkdir(parents=True, exist_ok=True)
         try:
-            program = torch.export.export(graph, (tokens,), dynamic_shapes=({0: users, 1: length},))
+            program = torch.export.export(
+                graph, (tokens, seen), dynamic_shapes=({0: users, 1: length}, {0: users, 1: history})
+            )
             torch._inductor.aoti_compile_and_package(program, package_path=str(partial))
         except torch._inductor.exc.InvalidCxxCompiler as error:
             raise InputError("compiling needs a C++ compiler such as g++; install one, or serve without") from error
@@ -153,7 +162,7 @@ class Recommender:
         model, config, catalogue = load_run(run_dir)
         self.titles, self.raw_ids = catalogue["titles"], catalogue["raw_ids"]
         self.device, began = pick_device(device), time.perf_counter()
-        self.question, self.max_items = model.question, model.max_length - (not model.config.causal)
+        self.question = model.question
         graph = TopK(model.requires_grad_(False), min(k, model.num_items), config["exclude_seen"])
         graph = graph.to(self.device).eval()
         package = package_of(Path(run_dir), graph.k, self.device)
@@ -162,12 +171,13 @@ class Recommender:
         for item, title in enumerate(self.titles[1:], 1):
             self.by_title.setdefault(title.casefold(), []).append(item)
         for _ in range(3):  # the first calls pay for memory and threads
-            self._top_k(torch.ones(1, self.max_items, dtype=torch.long))
+            self._top_k(torch.ones(1, model.max_length, dtype=torch.long))
         self.warm_up_s = time.perf_counter() - began
 
     @torch.inference_mode()
     def _top_k(self, history: Tensor) -> tuple[Tensor, Tensor]:
-        scores, items = self.graph(self.question(history.to(self.device)))
+        history = history.to(self.device)
+        scores, items = self.graph(self.question(history), history)
         return scores.cpu(), items.cpu()
 
     def item(self, name: str | int) -> int:
@@ -196,7 +206,7 @@ class Recommender:
         rows = [[self.item(name) for name in history] for history in histories]
         if not rows or not all(rows):
             raise InputError("a history needs at least one item")
-        width = max(2, min(self.max_items, max(map(len, rows))))
+        width = max(2, *map(len, rows))
         ends = torch.tensor([len(row) for row in rows]).cumsum(0)
         starts = ends - torch.tensor([len(row) for row in rows])
         scores, items = self._top_k(pad_left(torch.tensor([item for row in rows for item in row]), starts, ends, width))

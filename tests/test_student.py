@@ -81,6 +81,13 @@ def test_seen_items_never_come_back_and_k_may_exceed_the_catalogue(run):
     assert {item for item, _, _ in answer} == set(range(1, 61)) - {3, 5, 8}
 
 
+def test_items_older_than_the_model_reads_are_left_out_too(run):
+    history = list(range(1, 61))  # the model reads 40 items at most
+    assert Recommender(run, compile=False)([history]) == [[]]
+    (answer,) = Recommender(run, compile=False)([history[:-1]])
+    assert [item for item, _, _ in answer] == [60]
+
+
 def test_titles_any_case_raw_ids_and_clear_words(run):
     recommender = Recommender(run, compile=False)
     title = recommender.titles[4]

@@ -101,13 +101,17 @@ def ask(teachers: list[PreBert]) -> Answers:
 
 @torch.no_grad()
 def states_of(teacher: PreBert, split: Split, dtype: torch.dtype) -> Tensor:
-    """A causal teacher's state after each item of the training part, (L, D), read in windows from the newest on."""
+    """A causal teacher's state after each item of the training part but the last, (L, D).
+
+    Read in windows from the newest on; nothing is asked after the last item, so, as in training, the one
+    before it is at the right end.
+    """
     states = torch.zeros(len(split.items), teacher.config.hidden_size, dtype=dtype)
-    sizes, length, device = split.ends - split.starts, teacher.max_length, teacher.item_bias.device
+    sizes, length, device = split.ends - 1 - split.starts, teacher.max_length, teacher.item_bias.device
     counts = -(-sizes // length)
     rows = torch.repeat_interleave(torch.arange(len(sizes)), counts)
     place = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows]  # 0 is a history's newest window
-    ends = split.ends[rows] - length * place
+    ends = split.ends[rows] - 1 - length * place
     starts = torch.maximum(split.starts[rows], ends - length)
     for group in tqdm(batches(starts, ends, 8192), desc="the teacher reads"):
         width = int((ends - starts)[group].max())
@@ -192,8 +196,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.no_kd and (args.cache or (args.temperature, args.alpha) != (None, None)):
         parser.error("--temperature, --alpha and --cache are of no use with --no-kd")
-    if not args.no_kd and args.label_smoothing:
-        parser.error("--label-smoothing is for --no-kd: the teacher's distribution takes its place")
+    if not args.no_kd and (args.label_smoothing or args.negatives):
+        parser.error("--label-smoothing and --negatives are for --no-kd: teachers answer over the full catalogue")
     args.temperature, args.alpha = args.temperature or 1.0, 0.9 if args.alpha is None else args.alpha
     args.teacher = args.teacher or [str(Path("runs") / dataset_name(args.data) / "teacher")]
     if args.objective is None:

@@ -582,8 +582,8 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error("--last-share is for --objective masked; next asks at every position")
     args.mask_rate = args.mask_rate or (0.2 if masked else 1.0)
     args.last_share = args.last_share if args.last_share is not None else 0.1 * masked
-    if args.max_length < 2 or args.seed < 0 or (args.negatives is not None and args.negatives < 1):
-        parser.error("--max-length must be 2 or more, --seed 0 or more, --negatives 1 or more")
+    if args.max_length < 3 or args.seed < 0 or (args.negatives is not None and args.negatives < 1):
+        parser.error("--max-length must be 3 or more, --seed 0 or more, --negatives 1 or more")
     join_processes(args)
 
 

@@ -17,15 +17,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data import InputError, load_dataset, mask_items
-from distill import ask, distillation_loss, principal_components, student_loss
+from data import InputError, leave_one_out, load_dataset, mask_items
+from distill import ask, distillation_loss, principal_components, remember, student_loss
 from evaluate import target_ranks
 from prebert import BertConfig, PreBert, read_safetensors
 from student import MiniBert
 from teacher import (
+    Sampler,
     add_training_flags,
     check_flags,
     describe,
+    draw_batch,
     locked,
     make_optimizer,
     masked_item_loss,
@@ -118,6 +120,37 @@ def test_teacher_gets_no_gradient_and_no_dropout():
     batch = mask_items(torch.randint(1, 31, (5, 12)), torch.zeros(5, dtype=torch.bool), 31, 0.3, torch.Generator())
     student_loss(student, (*batch, batch[1]), ask([teacher]), 2.0, 0.5).backward()
     assert all(p.grad is None for p in teacher.parameters()) and student.item_bias.grad is not None
+
+
+def test_sampled_softmax_estimates_the_full_one():
+    torch.manual_seed(0)
+    model = MiniBert("tiny", 30, 12).eval()
+    for parameter in model.parameters():
+        parameter.data.normal_(0.0, 0.3)
+    batch = mask_items(torch.randint(1, 31, (5, 12)), torch.zeros(5, dtype=torch.bool), 31, 0.3, torch.Generator())
+    batch = (*batch, batch[1])
+    chance = torch.arange(1.0, 31.0) / 465  # far from uniform, so that a missing correction shows
+    full = masked_item_loss(model, batch).item()
+    assert masked_item_loss(model, batch, sampler=Sampler(chance, 300_000)).item() == pytest.approx(full, rel=0.01)
+    assert masked_item_loss(model, batch, sampler=Sampler(chance, 5)).item() > 0
+
+
+def test_cached_answers_are_the_live_ones_and_several_teachers_are_averaged(ring):
+    torch.manual_seed(0)
+    split, _, _ = leave_one_out(load_dataset(str(ring)))
+    teachers = [MiniBert("tiny", 60, 40, causal=True).eval() for _ in range(2)]
+    for parameter in (p for teacher in teachers for p in teacher.parameters()):
+        parameter.data.normal_(0.0, 0.2)
+    rows = torch.tensor([3, 11, 20])
+    windows = (split.starts[rows], split.ends[rows], torch.zeros(3, dtype=torch.bool))
+    batch = draw_batch(teachers[0], split, windows, 0.7, torch.Generator().manual_seed(0))
+    for kinds in (teachers[:1], teachers):
+        cached, live = remember(kinds, split, torch.float32)(batch), ask(kinds)(batch)
+        assert cached.shape == (int((batch[2] != 0).sum()), 60)
+        assert torch.allclose(cached, live, atol=1e-4)
+    tokens, positions, labels, _ = batch
+    each = [teacher.logits(teacher(tokens, positions)[labels != 0]).softmax(-1) for teacher in teachers]
+    assert torch.allclose(live.exp(), (each[0] + each[1]) / 2, atol=1e-5)
 
 
 def test_principal_components_keep_the_distances_of_a_flat_cloud():

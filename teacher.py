@@ -57,7 +57,7 @@ from data import (
     windows,
     write_atomic,
 )  # fmt: skip
-from evaluate import evaluate, hit_rate, machine, ndcg, peak_memory_gb
+from evaluate import Popularity, evaluate, hit_rate, machine, ndcg, peak_memory_gb
 from prebert import (
     BertConfig,
     PreBert,
@@ -74,6 +74,8 @@ from student import VERSION, pick_device, read_json
 # entries (B, M), the place in the log of the item at each position.
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 Loss = Callable[[PreBert, Batch], Tensor]
+FULL_SOFTMAX = 50_000  # items: beyond, the catalogue softmax is estimated from
+NEGATIVES = 8_192  # shared negatives a batch
 
 
 @dataclass(frozen=True)
@@ -571,10 +573,6 @@ def add_training_flags(parser: argparse.ArgumentParser, **defaults: object) -> N
     parser.set_defaults(**{"tokens": 4096, **defaults})
 
 
-FULL_SOFTMAX = 50_000  # items: beyond, the catalogue softmax is estimated from
-NEGATIVES = 8_192  # shared negatives a batch
-
-
 def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Fill in what depends on the objective; end with argparse's message and code 2 for what makes no sense."""
     masked = args.objective == "masked"
@@ -594,11 +592,7 @@ def make_sampler(args: argparse.Namespace, data: Interactions) -> Sampler | None
         return None
     if world()[0] == 0:
         print(f"sampled softmax: {count:,} shared negatives a batch instead of all {data.num_items:,} items")
-    train_part, _, _ = leave_one_out(data)
-    inside = torch.zeros(len(train_part.items) + 1)
-    inside.index_add_(0, train_part.starts, torch.ones(data.num_users))
-    inside.index_add_(0, train_part.ends, -torch.ones(data.num_users))
-    counts = torch.bincount(train_part.items, inside.cumsum(0)[:-1], data.num_items + 1)[1:]
+    counts = Popularity(leave_one_out(data)[0], data.num_items).counts
     return Sampler((0.5 / data.num_items + 0.5 * counts / counts.sum()).float().to(pick_device(args.device)), count)
 
 

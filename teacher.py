@@ -461,7 +461,6 @@ def end_epoch(session: Session, valid: Split, exclude_seen: bool) -> None:
     quality, hits = validate(model, valid, exclude_seen, session.args.eval_users)
     state["waited"] = 0 if quality > state["best"] else state["waited"] + 1
     best, state["best"] = quality > state["best"], max(quality, state["best"])
-    session.read_clocks()
     if world()[0]:
         return
     if best:
@@ -503,6 +502,7 @@ def train(model: PreBert, loss_of: Loss, data: Interactions, run: Path, args: ar
         while session.spent(1) < 1 and state["waited"] < args.patience:
             train_epoch(session, split)
             end_epoch(session, valid, not data.repeats)
+        session.read_clocks()
         if world()[0] == 0:
             finish(run, state)
 

@@ -382,18 +382,19 @@ def print_table(rows: list[dict]) -> None:
 
 
 def compare(ranks: dict[str, Tensor]) -> list[dict]:
-    """Students against their teacher and their control, over the same users: prints and returns gain and p.
+    """Every student against its teacher and its control, over the same users: prints and returns gain and p.
 
-    Runs of seed s are named like student-s1, teacher-s1 and student-no-kd-s1.
+    Runs of seed s end alike, such as student-s1, teacher-s1 and student-no-kd-s1.
     """
     found: list[dict] = []
-    for better in (name for name in ranks if re.fullmatch(r"student(-s\d+)?", name)):
-        for worse in (better.replace("student", "teacher"), "teacher", better.replace("student", "student-no-kd")):
-            if worse in ranks and (better, worse) not in [(row["better"], row["worse"]) for row in found]:
-                a, b = ndcg(ranks[better], 10), ndcg(ranks[worse], 10)
-                gain, p = (a.mean() / b.mean() - 1).item(), paired_p(a, b)
-                print(f"{better} over {worse}: {gain:+.2%} NDCG@10, paired bootstrap p = {p:.4f}")
-                found.append({"better": better, "worse": worse, "gain": gain, "p": p})
+    for better in (name for name in ranks if name.startswith("student") and "no-kd" not in name):
+        seed = "".join(re.findall(r"-s\d+$", better))
+        rivals = [f"teacher{seed}" if f"teacher{seed}" in ranks else "teacher", f"student-no-kd{seed}"]
+        for worse in (name for name in rivals if name in ranks):
+            a, b = ndcg(ranks[better], 10), ndcg(ranks[worse], 10)
+            gain, p = (a.mean() / b.mean() - 1).item(), paired_p(a, b)
+            print(f"{better} over {worse}: {gain:+.2%} NDCG@10, paired bootstrap p = {p:.4f}")
+            found.append({"better": better, "worse": worse, "gain": gain, "p": p})
     return found
 
 

@@ -16,7 +16,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 demo: .venv/installed
 	$(BIN)/python data.py --data ml-100k
 	$(BIN)/python teacher.py --data ml-100k --objective next --minutes 3 --overwrite
-	$(BIN)/python distill.py --data ml-100k --minutes 1.5 --overwrite
+	$(BIN)/python distill.py --data ml-100k --cache --minutes 1.5 --overwrite
 	$(BIN)/python evaluate.py --data ml-100k
 	$(BIN)/python student.py --run runs/ml-100k/student -k 3 $(FILMS)
 

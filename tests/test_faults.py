@@ -217,7 +217,7 @@ def test_eight_threads_get_the_answers_of_one(run):
             stop.set()
 
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(ask, range(2000)))
+        list(pool.map(ask, range(10_000)))
     assert not wrong and not stop.is_set()
     assert peak_memory_gb() - memory < 0.2
     for bad in ([[]], [[0]], [[61]], [["no such film"]]):

@@ -42,43 +42,43 @@ from prebert import PreBert, cooccurrence_vectors, set_item_table
 from student import STUDENTS, MiniBert, load_run, pick_device, read_json
 from teacher import (
     Batch,
+    Sampler,
     add_training_flags,
     autocast_dtype,
+    candidate_logits,
     check_flags,
     describe,
+    draw_candidates,
     make_sampler,
     masked_item_loss,
     train,
     world,
 )
 
-Answers = Callable[[Batch], Tensor]  # the teachers' logits for what a batch asks, (M, I)
+Reader = Callable[[Batch], list[Tensor]]  # every teacher's states where a batch asks, (M, D) each
+TOP = 64  # items that each teacher finds likeliest, looked at whatever is sampled besides
 
 
-def distillation_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, alpha: float) -> Tensor:
+def distillation_loss(
+    student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, alpha: float, correction: Tensor | None = None
+) -> Tensor:
     """(1 - alpha) CE(labels, student) + alpha T^2 KL(softmax(teacher / T) || softmax(student / T)).
 
-    student, teacher (M, I): logits over the full catalogue at labelled positions; labels (M,): columns.
-    Means over M. T^2 keeps the gradient's size when the temperature changes (Hinton et al. 2015, section 2).
+    student, teacher (M, I): logits over the full catalogue at labelled positions, or over candidates with the
+    `correction` of `draw_candidates`; labels (M,): columns. Means over M. T^2 keeps the gradient's size when the
+    temperature changes (Hinton et al. 2015, section 2).
     """
     assert student.shape == teacher.shape and labels.shape == student.shape[:1]
+
+    def corrected(logits: Tensor) -> Tensor:
+        return logits if correction is None else logits + correction
+
     student, teacher = student.float(), teacher.float()
-    log_p = F.log_softmax(student / temperature, dim=-1)
-    log_q = F.log_softmax(teacher / temperature, dim=-1)
+    log_p = F.log_softmax(corrected(student / temperature), dim=-1)
+    log_q = F.log_softmax(corrected(teacher / temperature), dim=-1)
     divergence = F.kl_div(log_p, log_q, reduction="sum", log_target=True)
-    cross_entropy = F.cross_entropy(student, labels, reduction="sum")
+    cross_entropy = F.cross_entropy(corrected(student), labels, reduction="sum")
     return ((1 - alpha) * cross_entropy + alpha * temperature**2 * divergence) / max(1, len(labels))
-
-
-def student_loss(student: PreBert, batch: Batch, answers: Answers, temperature: float, alpha: float) -> Tensor:
-    """The student on a batch, against the teachers' answers to the same questions; a scalar."""
-    tokens, positions, labels, _ = batch
-    asked = labels != PAD
-    logits = student.logits(student(tokens, positions)[asked])  # (M, I)
-    return distillation_loss(logits, answers(batch), labels[asked] - 1, temperature, alpha)
-
-
-# ---------------------------------------------------------------- teachers' answers
 
 
 def mean_of(logits: list[Tensor]) -> Tensor:
@@ -88,15 +88,50 @@ def mean_of(logits: list[Tensor]) -> Tensor:
     return torch.stack([z.float().log_softmax(-1) for z in logits]).logsumexp(0) - math.log(len(logits))
 
 
-def ask(teachers: list[PreBert]) -> Answers:
-    """Answers by the teachers to the very batch that the student sees, without dropout or gradient."""
+@torch.no_grad()
+def top_items(teacher: PreBert, states: Tensor, count: int) -> Tensor:
+    """The teacher's likeliest columns at states (M, D), (M, count); over the catalogue, a few positions at a time."""
+    parts = states.split(max(1, 2**26 // teacher.num_items))
+    return torch.cat([teacher.logits(part).topk(min(count, teacher.num_items)).indices for part in parts])
+
+
+def student_loss(
+    student: PreBert, batch: Batch, teachers: list[PreBert], read: Reader, temperature: float, alpha: float,
+    sampler: Sampler | None = None,
+) -> Tensor:  # fmt: skip
+    """The student on a batch, against the teachers' answers to the same questions; a scalar.
+
+    Over the full catalogue, or, with a sampler, over the label, the teachers' top items and shared negatives.
+    """
+    tokens, positions, labels, _ = batch
+    asked = labels != PAD
+    own, columns = student(tokens, positions)[asked], labels[asked] - 1
+    pairs = list(zip(teachers, read(batch), strict=True))
+    if sampler is None:
+        with torch.no_grad():
+            answers = mean_of([teacher.logits(states) for teacher, states in pairs])  # (M, I)
+        return distillation_loss(student.logits(own), answers, columns, temperature, alpha)
+    with torch.no_grad():
+        certain = torch.cat([columns[:, None], *(top_items(*pair, TOP) for pair in pairs)], dim=1)
+        negatives, correction = draw_candidates(sampler, certain)
+        scores = [candidate_logits(*pair, certain, negatives) + correction for pair in pairs]
+        answers = mean_of(scores) - correction  # (M, C + N)
+    logits = candidate_logits(student, own, certain, negatives)
+    return distillation_loss(logits, answers, torch.zeros_like(columns), temperature, alpha, correction)
+
+
+# ---------------------------------------------------------------- what the teachers say
+
+
+def ask(teachers: list[PreBert]) -> Reader:
+    """States of the teachers on the very batch that the student sees, without dropout or gradient."""
 
     @torch.no_grad()
-    def answers(batch: Batch) -> Tensor:
+    def read(batch: Batch) -> list[Tensor]:
         tokens, positions, labels, _ = batch
-        return mean_of([teacher.logits(teacher(tokens, positions)[labels != PAD]) for teacher in teachers])
+        return [teacher(tokens, positions)[labels != PAD] for teacher in teachers]
 
-    return answers
+    return read
 
 
 @torch.no_grad()
@@ -123,20 +158,19 @@ def states_of(teacher: PreBert, split: Split, dtype: torch.dtype) -> Tensor:
     return states
 
 
-def remember(teachers: list[PreBert], split: Split, dtype: torch.dtype) -> Answers:
-    """Answers from states computed once: what a causal teacher says after an item does not depend on the questions.
+def remember(teachers: list[PreBert], split: Split, dtype: torch.dtype) -> Reader:
+    """States computed once for the whole log: what a causal teacher says after an item depends on no question.
 
     Takes len(log) x D x 2 bytes of memory a teacher in bf16, and saves the teacher's pass at every step.
     """
-    states = [states_of(teacher, split, dtype) for teacher in teachers]
+    memory = [states_of(teacher, split, dtype) for teacher in teachers]
 
-    @torch.no_grad()
-    def answers(batch: Batch) -> Tensor:
+    def read(batch: Batch) -> list[Tensor]:
         _, _, labels, entries = batch
         wanted = entries[labels != PAD].cpu()
-        return mean_of([t.logits(s[wanted].to(labels.device)) for t, s in zip(teachers, states, strict=True)])
+        return [states[wanted].to(labels.device) for states in memory]
 
-    return answers
+    return read
 
 
 def principal_components(table: Tensor, size: int) -> Tensor:
@@ -196,8 +230,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.no_kd and (args.cache or (args.temperature, args.alpha) != (None, None)):
         parser.error("--temperature, --alpha and --cache are of no use with --no-kd")
-    if not args.no_kd and (args.label_smoothing or args.negatives):
-        parser.error("--label-smoothing and --negatives are for --no-kd: teachers answer over the full catalogue")
+    if not args.no_kd and args.label_smoothing:
+        parser.error("--label-smoothing is for --no-kd: the teacher's answers are smooth already")
     args.temperature, args.alpha = args.temperature or 1.0, 0.9 if args.alpha is None else args.alpha
     args.teacher = args.teacher or [str(Path("runs") / dataset_name(args.data) / "teacher")]
     if args.objective is None:
@@ -216,13 +250,14 @@ def distill(args: argparse.Namespace, data: Interactions) -> None:
     needed = args.teacher if not args.no_kd else args.teacher[:1] if args.item_init == "pca" else []
     teachers = [load_teacher(Path(run), args, data) for run in needed]
     model = build_student(args, data, teachers[0] if teachers else None)
+    sampler = make_sampler(args, data)
     if args.no_kd:
-        sampler = make_sampler(args, data)
         loss = partial(masked_item_loss, label_smoothing=args.label_smoothing, sampler=sampler)
     else:
         dtype = autocast_dtype(pick_device(args.device), args.precision)
-        answers = remember(teachers, leave_one_out(data)[0], dtype) if args.cache else ask(teachers)
-        loss = partial(student_loss, answers=answers, temperature=args.temperature, alpha=args.alpha)
+        read = remember(teachers, leave_one_out(data)[0], dtype) if args.cache else ask(teachers)
+        loss = partial(student_loss, teachers=teachers, read=read, temperature=args.temperature, alpha=args.alpha,
+                       sampler=sampler)  # fmt: skip
     run = Path("runs") / data.name / args.name
     train(model, loss, data, run, args, describe(data, model, args))
     if world()[0] == 0:

@@ -84,6 +84,7 @@ def load_run(run: str | Path) -> tuple[PreBert, dict, dict]:
 
 # ---------------------------------------------------------------- serving
 
+
 class TopK(nn.Module):
     """tokens (B, T), see `PreBert.question`, and the whole histories, seen (B, S), to the k best unseen items.
 

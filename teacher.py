@@ -86,22 +86,39 @@ class Sampler:
     count: int  # draws a batch, shared by all its positions
 
     def draw(self) -> tuple[Tensor, Tensor]:
-        """Columns (N,) and log of how often each is expected among N draws, (N,)."""
-        columns = torch.multinomial(self.chance, self.count, replacement=True)
-        return columns, (self.count * self.chance[columns]).log()
+        """Distinct columns (N,), ascending, and log(times drawn / times expected) of each, (N,)."""
+        columns, times = torch.multinomial(self.chance, self.count, replacement=True).unique(return_counts=True)
+        return columns, (times / (self.count * self.chance[columns])).log()
 
 
-def sampled_logits(model: PreBert, states: Tensor, labels: Tensor, sampler: Sampler) -> Tensor:
-    """Scores of each label (column 0) and of shared negatives, (M, 1 + N), whose softmax stands for the full one.
+NEVER = -1e9  # added to a score that must not count; finite, so that KL's 0 * (NEVER - NEVER) is 0
 
-    Subtracting log(N q) makes the sum of exponentials over the sample an unbiased estimate of the sum over the
-    catalogue (Bengio & Senecal 2008, equation 5); a negative that happens to be the label does not count twice.
+
+def draw_candidates(sampler: Sampler, certain: Tensor) -> tuple[Tensor, Tensor]:
+    """What stands for the catalogue at M positions: `certain` columns (M, C) of their own, and shared negatives.
+
+    Returns the negatives' columns (N,) and what to add to the scores of both, (M, C + N): with it the sum of
+    exponentials over the candidates is an unbiased estimate of the sum over the catalogue (Bengio & Senecal
+    2008, equation 5). What stands in a row twice counts once.
     """
-    columns, expected = sampler.draw()
-    label_scores = (states * model.item_embedding.weight[1 + labels]).sum(1) + model.item_bias[labels]
-    scores = F.linear(states, model.item_embedding.weight[1 + columns], model.item_bias[columns] - expected)
-    scores = scores.float().masked_fill(columns == labels[:, None], -torch.inf)  # (M, N)
-    return torch.cat([label_scores.float()[:, None], scores], dim=1)
+    columns, weights = sampler.draw()
+    order = certain.argsort(dim=1, stable=True)
+    ordered = certain.gather(1, order)
+    again = F.pad(ordered[:, 1:] == ordered[:, :-1], (1, 0)).gather(1, order.argsort(1))  # (M, C)
+    place = torch.searchsorted(columns, certain).clamp(max=len(columns) - 1)
+    drawn = columns[place] == certain
+    correction = torch.cat([NEVER * again, weights.expand(len(certain), -1)], dim=1)  # (M, C + N)
+    row, column = drawn.nonzero(as_tuple=True)
+    correction[row, certain.shape[1] + place[row, column]] = NEVER
+    return columns, correction
+
+
+def candidate_logits(model: PreBert, states: Tensor, certain: Tensor, negatives: Tensor) -> Tensor:
+    """Scores at states (M, D) of certain columns (M, C) and of shared ones (N,), (M, C + N)."""
+    table = model.item_embedding.weight
+    near = (F.embedding(1 + certain, table) @ states.to(table.dtype)[:, :, None])[..., 0]  # (M, C)
+    far = F.linear(states, F.embedding(1 + negatives, table), model.item_bias[negatives])  # (M, N)
+    return torch.cat([near + model.item_bias[certain], far.to(table.dtype)], dim=1)
 
 
 def masked_item_loss(
@@ -109,8 +126,8 @@ def masked_item_loss(
 ) -> Tensor:
     """Mean of -log p(item | what the model may see) over the asked positions, a scalar.
 
-    p = softmax(head(h) E^T + b) over all items, or over a sample of them; the encoder's last layer and
-    this softmax are computed where something is asked and nowhere else.
+    p = softmax(head(h) E^T + b) over all items, or over the label and a sample of them; the encoder's last
+    layer and this softmax are computed where something is asked and nowhere else.
     """
     tokens, positions, labels, _ = batch
     asked = labels != PAD  # (B, M)
@@ -118,7 +135,9 @@ def masked_item_loss(
     if sampler is None:
         logits = model.logits(states).float()  # (B * M, I)
     else:
-        logits, columns = sampled_logits(model, states, columns, sampler), torch.zeros_like(columns)
+        negatives, correction = draw_candidates(sampler, columns[:, None])
+        logits = candidate_logits(model, states, columns[:, None], negatives) + correction  # (B * M, 1 + N)
+        columns = torch.zeros_like(columns)
     total = F.cross_entropy(logits, columns, label_smoothing=label_smoothing, reduction="sum")
     return total / max(1, len(columns))
 
@@ -590,6 +609,8 @@ def make_sampler(args: argparse.Namespace, data: Interactions) -> Sampler | None
     count = args.negatives or (NEGATIVES if data.num_items > FULL_SOFTMAX else 0)
     if not count:
         return None
+    if args.label_smoothing:
+        raise InputError("--label-smoothing needs the full softmax, which --negatives and large catalogues do without")
     if world()[0] == 0:
         print(f"sampled softmax: {count:,} shared negatives a batch instead of all {data.num_items:,} items")
     counts = Popularity(leave_one_out(data)[0], data.num_items).counts

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from data import InputError, leave_one_out, load_dataset, mask_items
-from distill import ask, distillation_loss, principal_components, remember, student_loss
+from distill import ask, distillation_loss, mean_of, principal_components, remember, student_loss
 from evaluate import target_ranks
 from prebert import BertConfig, PreBert, read_safetensors
 from student import MiniBert
@@ -28,6 +28,7 @@ from teacher import (
     check_flags,
     describe,
     draw_batch,
+    draw_candidates,
     locked,
     make_optimizer,
     masked_item_loss,
@@ -118,7 +119,7 @@ def test_distillation_gradient_by_finite_differences():
 def test_teacher_gets_no_gradient_and_no_dropout():
     teacher, student = MiniBert("tiny", 30, 12).eval(), MiniBert("tiny", 30, 12).train()
     batch = mask_items(torch.randint(1, 31, (5, 12)), torch.zeros(5, dtype=torch.bool), 31, 0.3, torch.Generator())
-    student_loss(student, (*batch, batch[1]), ask([teacher]), 2.0, 0.5).backward()
+    student_loss(student, (*batch, batch[1]), [teacher], ask([teacher]), 2.0, 0.5).backward()
     assert all(p.grad is None for p in teacher.parameters()) and student.item_bias.grad is not None
 
 
@@ -144,13 +145,41 @@ def test_cached_answers_are_the_live_ones_and_several_teachers_are_averaged(ring
     rows = torch.tensor([3, 11, 20])
     windows = (split.starts[rows], split.ends[rows], torch.zeros(3, dtype=torch.bool))
     batch = draw_batch(teachers[0], split, windows, 0.7, torch.Generator().manual_seed(0))
-    for kinds in (teachers[:1], teachers):
-        cached, live = remember(kinds, split, torch.float32)(batch), ask(kinds)(batch)
-        assert cached.shape == (int((batch[2] != 0).sum()), 60)
-        assert torch.allclose(cached, live, atol=1e-4)
-    tokens, positions, labels, _ = batch
-    each = [teacher.logits(teacher(tokens, positions)[labels != 0]).softmax(-1) for teacher in teachers]
-    assert torch.allclose(live.exp(), (each[0] + each[1]) / 2, atol=1e-5)
+    asked = batch[2] != 0
+    for cached, live in zip(remember(teachers, split, torch.float32)(batch), ask(teachers)(batch), strict=True):
+        assert cached.shape == (int(asked.sum()), 64) and torch.allclose(cached, live, atol=1e-4)
+    each = [teacher.logits(teacher(batch[0], batch[1])[asked]) for teacher in teachers]
+    both = (each[0].softmax(-1) + each[1].softmax(-1)) / 2
+    assert torch.allclose(mean_of(each).exp(), both, atol=1e-5)
+
+
+def test_distillation_over_candidates_estimates_the_full_one():
+    torch.manual_seed(0)
+    student, *teachers = (MiniBert("tiny", 90, 12).eval() for _ in range(3))
+    for parameter in (p for model in (student, *teachers) for p in model.parameters()):
+        parameter.data.normal_(0.0, 0.3)
+    batch = mask_items(torch.randint(1, 91, (5, 12)), torch.zeros(5, dtype=torch.bool), 91, 0.3, torch.Generator())
+    batch = (*batch, batch[1])
+    chance = torch.arange(1.0, 91.0) / 4095  # far from uniform, so that a missing correction shows
+    for kinds, temperature in ((teachers[:1], 1.0), (teachers, 1.0), (teachers, 3.0)):
+        loss = partial(student_loss, student, batch, kinds, ask(kinds), temperature, 0.6)
+        full = loss().item()
+        assert loss(sampler=Sampler(chance, 300_000)).item() == pytest.approx(full, rel=0.01)
+        few = sum(loss(sampler=Sampler(chance, 40)).item() for _ in range(200)) / 200
+        assert few == pytest.approx(full, rel=0.1)
+
+
+def test_candidates_count_every_item_once():
+    certain = torch.tensor([[3, 5, 3], [7, 7, 7]])
+    sampler = Sampler(torch.tensor([0, 0, 0, 0.5, 0, 0, 0.25, 0.25]), 64)
+    negatives, correction = draw_candidates(sampler, certain)
+    assert negatives.tolist() == [3, 6, 7]
+    assert (correction < -1e8).tolist() == [
+        [False, False, True, True, False, False],
+        [False, True, True, False, False, True],
+    ]
+    times = (correction[0, 4:].exp() * torch.tensor([16, 16])).sum() + correction[1, 3].exp() * 32
+    assert times.item() == pytest.approx(64)  # weights are times drawn / times expected
 
 
 def test_principal_components_keep_the_distances_of_a_flat_cloud():

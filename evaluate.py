@@ -42,11 +42,12 @@ from data import (
     leave_one_out,
     load_dataset,
     pad_left,
+    positive,
     run_command,
     write_atomic,
 )
 from prebert import PreBert
-from student import TopK, compile_ahead, load_run, pick_device, read_json
+from student import MiniBert, TopK, compile_ahead, load_run, pick_device, read_json
 
 Scorer = Callable[[Tensor], Tensor]  # history (B, T), left-padded, newest last -> scores (B, I) of items 1..I
 
@@ -193,57 +194,93 @@ def peak_gflops(seconds: float = 1.0) -> float:
     return 2 * 2048**3 / best / 1e9
 
 
-def prepare(name: str, model: PreBert, graph: Callable, mode: str, size: int, histories: Tensor) -> tuple:
-    """One cell of the benchmark: its row, a call that ranks `size` of the histories (H, T), and room for times."""
-    plain = TopK(model, min(10, model.num_items), True).eval()
-    chunks = [(model.question(part), part) for part in histories.split(size)]
+def peak_gb_per_s() -> float:
+    """How fast this machine reads memory, in GB/s: the sum of half a GB of numbers, best of ten."""
+    numbers, best = torch.ones(2**27), float("inf")
+    for _ in range(10):
+        began = time.perf_counter()
+        numbers.sum()
+        best = min(best, time.perf_counter() - began)
+    return 4 * len(numbers) / best / 1e9
+
+
+def extra_memory_gb(call: Callable[[], object]) -> float | None:
+    """GiB that this process needs at most while `call` runs, beyond what it held; None where Linux does not tell."""
+    reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    if not reset.exists():
+        return None
+    reset.write_text("5")  # the peak that the kernel remembers becomes what is held now
+    before = re.search(r"VmHWM:\s*(\d+)", status.read_text())
+    call()
+    after = re.search(r"VmHWM:\s*(\d+)", status.read_text())
+    return (int(after[1]) - int(before[1])) / 2**20 if before and after else None
+
+
+def prepare(name: str, graph: Callable, plain: TopK, mode: str, size: int, rows: list[Tensor], length: object) -> tuple:
+    """One cell of the benchmark: its row, a call that ranks the next `size` histories, and room for times.
+
+    rows: a history each; those ranked together are padded to the longest of them.
+    """
+    model, chunks = plain.model, []
+    for begin in range(0, len(rows), size):
+        counts = torch.tensor([len(row) for row in rows[begin : begin + size]])
+        ends, width = counts.cumsum(0), max(2, int(counts.max()))
+        history = pad_left(torch.cat(rows[begin : begin + size]), ends - counts, ends, width)  # (size, T)
+        chunks.append((model.question(history), history))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # the fused kernel is not counted
-        plain(*chunks[0])
+        for chunk in chunks:
+            plain(*chunk)
     began = time.perf_counter()
     for chunk in chunks[:2]:
         graph(*chunk)
-    row = {"name": name, "mode": mode, "batch_size": size, "length": histories.shape[1]}
-    row |= {"flops_per_user": counter.get_total_flops() / size, "warm_up_s": time.perf_counter() - began}
+    row = {"name": name, "mode": mode, "batch_size": size, "length": length, "num_items": model.num_items}
+    row |= {"flops_per_user": counter.get_total_flops() / len(rows), "warm_up_s": time.perf_counter() - began}
+    row["extra_memory_gb"] = extra_memory_gb(lambda: graph(*chunks[0]))
+    row["weights_gb"] = sum(parameter.numel() for parameter in model.parameters()) * 4 / 1e9
     turn = itertools.cycle(chunks)
     return row, lambda: graph(*next(turn)), []
 
 
-def bench_cells(name: str, model: PreBert, sizes: tuple[int, ...], lengths: tuple[int, ...]) -> list[tuple]:
-    """Every mode, batch size and history length of one model, compiled once for all shapes."""
-    longest = model.max_length - (not model.config.causal)
-    possible = sorted({min(length, longest) for length in lengths})
+def bench_cells(name: str, model: PreBert, sizes: tuple[int, ...], lengths: dict[object, Tensor]) -> list[tuple]:
+    """Every mode, batch size and kind of history of one model, compiled once for all shapes.
+
+    lengths: {what the cell is called: the histories' lengths, of which as many as needed are drawn}.
+    """
+    longest, random = model.max_length - (not model.config.causal), torch.Generator().manual_seed(0)
     cells, plain = [], TopK(model, min(10, model.num_items), True).eval().requires_grad_(False)
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         compiled = compile_ahead(plain, Path(folder) / "bench.pt2")
         seconds = time.perf_counter() - began
-    for mode, size, length in itertools.product(("eager", "compiled"), sizes, possible):
-        histories = torch.randint(1, model.num_items + 1, (4 * size, length))
-        graph = compiled if mode == "compiled" else plain
-        cells.append(prepare(name, model, graph, mode, size, histories))
+    for mode, size, (length, known) in itertools.product(("eager", "compiled"), sizes, lengths.items()):
+        drawn = known[torch.randint(len(known), (max(32, size),), generator=random)].clamp(max=longest).tolist()
+        rows = [torch.randint(1, model.num_items + 1, (count,), generator=random) for count in drawn]
+        cells.append(prepare(name, compiled if mode == "compiled" else plain, plain, mode, size, rows, length))
         cells[-1][0]["compile_s"] = seconds if mode == "compiled" else 0.0
     return cells
 
 
 @torch.inference_mode()
 def benchmark(
-    models: dict[str, PreBert], sizes: tuple[int, ...] = (1, 8, 64, 256), lengths: tuple[int, ...] = (20, 200),
-    rounds: int = 5,
-) -> list[dict]:  # fmt: skip
+    models: dict[str, PreBert], real: Tensor, sizes: tuple[int, ...] = (1, 8, 64, 256), rounds: int = 5
+) -> list[dict]:
     """Time the top 10 of each model on the CPU, eager and compiled, by batch size and history length.
 
-    What is compared is interleaved, round after round, so that a noisy machine disturbs all alike; p50 is
-    the median over rounds of the rounds' medians. Compiling and warming up are timed apart. A row a cell.
+    Histories of 20 items, of 200, and of lengths drawn from `real` (R,). What is compared is interleaved, round
+    after round, so that a noisy machine disturbs all alike; p50 is the median over rounds of the rounds' medians.
+    Compiling and warming up are timed apart. A row a cell.
     """
     cells = []
     for name, model in tqdm(models.items(), desc="compiling"):
-        cells += bench_cells(name, model, sizes, lengths)
-    peak = peak_gflops()
+        longest = model.max_length - (not model.config.causal)
+        fixed: dict[object, Tensor] = {min(length, longest): torch.tensor([length]) for length in (20, 200)}
+        cells += bench_cells(name, model, sizes, {**fixed, "real": real})
+    peak, bandwidth = peak_gflops(), peak_gb_per_s()
     for _ in tqdm(range(rounds), desc="timing, rounds"):
         for _, call, times in cells:
             times.append([])
-            end = time.perf_counter() + 0.5
-            while time.perf_counter() < end or len(times[-1]) < 3:
+            end = time.perf_counter() + 0.3
+            while time.perf_counter() < end or len(times[-1]) < 2:
                 began = time.perf_counter()
                 call()
                 times[-1].append(1000 * (time.perf_counter() - began))
@@ -252,21 +289,24 @@ def benchmark(
         row |= {f"p{q}_ms": max(row["p50_ms"], float(np.percentile(np.concatenate(times), q))) for q in (95, 99)}
         row["users_per_s"] = row["batch_size"] / row["p50_ms"] * 1000
         row["fraction_of_peak"] = row["flops_per_user"] * row["users_per_s"] / (peak * 1e9)
-        row["peak_gflops"] = peak
+        row["fraction_of_bandwidth"] = row["weights_gb"] / row["p50_ms"] * 1000 / bandwidth
+        row |= {"peak_gflops": peak, "peak_gb_per_s": bandwidth}
     return [row for row, _, _ in cells]
 
 
 def print_bench(rows: list[dict]) -> None:
     """The benchmark as a table, a line a cell."""
-    print(f"\nlatency of the top 10, float32, {torch.get_num_threads()} threads; "
-          f"the machine multiplies matrices at {rows[0]['peak_gflops']:.0f} GFLOP/s")  # fmt: skip
+    print(f"\nlatency of the top 10, float32, {torch.get_num_threads()} threads; the machine multiplies matrices at "
+          f"{rows[0]['peak_gflops']:.0f} GFLOP/s and reads {rows[0]['peak_gb_per_s']:.0f} GB/s")  # fmt: skip
     print(f"{'model':<24}{'mode':<10}{'batch':>6}{'length':>8}{'p50 ms':>10}{'p95 ms':>10}{'p99 ms':>10}{'users/s':>10}"
-          f"{'MFLOP/user':>12}{'of peak':>9}{'compile s':>11}")  # fmt: skip
+          f"{'MFLOP/user':>12}{'of peak':>9}{'of reading':>12}{'MiB':>7}{'compile s':>11}")  # fmt: skip
     for row in rows:
+        memory = "-" if row["extra_memory_gb"] is None else f"{1024 * row['extra_memory_gb']:.0f}"
         print(
             f"{row['name']:<24}{row['mode']:<10}{row['batch_size']:>6}{row['length']:>8}{row['p50_ms']:>10.2f}"
             f"{row['p95_ms']:>10.2f}{row['p99_ms']:>10.2f}{row['users_per_s']:>10.0f}"
-            f"{row['flops_per_user'] / 1e6:>12.0f}{row['fraction_of_peak']:>9.0%}{row['compile_s']:>11.1f}"
+            f"{row['flops_per_user'] / 1e6:>12.0f}{row['fraction_of_peak']:>9.0%}{row['fraction_of_bandwidth']:>12.0%}"
+            f"{memory:>7}{row['compile_s']:>11.1f}"
         )
 
 
@@ -314,14 +354,16 @@ def pictures(report: dict, runs: list[Path]) -> dict[str, str]:
     quality = {row["name"]: row["NDCG@10"] for row in report["rows"]}
     trade = {}
     for row in report.get("bench", []):
-        if row["mode"] == "compiled":
-            latency.setdefault(f"{row['name']}, {row['length']} items", []).append((row["batch_size"], row["p50_ms"]))
-            if row["batch_size"] == 1:  # lengths ascend, so the longest history stays
+        if row["mode"] == "compiled" and row["name"] in quality:
+            if row["length"] != "real":
+                name = f"{row['name']}, {row['length']} items"
+                latency.setdefault(name, []).append((row["batch_size"], row["p50_ms"]))
+            elif row["batch_size"] == 1:
                 trade[row["name"]] = [(row["p50_ms"], quality[row["name"]])]
     if latency:
         found["latency"] = plot_svg(latency, "top 10, compiled, median", "users in a batch", "milliseconds", log=True)
         found["trade"] = plot_svg(
-            trade, "accuracy against speed", "ms for one user, longest history", "test NDCG@10", log=False
+            trade, "accuracy against speed", "median ms for one user, real lengths", "test NDCG@10", log=False
         )
     return found
 
@@ -450,6 +492,8 @@ def main() -> None:
         help="rank among 100 sampled negatives, to compare with older papers only")  # fmt: skip
     add("--sample-seed", type=int, default=0, help="seed of --sampled")
     add("--bench", action="store_true", help="also time every run")
+    add("--bench-items", nargs="+", type=positive, default=[], metavar="N",
+        help="with --bench: also time a small student, random weights, over a catalogue of N items")  # fmt: skip
     add("--json", type=Path, help="write everything to this file")
     add("--device", default="auto")
     args = parser.parse_args()
@@ -458,7 +502,13 @@ def main() -> None:
     print_table(report["rows"])
     report["comparisons"] = compare(ranks)
     if args.bench and models:
-        report["bench"] = benchmark({name: model.cpu() for name, model in models.items()})
+        _, _, test = leave_one_out(data)
+        real = test.ends - test.starts
+        report["bench"] = benchmark({name: model.cpu() for name, model in models.items()}, real)
+        large: dict[str, PreBert] = {
+            f"small, {count:,} items": MiniBert("small", count, 200, True) for count in args.bench_items
+        }
+        report["bench"] += benchmark(large, real, sizes=(1, 256)) if large else []
         report["peak_gflops"] = report["bench"][0]["peak_gflops"]
         report["peak_memory_gb"] = peak_memory_gb()
         print_bench(report["bench"])

@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from data import (
     load_dataset,
     mask_items,
     pad_left,
+    windows,
     write_atomic,
 )  # fmt: skip
 from evaluate import hit_rate, ndcg, peak_memory_gb, target_ranks
@@ -67,25 +69,85 @@ def test_a_full_disk_keeps_the_last_good_files(ring, tmp_path):
     assert (run / "model.safetensors").read_bytes() == before
 
 
-def test_two_processes_give_the_loss_curve_of_one(ring, tmp_path):
-    flags = ["--data", ring, "--bert", "none", "--dropout", 0, "--precision", "fp32", "--device", "cpu", *TINY]
-    command("teacher.py", *flags, "--name", "one", cwd=tmp_path)
+def two_processes(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
+    """A script under torchrun, as two gloo processes."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    arguments = [ROOT / "teacher.py", *flags, "--name", "two"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [*launch, *map(str, arguments)], cwd=tmp_path, capture_output=True, text=True, env=environment
-    )
-    assert result.returncode == 0, result.stderr
+    return subprocess.run(
+        [*launch, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def same_curve(folder: Path, names: tuple[str, str], epochs: int) -> None:
+    """Two runs' logs: the same steps, losses to rounding, and about the same validation NDCG@10 of 20 users."""
     one, two = (
-        [row.split(",") for row in (tmp_path / "runs/ring" / name / "log.csv").read_text().splitlines()[1:]]
-        for name in ("one", "two")
+        [row.split(",") for row in (folder / "runs/ring" / name / "log.csv").read_text().splitlines()[1:]]
+        for name in names
     )
-    assert len(one) == len(two) == 2
+    assert len(one) == len(two) == epochs
     for a, b in zip(one, two, strict=True):
         assert a[:2] == b[:2]  # step and epoch
         assert float(a[3]) == pytest.approx(float(b[3]), abs=2e-3)  # loss
-        assert float(a[4]) == pytest.approx(float(b[4]), abs=0.05)  # validation NDCG@10 of 20 users
+        assert float(a[4]) == pytest.approx(float(b[4]), abs=0.05)
+
+
+EXACT = ["--dropout", 0, "--precision", "fp32", "--device", "cpu", *TINY]
+
+
+def test_two_processes_give_the_loss_curve_of_one(ring, tmp_path):
+    flags = ["--data", ring, "--bert", "none", *EXACT]
+    command("teacher.py", *flags, "--name", "one", cwd=tmp_path)
+    result = two_processes(ROOT / "teacher.py", *flags, "--name", "two", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    same_curve(tmp_path, ("one", "two"), 2)
+
+
+def test_two_processes_go_on_where_one_was_stopped(ring, tmp_path):
+    flags = ["--data", ring, "--no-kd", "--size", "tiny", *EXACT, "--epochs", 60, "--patience", 99]
+    command("distill.py", *flags, "--name", "whole", cwd=tmp_path)
+    arguments = [sys.executable, ROOT / "distill.py", *flags, "--name", "parts"]
+    first = subprocess.Popen(list(map(str, arguments)), cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "runs/ring/parts/log.csv"
+    while first.poll() is None and (not log.exists() or log.read_text().count("\n") < 6):
+        time.sleep(0.05)
+    first.terminate()
+    assert "--resume goes on" in first.communicate()[1] and first.returncode == 143
+    assert log.read_text().count("\n") < 60  # it was stopped before its end
+    result = two_processes(ROOT / "distill.py", *flags, "--name", "parts", "--resume", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    same_curve(tmp_path, ("whole", "parts"), 60)
+
+
+def test_the_end_of_one_process_is_the_end_of_all(ring, tmp_path):
+    script = tmp_path / "second_one_fails.py"
+    script.write_text(f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import data, distill, teacher
+if os.environ["RANK"] == "1":
+    def fail(*_):
+        raise data.InputError("the second machine has lost its disk")
+    teacher.draw_batch = fail
+data.run_command(distill.main)
+""")
+    result = two_processes(script, "--data", ring, "--no-kd", "--size", "tiny", *EXACT, cwd=tmp_path)
+    assert result.returncode != 0 and "error: the second machine has lost its disk" in result.stderr
+
+
+def test_histories_of_1_to_2000_items_in_one_run(tmp_path):
+    chance, path = random.Random(0), tmp_path / "long.inter"
+    sizes = [1, 2, 3, 2000, *(int(10 ** chance.uniform(0, 3.3)) for _ in range(60))]
+    rows = [f"u{user}\ti{chance.randrange(300)}\t{when}" for user, size in enumerate(sizes) for when in range(size)]
+    path.write_text("\n".join(["user_id:token\titem_id:token\ttimestamp:float", *rows]) + "\n")
+    flags = ["--data", path, "--min-count", 1, "--no-kd", "--size", "tiny", "--epochs", 1, "--max-length", 50]
+    command("distill.py", *flags, cwd=tmp_path)
+    assert "student-no-kd" in command("evaluate.py", "--data", path, "--min-count", 1, cwd=tmp_path)
+    data = load_dataset(str(path), min_count=1)
+    assert sorted(np.diff(data.offsets)) == sorted(sizes)
+    split, _, _ = leave_one_out(data)
+    starts, ends, _ = windows(split, 50, 0.1, torch.Generator().manual_seed(0))
+    padded = sum(len(rows) * int((ends - starts)[rows].max()) for rows in batches(starts, ends, 1024))
+    assert int((ends - starts).sum()) > 0.9 * padded
 
 
 # ---------------------------------------------------------------- files from strangers

@@ -59,6 +59,16 @@ def test_compiled_equals_eager_for_any_length_and_number_of_users(run, tmp_path,
     assert not list(run.glob("*.pt2"))  # native code is never kept where strangers' files are
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_gives_the_answers_of_the_cpu(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    histories = [[3], [1, 2, 3, 4, 5], list(range(1, 39))]
+    for compiled in (False, True):
+        cpu, cuda = (Recommender(run, device=device, compile=compiled)(histories) for device in ("cpu", "cuda"))
+        for ours, theirs in zip(cpu, cuda, strict=True):
+            assert [score for _, _, score in ours] == pytest.approx([score for _, _, score in theirs], abs=1e-2)
+
+
 def test_compiled_answers_are_the_same_from_eight_threads(run, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     recommender = Recommender(run, compile=True)

@@ -388,12 +388,12 @@ def test_bench_reports_every_field(ring, tmp_path):
     )
     report = json.loads((tmp_path / "b.json").read_text())
     assert "users/s" in text and report["peak_gflops"] > 0
-    assert len(report["bench"]) == 2 * 4  # modes and batch sizes; of 16 items at most, this model reads one length
+    assert len(report["bench"]) == 2 * 4 * 2  # modes, batch sizes; 15 items, which is all it reads, and real lengths
     assert {(row["mode"], row["batch_size"]) for row in report["bench"]} == {
         (mode, size) for mode in ("eager", "compiled") for size in (1, 8, 64, 256)
     }
     picture = ElementTree.parse(tmp_path / "b-latency.svg").getroot()
-    assert len(picture.findall("{http://www.w3.org/2000/svg}polyline")) == 1  # a line a length
+    assert len(picture.findall("{http://www.w3.org/2000/svg}polyline")) == 1  # a line a fixed length
     for name, points in (("trade", 1), ("curves", 2)):  # a point a model; a point an epoch
         picture = ElementTree.parse(tmp_path / f"b-{name}.svg").getroot()
         assert len(picture.findall("{http://www.w3.org/2000/svg}circle")) == points
@@ -408,6 +408,7 @@ def test_bench_reports_every_field(ring, tmp_path):
         "users_per_s",
         "flops_per_user",
         "fraction_of_peak",
+        "extra_memory_gb",
     }
     assert all(fields <= set(row) and row["p50_ms"] <= row["p95_ms"] <= row["p99_ms"] for row in report["bench"])
 

@@ -1,0 +1,360 @@
+"""Time the student beside what people would use instead: same weights, same machine, one run.
+
+    python tests/peers.py --json results/peers.json       # 10 minutes, and 5 GB for two virtual environments
+
+Each peer lives in a process of its own, in a virtual environment that is made on the first run
+(tests/peers.txt, and RECBOLE below, whose versions clash with it). All get the weights of one untrained
+Mini-BERT, 128 x 2, must name the same ten items for the same histories of 200, and are then timed in
+turns, round after round; a ratio is the median over rounds of theirs / ours. Training is compared the
+same way, in items a second. Serving is timed in float32, training in bf16 where the processor multiplies it.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+RECBOLE = ["torch==2.13.0", "recbole==1.2.1", "numpy<2", "scipy<1.14", "pandas<3", "setuptools<81"]
+ITEMS, LENGTH, HIDDEN, LAYERS, HEADS = 3416, 200, 128, 2, 4  # ML-1M's catalogue, the small student
+ROWS, RATE, DROPOUT = 20, 0.2, 0.1  # of a training step
+Call = Callable[[Tensor], tuple[Tensor, Tensor]]  # histories (B, T) -> scores and ids of the ten best (B, 10)
+
+
+def histories(count: int) -> Tensor:
+    """The same random full-length histories in every process, (count, LENGTH)."""
+    return torch.randint(1, ITEMS + 1, (count, LENGTH), generator=torch.Generator().manual_seed(0))
+
+
+def best_ten(scores: Tensor, history: Tensor) -> tuple[Tensor, Tensor]:
+    """The ten best unseen of scores (B, 1 + ITEMS), a column an id, as any server must do it."""
+    return scores.scatter(1, history, -torch.inf).index_fill(1, torch.tensor([0]), -torch.inf).topk(10, dim=1)
+
+
+# ---------------------------------------------------------------- ours
+
+
+def our_student(dropout: float = 0.0) -> nn.Module:
+    from student import MiniBert
+
+    return MiniBert("small", ITEMS, LENGTH, dropout=dropout)
+
+
+def ours(weights: dict[str, Tensor]) -> Call:
+    from student import TopK, compile_ahead
+
+    model = our_student().eval()
+    model.load_state_dict(weights)
+    return compiled_top_k(model, TopK, compile_ahead)
+
+
+def teacher(_: dict[str, Tensor]) -> Call:
+    from prebert import BertConfig, PreBert
+    from student import TopK, compile_ahead
+
+    return compiled_top_k(PreBert(BertConfig(max_position_embeddings=LENGTH), ITEMS).eval(), TopK, compile_ahead)
+
+
+def compiled_top_k(model: nn.Module, top_k: type, compile_ahead: Callable) -> Call:
+    with tempfile.TemporaryDirectory() as folder:
+        graph = compile_ahead(top_k(model.requires_grad_(False), 10, True).eval(), Path(folder) / "peer.pt2")
+    return lambda history: graph(model.question(history), history)
+
+
+# ---------------------------------------------------------------- Hugging Face and ONNX Runtime
+
+
+class HuggingFace(nn.Module):
+    """BertModel and the head that a recommender needs; ten best after [history, MASK]."""
+
+    def __init__(self, dropout: float = 0.0):
+        from transformers import BertConfig, BertModel
+
+        super().__init__()
+        shape = BertConfig(
+            vocab_size=ITEMS + 2, hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
+            intermediate_size=4 * HIDDEN, max_position_embeddings=LENGTH, type_vocab_size=1,
+            hidden_dropout_prob=dropout, attention_probs_dropout_prob=0.0,
+        )  # fmt: skip
+        self.bert = BertModel(shape, add_pooling_layer=False)
+        self.head = nn.Sequential(nn.Linear(HIDDEN, HIDDEN), nn.GELU(), nn.LayerNorm(HIDDEN, 1e-12))
+        self.bias = nn.Parameter(torch.zeros(1 + ITEMS))
+
+    def load(self, ours: dict[str, Tensor]) -> None:
+        state = {"embeddings.word_embeddings": ours["item_embedding.weight"],
+                 "embeddings.position_embeddings": ours["position_embedding.weight"],
+                 "embeddings.token_type_embeddings": torch.zeros(1, HIDDEN)}  # fmt: skip
+        state = {f"{name}.weight": tensor for name, tensor in state.items()}
+        state |= {f"embeddings.LayerNorm.{kind}": ours[f"encoder.norm.{kind}"] for kind in ("weight", "bias")}
+        places = {"attention.output.dense": "attention.output", "attention.output.LayerNorm": "attention_norm",
+                  "intermediate.dense": "feed_forward.up", "output.dense": "feed_forward.down",
+                  "output.LayerNorm": "feed_forward_norm"}  # fmt: skip
+        for layer, kind in ((layer, kind) for layer in range(LAYERS) for kind in ("weight", "bias")):
+            qkv = ours[f"encoder.layers.{layer}.attention.qkv.{kind}"].chunk(3)
+            for part, tensor in zip(("query", "key", "value"), qkv, strict=True):
+                state[f"encoder.layer.{layer}.attention.self.{part}.{kind}"] = tensor
+            for theirs, our in places.items():
+                state[f"encoder.layer.{layer}.{theirs}.{kind}"] = ours[f"encoder.layers.{layer}.{our}.{kind}"]
+        missing, unexpected = self.bert.load_state_dict(state, strict=False)
+        assert not unexpected and all("position_ids" in name or "token_type_ids" in name for name in missing), missing
+        self.head.load_state_dict({name[5:]: ours[name] for name in ours if name.startswith("head.")})
+        self.bias.data[1:] = ours["item_bias"]
+
+    def states(self, tokens: Tensor) -> Tensor:
+        return self.bert(input_ids=tokens, attention_mask=(tokens != 0).long()).last_hidden_state  # (B, T, D)
+
+    def logits(self, states: Tensor) -> Tensor:
+        return F.linear(self.head(states), self.bert.embeddings.word_embeddings.weight[: 1 + ITEMS], self.bias)
+
+    def forward(self, history: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = F.pad(history[:, 1:], (0, 1), value=ITEMS + 1)
+        return best_ten(self.logits(self.states(tokens)[:, -1]), history)
+
+
+def hf_eager(weights: dict[str, Tensor]) -> Call:
+    model = HuggingFace().eval()
+    model.load(weights)
+    return model
+
+
+def hf_compiled(weights: dict[str, Tensor]) -> Call:
+    return torch.compile(hf_eager(weights))
+
+
+def onnxruntime(weights: dict[str, Tensor]) -> Call:
+    import onnxruntime as runtime
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "student.onnx"
+        torch.onnx.export(hf_eager(weights), (histories(1),), path, dynamo=True, verbose=False)
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda history: tuple(map(torch.from_numpy, session.run(None, {name: history.numpy()})))
+
+
+# ---------------------------------------------------------------- RecBole
+
+
+def recbole_model(dropout: float = 0.0) -> nn.Module:
+    from recbole.model.sequential_recommender.bert4rec import BERT4Rec
+
+    config = {
+        "USER_ID_FIELD": "user", "ITEM_ID_FIELD": "item", "LIST_SUFFIX": "_list", "ITEM_LIST_LENGTH_FIELD": "length",
+        "NEG_PREFIX": "neg_", "MAX_ITEM_LIST_LENGTH": LENGTH, "device": "cpu", "n_layers": LAYERS, "n_heads": HEADS,
+        "hidden_size": HIDDEN, "inner_size": 4 * HIDDEN, "hidden_dropout_prob": dropout, "attn_dropout_prob": 0.0,
+        "hidden_act": "gelu", "layer_norm_eps": 1e-12, "mask_ratio": RATE, "loss_type": "CE",
+        "MASK_ITEM_SEQ": "masked", "POS_ITEMS": "positive", "NEG_ITEMS": "negative", "MASK_INDEX": "index",
+        "initializer_range": 0.02,
+    }  # fmt: skip
+    return BERT4Rec(config, SimpleNamespace(num=lambda _: 1 + ITEMS))
+
+
+def recbole(weights: dict[str, Tensor]) -> Call:
+    model = recbole_model().eval()
+    names = {"item_embedding": "item_embedding", "position_embedding": "position_embedding",
+             "encoder.norm": "LayerNorm", "head.0": "output_ffn", "head.2": "output_ln"}  # fmt: skip
+    for layer in range(LAYERS):
+        names |= {
+            f"encoder.layers.{layer}.{our}": f"trm_encoder.layer.{layer}.{theirs}"
+            for our, theirs in (
+                ("attention.output", "multi_head_attention.dense"), ("feed_forward.up", "feed_forward.dense_1"),
+                ("attention_norm", "multi_head_attention.LayerNorm"), ("feed_forward.down", "feed_forward.dense_2"),
+                ("feed_forward_norm", "feed_forward.LayerNorm"),
+            )
+        }  # fmt: skip
+    state = {"output_bias": F.pad(weights["item_bias"], (1, 0))}
+    for name, tensor in weights.items():
+        place, _, kind = name.rpartition(".")
+        if place.endswith("qkv"):
+            layer = place.split(".")[2]
+            for part, piece in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
+                state[f"trm_encoder.layer.{layer}.multi_head_attention.{part}.{kind}"] = piece
+        elif place:
+            state[f"{names[place]}.{kind}"] = tensor
+    model.load_state_dict(state)
+
+    def call(history: Tensor) -> tuple[Tensor, Tensor]:
+        lengths = torch.full((len(history),), LENGTH)
+        return best_ten(model.full_sort_predict({"item_list": history, "length": lengths}), history)
+
+    return call
+
+
+# ---------------------------------------------------------------- training steps
+
+
+def masked_rows(step: int) -> tuple[Tensor, Tensor, Tensor]:
+    """One batch: tokens (ROWS, LENGTH), positions and ids of what is hidden, 40 a row, (ROWS, 40)."""
+    random = torch.Generator().manual_seed(step)
+    tokens = torch.randint(1, ITEMS + 1, (ROWS, LENGTH), generator=random)
+    positions = torch.rand(ROWS, LENGTH, generator=random).argsort(1)[:, : int(RATE * LENGTH)].sort(1).values
+    return tokens.scatter(1, positions, ITEMS + 1), positions, tokens.gather(1, positions)
+
+
+def training(model: nn.Module, loss_of: Callable, optimizer: torch.optim.Optimizer) -> Callable[[int], None]:
+    def step(number: int) -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported()):
+            loss = loss_of(masked_rows(number % 50))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    model.train()
+    return step
+
+
+def train_ours(_: dict) -> Callable[[int], None]:
+    from teacher import keep_freed_memory, make_optimizer, masked_item_loss
+
+    keep_freed_memory()
+    model = our_student(DROPOUT)
+    loss = lambda rows: masked_item_loss(model, (*rows, rows[1]))  # noqa: E731
+    return training(model, loss, make_optimizer(model, 1e-3, 1e-3, 0.01))
+
+
+def train_hf(_: dict) -> Callable[[int], None]:
+    model = HuggingFace(DROPOUT)
+
+    def loss(rows: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        tokens, positions, labels = rows
+        asked = model.states(tokens).gather(1, positions[..., None].expand(-1, -1, HIDDEN))
+        return F.cross_entropy(model.logits(asked).flatten(0, 1), labels.flatten())
+
+    return training(model, loss, torch.optim.AdamW(model.parameters(), 1e-3))
+
+
+def train_recbole(_: dict) -> Callable[[int], None]:
+    model = recbole_model(DROPOUT)
+
+    def loss(rows: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        tokens, positions, labels = rows
+        return model.calculate_loss({"masked": tokens, "positive": labels, "negative": labels, "index": positions})
+
+    return training(model, loss, torch.optim.Adam(model.parameters(), 1e-3))
+
+
+# ---------------------------------------------------------------- processes
+
+PEERS = {"ours": "ours", "teacher": "ours", "hf_eager": "hf", "hf_compiled": "hf", "onnxruntime": "hf",
+         "recbole": "recbole", "train_ours": "ours", "train_hf": "hf", "train_recbole": "recbole"}  # fmt: skip
+
+
+def work(kind: str, weights_file: str, threads: int) -> None:
+    """In the peer's process: say the ten best items of 8 users, then time for as many seconds as each line asks."""
+    torch.set_num_threads(threads)
+    call = globals()[kind](torch.load(weights_file, weights_only=True))
+    trains, rows = kind.startswith("train_"), histories(64)
+    with torch.inference_mode(not trains):
+        answers = [] if trains else [call(row[None])[1][0].tolist() for row in rows[:8]]
+        print(json.dumps(answers), flush=True)
+        for line in sys.stdin:
+            times, end, number = [], time.perf_counter() + float(line), 0
+            while time.perf_counter() < end:
+                began = time.perf_counter()
+                call(number) if trains else call(rows[number % 64][None])
+                times.append(1000 * (time.perf_counter() - began))
+                number += 1
+            print(json.dumps(sorted(times)[len(times) // 2]), flush=True)
+
+
+def python_of(place: str, folder: Path) -> str:
+    """The interpreter of a peer's environment, which is made when it is not there."""
+    if place == "ours":
+        return sys.executable
+    python = folder / place / "bin" / "python"
+    done = folder / place / "installed"
+    if not done.exists():
+        print(f"making {folder / place}", file=sys.stderr)
+        venv.create(folder / place, with_pip=True, clear=True)
+        needed = RECBOLE if place == "recbole" else ["-r", str(ROOT / "tests" / "peers.txt")]
+        for part in (
+            (needed[:1], needed) if place == "recbole" else (needed,)
+        ):  # torch first: recbole would pull its own
+            subprocess.run([python, "-m", "pip", "install", "-q", *part], check=True)
+        done.touch()
+    return str(python)
+
+
+def timed(pipes: dict[str, subprocess.Popen], rounds: int, seconds: float) -> Iterator[dict[str, float]]:
+    """Median milliseconds of every process, round after round, one at a time."""
+    for number in range(rounds):
+        row = {}
+        for kind, process in pipes.items():
+            process.stdin.write(f"{seconds}\n")
+            process.stdin.flush()
+            row[kind] = json.loads(process.stdout.readline())
+        print(f"round {number + 1}: " + "  ".join(f"{kind} {ms:.2f} ms" for kind, ms in row.items()), flush=True)
+        yield row
+
+
+def median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def compare(folder: Path, rounds: int, threads: int) -> dict:
+    """Start every peer, check that they agree, time them in turns."""
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
+        weights = f"{temporary}/weights.pt"
+        model = our_student()
+        for parameter in model.parameters():
+            parameter.data.normal_(0.0, 0.1)
+        torch.save(model.state_dict(), weights)
+        pipes = {}
+        for kind, place in PEERS.items():
+            command = [python_of(place, folder), __file__, "--worker", kind, weights, "--threads", str(threads)]
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            pipes[kind] = process
+            stack.callback(process.wait)
+            stack.callback(process.stdin.close)
+        answers = {kind: json.loads(process.stdout.readline()) for kind, process in pipes.items()}
+        for kind in ("hf_eager", "hf_compiled", "onnxruntime", "recbole"):
+            same = sum(set(a) == set(b) for a, b in zip(answers[kind], answers["ours"], strict=True))
+            if same < 8:
+                raise SystemExit(f"{kind} names other items than ours for {8 - same} of 8 users")
+        table = list(timed(pipes, rounds, 2.0))
+    ms = {kind: median([row[kind] for row in table]) for kind in PEERS}
+    ratios = {kind: median([row[kind] / row["ours"] for row in table]) for kind in list(PEERS)[1:6]}
+    faster = [min(row["train_hf"], row["train_recbole"]) / row["train_ours"] for row in table]
+    speeds = {kind: ROWS * LENGTH / ms[kind] * 1000 for kind in PEERS if kind.startswith("train_")}
+    return {"median_ms": ms, "train_items_per_s": speeds, "ratios": {**ratios, "train_items_per_s": median(faster)}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time the student beside Hugging Face, ONNX Runtime and RecBole.")
+    parser.add_argument("--venvs", type=Path, default=Path(".peers"), help="where their environments are kept")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--worker", nargs=2, metavar=("PEER", "WEIGHTS"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        return work(*args.worker, args.threads)
+    from evaluate import machine
+
+    report = compare(args.venvs.resolve(), args.rounds, args.threads)
+    report = {"machine": machine(), "threads": args.threads, "shape": f"{HIDDEN} x {LAYERS}, length {LENGTH}", **report}
+    for kind, ratio in report["ratios"].items():
+        print(f"{kind:<20}{ratio:6.2f} x")
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        print(f"written to {args.json}")
+
+
+if __name__ == "__main__":
+    main()

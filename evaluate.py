@@ -49,6 +49,7 @@ from data import (
 from prebert import PreBert
 from student import MiniBert, TopK, compile_ahead, load_run, pick_device, read_json
 
+PUBLISHED = 0.1537  # NDCG@10 of BERT4Rec trained to convergence on ML-1M (Klenitskiy & Vasilev 2023), our time mark
 Scorer = Callable[[Tensor], Tensor]  # history (B, T), left-padded, newest last -> scores (B, I) of items 1..I
 
 # ---------------------------------------------------------------- ranks and metrics
@@ -343,10 +344,7 @@ def pictures(report: dict, runs: list[Path]) -> dict[str, str]:
     """SVG texts by name: learning curves of the runs, and with a benchmark latency and accuracy against it."""
     curves, found = {}, {}
     for run in runs:
-        if (run / "log.csv").exists():
-            with open(run / "log.csv", newline="") as file:
-                rows = list(csv.DictReader(file))
-            curves[run.name] = [(float(row["minutes"]), float(row["valid_NDCG@10"])) for row in rows]
+        curves[run.name] = read_log(run)
     if any(curves.values()):
         lines = {name: line for name, line in curves.items() if line}
         found["curves"] = plot_svg(lines, "learning curves", "minutes of training", "validation NDCG@10", log=False)
@@ -387,14 +385,49 @@ def peak_memory_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
+@torch.inference_mode()
+def step_flops(model: PreBert, tokens: int, rate: float, negatives: int | None) -> float:
+    """FLOPs of a training step on `tokens` positions in full rows; the backward pass is two forward passes."""
+    length = model.max_length
+    row = torch.ones(1, length, dtype=torch.long)  # (1, T)
+    positions = torch.arange(max(1, round(rate * length)))[None]  # (1, M)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(row, positions)
+    columns = min(model.num_items, negatives or model.num_items)
+    head = 2 * positions.numel() * columns * model.config.hidden_size
+    return 3 * (counter.get_total_flops() + head) * tokens / length
+
+
+def read_log(run: Path) -> list[tuple[float, float]]:
+    """Minutes and validation NDCG@10 of each evaluation in a run's log.csv; none if it is not there."""
+    if not (run / "log.csv").exists():
+        return []
+    with open(run / "log.csv", newline="") as file:
+        try:
+            return [(float(row["minutes"]), float(row["valid_NDCG@10"])) for row in csv.DictReader(file)]
+        except (KeyError, ValueError, TypeError, csv.Error) as error:
+            raise InputError(f"{run / 'log.csv'} is not as training wrote it ({error}); delete it") from error
+
+
 def run_row(run: Path, name: str, model: PreBert, config: dict) -> dict:
-    """What is known of a run before it is evaluated: its size, and how it was made."""
+    """What is known of a run before it is evaluated: its size, how it was made, and what that has cost."""
     made = read_json(run / "metrics.json") if (run / "metrics.json").exists() else {}
     params = sum(parameter.numel() for parameter in model.parameters())
     row = {"name": name, "params": params, "body_params": params - model.item_embedding.weight.numel()}
     row["mb"] = (run / "model.safetensors").stat().st_size / 1e6
     row |= {key: config[key] for key in ("command", "seed", "commit", "machine") if key in config}
-    return row | {key: made[key] for key in ("minutes", "cpu_minutes", "peak_memory_gb") if key in made}
+    row |= {key: made[key] for key in ("minutes", "cpu_minutes", "peak_memory_gb", "steps") if key in made}
+    settings = config.get("settings") if isinstance(config.get("settings"), dict) else {}
+    tokens, rate, negatives = (settings.get(key) for key in ("tokens", "mask_rate", "negatives"))
+    if (
+        isinstance(tokens, int)
+        and isinstance(rate, int | float)
+        and isinstance(negatives, int | None)
+        and 0 < rate <= 1
+    ):
+        row["flops_per_step"] = step_flops(model, tokens, rate, negatives)
+    reached = [minutes for minutes, quality in read_log(run) if quality >= PUBLISHED]
+    return row | {"minutes_to_published": min(reached, default=None)}
 
 
 def check_catalogue(run: Path, catalogue: dict, config: dict, data: Interactions) -> None:
@@ -423,21 +456,42 @@ def print_table(rows: list[dict]) -> None:
         )
 
 
-def compare(ranks: dict[str, Tensor]) -> list[dict]:
-    """Every student against its teacher and its control, over the same users: prints and returns gain and p.
+def by_seed(ranks: dict[str, Tensor]) -> dict[str, Tensor]:
+    """NDCG@10 of each user, of runs that differ in the seed alone (teacher, teacher-s1, ...), (seeds, R) a name."""
+    found: dict[str, list[Tensor]] = {}
+    for name, places in ranks.items():
+        found.setdefault(re.sub(r"-s\d+$", "", name), []).append(ndcg(places, 10))
+    return {name: torch.stack(parts) for name, parts in found.items()}
 
-    Runs of seed s end alike, such as student-s1, teacher-s1 and student-no-kd-s1.
+
+def compare(ranks: dict[str, Tensor], rows: list[dict]) -> tuple[list[dict], dict[str, dict]]:
+    """Means over seeds, every teacher against the controls, every student against teachers and controls of its size.
+
+    Prints and returns gains with paired bootstrap p over the same users, each user's value being the mean over
+    seeds; and {name: seeds, mean and standard deviation of NDCG@10 over seeds}.
     """
+    values, sizes = by_seed(ranks), {re.sub(r"-s\d+$", "", row["name"]): row.get("params") for row in rows}
+    seeds = {}
+    for name, table in values.items():
+        means = table.mean(1)
+        if len(means) > 1:
+            seeds[name] = {"seeds": len(means), "mean": means.mean().item(), "std": means.std().item()}
+            print(f"{name}: NDCG@10 {means.mean():.4f} +- {means.std():.4f} over {len(means)} seeds")
+    controls = [name for name in values if name.startswith("student-no-kd")]
+    teachers = [name for name in values if name.startswith("teacher")]
+    students = [name for name in values if name.startswith("student") and name not in controls]
+    pairs = [(teacher, control) for teacher in teachers for control in controls]
+    for student in students:
+        pairs += [
+            (student, rival) for rival in teachers + controls if rival in teachers or sizes[rival] == sizes[student]
+        ]
     found: list[dict] = []
-    for better in (name for name in ranks if name.startswith("student") and "no-kd" not in name):
-        seed = "".join(re.findall(r"-s\d+$", better))
-        rivals = [f"teacher{seed}" if f"teacher{seed}" in ranks else "teacher", f"student-no-kd{seed}"]
-        for worse in (name for name in rivals if name in ranks):
-            a, b = ndcg(ranks[better], 10), ndcg(ranks[worse], 10)
-            gain, p = (a.mean() / b.mean() - 1).item(), paired_p(a, b)
-            print(f"{better} over {worse}: {gain:+.2%} NDCG@10, paired bootstrap p = {p:.4f}")
-            found.append({"better": better, "worse": worse, "gain": gain, "p": p})
-    return found
+    for better, worse in pairs:
+        a, b = values[better].mean(0), values[worse].mean(0)
+        gain, p = (a.mean() / b.mean() - 1).item(), paired_p(a, b)
+        print(f"{better} over {worse}: {gain:+.2%} NDCG@10, paired bootstrap p = {p:.4f}")
+        found.append({"better": better, "worse": worse, "gain": gain, "p": p})
+    return found, seeds
 
 
 def find_runs(args: argparse.Namespace, data: Interactions) -> list[Path]:
@@ -500,7 +554,7 @@ def main() -> None:
     data = load_dataset(args.data, args.root, args.min_count, args.fraction)
     report, models, ranks = evaluate_all(args, data)
     print_table(report["rows"])
-    report["comparisons"] = compare(ranks)
+    report["comparisons"], report["seeds"] = compare(ranks, report["rows"])
     if args.bench and models:
         _, _, test = leave_one_out(data)
         real = test.ends - test.starts

@@ -417,7 +417,8 @@ def run_row(run: Path, name: str, model: PreBert, config: dict) -> dict:
     row["mb"] = (run / "model.safetensors").stat().st_size / 1e6
     row |= {key: config[key] for key in ("command", "seed", "commit", "machine") if key in config}
     row |= {key: made[key] for key in ("minutes", "cpu_minutes", "peak_memory_gb", "steps") if key in made}
-    settings = config.get("settings") if isinstance(config.get("settings"), dict) else {}
+    raw = config.get("settings")
+    settings: dict = raw if isinstance(raw, dict) else {}
     tokens, rate, negatives = (settings.get(key) for key in ("tokens", "mask_rate", "negatives"))
     if (
         isinstance(tokens, int)

@@ -505,9 +505,10 @@ def find_runs(args: argparse.Namespace, data: Interactions) -> list[Path]:
 
 
 def evaluate_all(args: argparse.Namespace, data: Interactions) -> tuple[dict, dict[str, PreBert], dict[str, Tensor]]:
-    """Report, models and ranks of the baselines and the runs asked for, on the test part."""
-    train, _, test = leave_one_out(data)
-    if not len(test.targets):
+    """Report, models and ranks of the baselines and the runs asked for, on the test part, or on validation."""
+    train, valid, test = leave_one_out(data)
+    asked = valid if args.valid else test
+    if not len(asked.targets):
         raise InputError(f"{data.name}: no user has three items, so there is nothing to evaluate")
     popularity, device = Popularity(train, data.num_items), pick_device(args.device)
     scorers: dict[str, tuple[dict, Scorer]] = {
@@ -523,14 +524,16 @@ def evaluate_all(args: argparse.Namespace, data: Interactions) -> tuple[dict, di
     protocol, negatives = data.protocol, None
     if args.sampled:
         protocol = f"SAMPLED: 100 {args.sampled} negatives, seed {args.sample_seed}; not comparable with full ranking"
-    print(f"{data.name}: {len(test.targets):,} test users; {protocol}")
+    if args.valid:
+        protocol = f"VALIDATION part, for choosing between models; {protocol}"
+    print(f"{data.name}: {len(asked.targets):,} {'validation' if args.valid else 'test'} users; {protocol}")
     rows, ranks = [], {}
     for name, (row, score) in scorers.items():
         if args.sampled:  # the same draws for every model
             weights = popularity.counts.float() if args.sampled == "popularity" else torch.ones(data.num_items)
             negatives = sample_negatives(weights, 100, args.sample_seed)
         where = device if name in models else "cpu"
-        ranks[name] = evaluate(score, test, not data.repeats, device=where, negatives=negatives, title=name)
+        ranks[name] = evaluate(score, asked, not data.repeats, device=where, negatives=negatives, title=name)
         interval = np.percentile(bootstrap(ndcg(ranks[name], 10)), [2.5, 97.5]).tolist()
         rows.append({"name": name, **row, **metrics(ranks[name]), "ci95": interval})
     size = {"users": data.num_users, "items": data.num_items, "interactions": len(data.items), "lines": data.counts}
@@ -545,6 +548,7 @@ def main() -> None:
     add("--runs", nargs="+", metavar="RUN", help="run folders (default: all under runs/<data>)")
     add("--sampled", choices=("uniform", "popularity"),
         help="rank among 100 sampled negatives, to compare with older papers only")  # fmt: skip
+    add("--valid", action="store_true", help="the validation part instead of test: to choose between models")
     add("--sample-seed", type=int, default=0, help="seed of --sampled")
     add("--bench", action="store_true", help="also time every run")
     add("--bench-items", nargs="+", type=positive, default=[], metavar="N",

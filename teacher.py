@@ -279,7 +279,10 @@ def resume(run: Path, model: PreBert, optimizer: torch.optim.Optimizer, config: 
         raise InputError(f"{run / 'train_state.pt'} does not fit: {reason}; start again with --overwrite") from error
     if (run / "log.csv").exists():  # a crash may have come between a row and its checkpoint
         rows = (run / "log.csv").read_text().splitlines(keepends=True)
-        kept = rows[:1] + [row for row in rows[1:] if int(row.split(",")[0]) <= state["step"]]
+        try:
+            kept = rows[:1] + [row for row in rows[1:] if int(row.split(",")[0]) <= state["step"]]
+        except ValueError as error:
+            raise InputError(f"{run / 'log.csv'} is not as training wrote it ({error}); delete it") from error
         write_atomic(run / "log.csv", lambda path: path.write_text("".join(kept)))
     return state
 
@@ -518,6 +521,8 @@ def train(model: PreBert, loss_of: Loss, data: Interactions, run: Path, args: ar
         if state is None:
             return
         session = Session(model, Objective(model, loss_of), optimizer, run, args, state, Stop(), Progress())
+        if not state["step"]:
+            session.save()  # from here on, weights without a checkpoint are no interrupted training
         while session.spent(1) < 1 and state["waited"] < args.patience:
             train_epoch(session, split)
             end_epoch(session, valid, not data.repeats)
@@ -535,6 +540,8 @@ def begin(
     say = print if first else lambda *_, **__: None
     if args.resume and not saved and (run / "metrics.json").exists():
         return say(f"the training of {run} has ended; --overwrite starts it again")
+    if args.resume and not saved and (run / "model.safetensors").exists():
+        raise InputError(f"{run} has weights but no checkpoint to go on from; --overwrite starts again")
     if args.resume and not saved:
         say(f"nothing was saved in {run} yet: starting from the beginning")
     if args.resume and saved:

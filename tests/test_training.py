@@ -278,6 +278,10 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(ring, tmp_path
     assert not (tmp_path / "parts" / "train_state.pt").exists()
     go("parts", StopAt(1, signal.SIGINT), "--resume")  # nothing is left to do, so no step is computed
     assert "has ended" in capsys.readouterr().out
+    (tmp_path / "parts" / "metrics.json").unlink()  # weights alone, such as a copy of someone's: they must survive
+    with pytest.raises(InputError, match="no checkpoint to go on from"):
+        go("parts", masked_item_loss, "--resume")
+    assert (tmp_path / "parts" / "model.safetensors").read_bytes() == parts
     with pytest.raises(InputError, match="--overwrite"):
         go("parts", masked_item_loss)
 
@@ -302,6 +306,11 @@ def test_resume_refuses_other_settings_and_broken_files(ring, tmp_path):
         go(StopAt(3, signal.SIGINT))
     with pytest.raises(InputError, match="settings was"):
         go(masked_item_loss, "--resume", "--lr", "0.5")
+    log_file = run / "log.csv"
+    log_file.write_text("step,epoch\nsome,words\n")
+    with pytest.raises(InputError, match="not as training wrote it"):
+        go(masked_item_loss, "--resume")
+    log_file.unlink()
     (run / "train_state.pt").write_bytes(b"PK\x03\x04 not a checkpoint")
     with pytest.raises(InputError, match="cannot be read"):
         go(masked_item_loss, "--resume")

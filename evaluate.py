@@ -466,7 +466,7 @@ def by_seed(ranks: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def compare(ranks: dict[str, Tensor], rows: list[dict]) -> tuple[list[dict], dict[str, dict]]:
-    """Means over seeds, every teacher against the controls, every student against teachers and controls of its size.
+    """Means over seeds; teachers against each other and the controls, students against teachers and equal controls.
 
     Prints and returns gains with paired bootstrap p over the same users, each user's value being the mean over
     seeds; and {name: seeds, mean and standard deviation of NDCG@10 over seeds}.
@@ -481,7 +481,7 @@ def compare(ranks: dict[str, Tensor], rows: list[dict]) -> tuple[list[dict], dic
     controls = [name for name in values if name.startswith("student-no-kd")]
     teachers = [name for name in values if name.startswith("teacher")]
     students = [name for name in values if name.startswith("student") and name not in controls]
-    pairs = [(teacher, control) for teacher in teachers for control in controls]
+    pairs = [*itertools.combinations(teachers, 2), *itertools.product(teachers, controls)]
     for student in students:
         pairs += [
             (student, rival) for rival in teachers + controls if rival in teachers or sizes[rival] == sizes[student]

@@ -1,7 +1,7 @@
 """How time and memory grow with users, items and lengths: `python tests/how_far.py FOLDER --json results/how-far.json`.
 
 Writes random logs that differ in one thing at a time, reads each with data.py and trains a small student
-on it for 40 seconds, teacher and distillation on the largest catalogues too. 20 minutes on two cores, 10 GB of memory.
+on it for half a minute, teacher and distillation on the largest catalogues too. 20 minutes on two cores, 10 GB of memory.
 The slope of a column is the exponent p of cost ~ size^p between the first and the last row of its group.
 """
 
@@ -50,8 +50,8 @@ def write_log(path: Path, users: int, items: int, length: int) -> None:
 
 
 def train(folder: Path, script: str, log: Path, name: str, *flags: str) -> dict:
-    """Items a second and peak GiB of 40 seconds of training."""
-    command = [sys.executable, str(ROOT / script), "--data", str(log), "--min-count", "1", "--minutes", "0.67",
+    """Items a second and peak GiB of half a minute of training."""
+    command = [sys.executable, str(ROOT / script), "--data", str(log), "--min-count", "1", "--minutes", "0.55",
                "--objective", "next", "--overwrite", "--name", name, *flags]  # fmt: skip
     began = time.perf_counter()
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True)

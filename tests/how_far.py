@@ -1,7 +1,7 @@
 """How time and memory grow with users, items and lengths: `python tests/how_far.py FOLDER --json results/how-far.json`.
 
 Writes random logs that differ in one thing at a time, reads each with data.py and trains a small student
-on it for half a minute, teacher and distillation on the largest catalogues too. 20 minutes on two cores, 10 GB of memory.
+on it for half a minute, teacher and distillation on the largest catalogues too: 15 minutes on two cores.
 The slope of a column is the exponent p of cost ~ size^p between the first and the last row of its group.
 """
 

@@ -217,47 +217,48 @@ def extra_memory_gb(call: Callable[[], object]) -> float | None:
     return (int(after[1]) - int(before[1])) / 2**20 if before and after else None
 
 
-def prepare(name: str, graph: Callable, plain: TopK, mode: str, size: int, rows: list[Tensor], length: object) -> tuple:
-    """One cell of the benchmark: its row, a call that ranks the next `size` histories, and room for times.
-
-    rows: a history each; those ranked together are padded to the longest of them.
-    """
+def prepare(plain: TopK, rows: list[Tensor], size: int) -> tuple[dict, list[tuple[Tensor, Tensor]]]:
+    """What is known of a cell before it is timed, and its inputs: rows, a history each, `size` of them together."""
     model, chunks = plain.model, []
     for begin in range(0, len(rows), size):
         counts = torch.tensor([len(row) for row in rows[begin : begin + size]])
-        ends, width = counts.cumsum(0), max(2, int(counts.max()))
+        ends, width = counts.cumsum(0), max(2, int(counts.max()))  # padded to the longest of those together
         history = pad_left(torch.cat(rows[begin : begin + size]), ends - counts, ends, width)  # (size, T)
         chunks.append((model.question(history), history))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # the fused kernel is not counted
         for chunk in chunks:
             plain(*chunk)
-    began = time.perf_counter()
-    for chunk in chunks[:2]:
-        graph(*chunk)
-    row = {"name": name, "mode": mode, "batch_size": size, "length": length, "num_items": model.num_items}
-    row |= {"flops_per_user": counter.get_total_flops() / len(rows), "warm_up_s": time.perf_counter() - began}
-    row["extra_memory_gb"] = extra_memory_gb(lambda: graph(*chunks[0]))
-    row["weights_gb"] = sum(parameter.numel() for parameter in model.parameters()) * 4 / 1e9
-    turn = itertools.cycle(chunks)
-    return row, lambda: graph(*next(turn)), []
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    known = {"batch_size": size, "num_items": model.num_items, "weights_gb": 4 * weights / 1e9}
+    return known | {"flops_per_user": counter.get_total_flops() / len(rows)}, chunks
 
 
 def bench_cells(name: str, model: PreBert, sizes: tuple[int, ...], lengths: dict[object, Tensor]) -> list[tuple]:
     """Every mode, batch size and kind of history of one model, compiled once for all shapes.
 
     lengths: {what the cell is called: the histories' lengths, of which as many as needed are drawn}.
+    Returns (row, a call that ranks the next batch, room for times) a cell.
     """
     longest, random = model.max_length - (not model.config.causal), torch.Generator().manual_seed(0)
-    cells, plain = [], TopK(model, min(10, model.num_items), True).eval().requires_grad_(False)
+    cells: list[tuple] = []
+    plain = TopK(model, min(10, model.num_items), True).eval().requires_grad_(False)
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         compiled = compile_ahead(plain, Path(folder) / "bench.pt2")
         seconds = time.perf_counter() - began
-    for mode, size, (length, known) in itertools.product(("eager", "compiled"), sizes, lengths.items()):
+    for size, (length, known) in itertools.product(sizes, lengths.items()):
         drawn = known[torch.randint(len(known), (max(32, size),), generator=random)].clamp(max=longest).tolist()
         rows = [torch.randint(1, model.num_items + 1, (count,), generator=random) for count in drawn]
-        cells.append(prepare(name, compiled if mode == "compiled" else plain, plain, mode, size, rows, length))
-        cells[-1][0]["compile_s"] = seconds if mode == "compiled" else 0.0
+        cell, chunks = prepare(plain, rows, size)
+        for mode, graph, cost in (("eager", plain, 0.0), ("compiled", compiled, seconds)):
+            row = {"name": name, "mode": mode, "length": length, "compile_s": cost, **cell}
+            began = time.perf_counter()
+            for chunk in chunks[:2]:
+                graph(*chunk)
+            row["warm_up_s"] = time.perf_counter() - began
+            row["extra_memory_gb"] = extra_memory_gb(partial(graph, *chunks[0]))
+            turn = itertools.cycle(chunks)
+            cells.append((row, lambda graph=graph, turn=turn: graph(*next(turn)), []))
     return cells
 
 

@@ -74,7 +74,7 @@ from student import VERSION, pick_device, read_json
 # entries (B, M), the place in the log of the item at each position.
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 Loss = Callable[[PreBert, Batch], Tensor]
-FULL_SOFTMAX = 50_000  # items: beyond, the catalogue softmax is estimated from
+FULL_SOFTMAX = 20_000  # items: beyond, the catalogue softmax is estimated from
 NEGATIVES = 8_192  # shared negatives a batch
 
 

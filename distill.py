@@ -91,8 +91,13 @@ def mean_of(logits: list[Tensor]) -> Tensor:
 @torch.no_grad()
 def top_items(teacher: PreBert, states: Tensor, count: int) -> Tensor:
     """The teacher's likeliest columns at states (M, D), (M, count); over the catalogue, a few positions at a time."""
-    parts = states.split(max(1, 2**26 // teacher.num_items))
-    return torch.cat([teacher.logits(part).topk(min(count, teacher.num_items)).indices for part in parts])
+    device = states.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
+    table, bias = teacher.item_embedding.weight[1:-1].to(dtype), teacher.item_bias.to(dtype)  # once, not a chunk
+    found = torch.empty(len(states), min(count, teacher.num_items), dtype=torch.long, device=states.device)
+    for rows in torch.arange(len(states), device=states.device).split(max(1, 2**26 // teacher.num_items)):
+        found[rows] = F.linear(states[rows].to(dtype), table, bias).topk(found.shape[1]).indices
+    return found
 
 
 def student_loss(

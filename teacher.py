@@ -510,7 +510,8 @@ def train(model: PreBert, loss_of: Loss, data: Interactions, run: Path, args: ar
     function of the seed and the number of its step or epoch, so there is no random state to save.
     Raises InputError when nobody can be evaluated, the run folder is taken or the loss is not finite.
     """
-    keep_freed_memory()
+    if data.num_items <= FULL_SOFTMAX:  # kept blocks as large as a huge catalogue's would leave holes between them
+        keep_freed_memory()
     split, valid, _ = leave_one_out(data)
     if not len(valid.targets):
         raise InputError(f"{data.name}: no user has the three items that training and evaluation need")

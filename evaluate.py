@@ -557,6 +557,8 @@ def main() -> None:
     add("--json", type=Path, help="write everything to this file")
     add("--device", default="auto")
     args = parser.parse_args()
+    if args.bench_items and not args.bench:
+        parser.error("--bench-items is for --bench")
     data = load_dataset(args.data, args.root, args.min_count, args.fraction)
     report, models, ranks = evaluate_all(args, data)
     print_table(report["rows"])

@@ -333,7 +333,7 @@ def compare(folder: Path, rounds: int, threads: int) -> dict:
     faster = [min(row["train_hf"], row["train_recbole"]) / row["train_ours"] for row in table]
     speeds = {kind: ROWS * LENGTH / ms[kind] * 1000 for kind in PEERS if kind.startswith("train_")}
     ratios["train_items_per_s"] = median(faster)
-    # What we serve by default is float32 (bf16 names other items for 15 % of users), so both tables are one.
+    # What we serve by default is float32, since bf16 changes which ten items come out, so both tables are one.
     return {"median_ms": ms, "train_items_per_s": speeds, "ratios": ratios, "ratios_fast": ratios}
 
 

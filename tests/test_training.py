@@ -435,6 +435,7 @@ def test_bench_reports_every_field(ring, tmp_path):
         (["distill.py", "--data", "RING"], "train first"),
         (["distill.py", "--data", "RING", "--temperature", "0"], "--temperature"),
         (["evaluate.py", "--data", "RING", "--runs", "nowhere"], "train first"),
+        (["evaluate.py", "--data", "RING", "--bench-items", "1000"], "--bench-items is for --bench"),
         (["student.py", "--run", "nowhere", "Film 1 (1951)"], "train first"),
     ],
 )

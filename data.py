@@ -638,6 +638,20 @@ def batches(starts: Tensor, ends: Tensor, tokens: int, generator: torch.Generato
     return groups
 
 
+def histories(
+    items: Tensor, starts: Tensor, ends: Tensor, longest: int, positions: int, users: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Whole histories items[starts[b]:ends[b]] in groups of similar length: row numbers (B,), histories (B, S).
+
+    A group holds at most `users`, and about `positions` of what a model reads, their newest `longest` items. So a
+    short history costs what its own length costs, whoever is ranked beside it.
+    """
+    for group in batches(torch.maximum(starts, ends - longest), ends, positions):
+        for rows in group.split(users):
+            width = max(2, int((ends[rows] - starts[rows]).max()))
+            yield rows, pad_left(items, starts[rows], ends[rows], width)
+
+
 def mask_items(
     tokens: Tensor, last_only: Tensor, mask: int, rate: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:

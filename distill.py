@@ -24,36 +24,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import (
-    PAD,
-    InputError,
-    Interactions,
-    Split,
-    add_data_flags,
-    batches,
-    dataset_name,
-    leave_one_out,
-    load_dataset,
-    number,
-    pad_left,
-    run_command,
+    PAD, InputError, Interactions, Split, add_data_flags, batches, dataset_name, leave_one_out, load_dataset, number,
+    pad_left, run_command,
 )  # fmt: skip
 from evaluate import check_catalogue
 from prebert import PreBert, cooccurrence_vectors, set_item_table
-from student import STUDENTS, MiniBert, load_run, pick_device, read_json
+from student import STUDENTS, MiniBert, at_once, load_run, pick_device, read_json
 from teacher import (
-    Batch,
-    Sampler,
-    add_training_flags,
-    autocast_dtype,
-    candidate_logits,
-    check_flags,
-    describe,
-    draw_candidates,
-    make_sampler,
-    masked_item_loss,
-    train,
-    world,
-)
+    Batch, Sampler, add_training_flags, autocast_dtype, candidate_logits, check_flags, describe, draw_candidates,
+    make_sampler, masked_item_loss, train, world,
+)  # fmt: skip
 
 Reader = Callable[[Batch], list[Tensor]]  # every teacher's states where a batch asks, (M, D) each
 TOP = 64  # items that each teacher finds likeliest, looked at whatever is sampled besides
@@ -153,7 +133,8 @@ def states_of(teacher: PreBert, split: Split, dtype: torch.dtype) -> Tensor:
     place = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows]  # 0 is a history's newest window
     ends = split.ends[rows] - 1 - length * place
     starts = torch.maximum(split.starts[rows], ends - length)
-    for group in tqdm(batches(starts, ends, 8192), desc="the teacher reads"):
+    positions, _ = at_once(device, teacher.num_items)
+    for group in tqdm(batches(starts, ends, positions), desc="the teacher reads"):
         width = int((ends - starts)[group].max())
         tokens = pad_left(split.items, starts[group], ends[group], width)  # (B, T)
         entries = (ends[group] - width)[:, None] + torch.arange(width)

@@ -34,20 +34,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from data import (
-    InputError,
-    Interactions,
-    Split,
-    add_data_flags,
-    batches,
-    leave_one_out,
-    load_dataset,
-    pad_left,
-    positive,
-    run_command,
+    InputError, Interactions, Split, add_data_flags, histories, leave_one_out, load_dataset, positive, run_command,
     write_atomic,
-)
+)  # fmt: skip
 from prebert import PreBert
-from student import MiniBert, TopK, compile_ahead, load_run, pick_device, read_json
+from student import MiniBert, TopK, at_once, compile_ahead, load_run, pick_device, read_json
 
 PUBLISHED = 0.1537  # NDCG@10 of BERT4Rec trained to convergence on ML-1M (Klenitskiy & Vasilev 2023), our time mark
 Scorer = Callable[[Tensor], Tensor]  # history (B, T), left-padded, newest last -> scores (B, I) of items 1..I
@@ -99,18 +90,18 @@ def evaluate(
     negatives(targets (B,), seen (B, S)) -> item ids (B, n): rank among these instead of all items.
     """
     ranks = torch.zeros(len(split.targets), dtype=torch.long)
-    groups = batches(torch.maximum(split.starts, split.ends - max_length), split.ends, 16384)
-    limit = max(1, 2**26 // int(split.items.max()))  # users at once: their scores take a quarter GiB at most
-    chunks = [chunk for group in groups for chunk in group.split(limit)]
-    for rows in tqdm(chunks, desc=title, leave=False, disable=not title):
-        starts, ends, targets = split.starts[rows], split.ends[rows], split.targets[rows].to(device)
-        seen = pad_left(split.items, starts, ends, int((ends - starts).max())).to(device)  # (B, S)
+    limits = at_once(torch.device(device), int(split.items.max()))
+    bar = tqdm(total=len(ranks), desc=title, leave=False, disable=not title)
+    for rows, history in histories(split.items, split.starts, split.ends, max_length, *limits):
+        seen, targets = history.to(device), split.targets[rows].to(device)  # (B, S), (B,)
         scores = score(seen[:, -max_length:]).float()  # (B, I)
         if negatives is not None:
             sample = torch.cat([targets[:, None].cpu(), negatives(targets.cpu(), seen.cpu())], dim=1).to(device)
             ranks[rows] = target_ranks(scores.gather(1, sample - 1), torch.ones_like(targets)).cpu()
         else:
             ranks[rows] = target_ranks(scores, targets, seen if exclude_seen else None).cpu()
+        bar.update(len(rows))
+    bar.close()
     return ranks
 
 
@@ -217,29 +208,43 @@ def extra_memory_gb(call: Callable[[], object]) -> float | None:
     return (int(after[1]) - int(before[1])) / 2**20 if before and after else None
 
 
-def prepare(plain: TopK, rows: list[Tensor], size: int) -> tuple[dict, list[tuple[Tensor, Tensor]]]:
-    """What is known of a cell before it is timed, and its inputs: rows, a history each, `size` of them together."""
-    model, chunks = plain.model, []
-    for begin in range(0, len(rows), size):
-        counts = torch.tensor([len(row) for row in rows[begin : begin + size]])
-        ends, width = counts.cumsum(0), max(2, int(counts.max()))  # padded to the longest of those together
-        history = pad_left(torch.cat(rows[begin : begin + size]), ends - counts, ends, width)  # (size, T)
-        chunks.append((model.question(history), history))
+Groups = list[tuple[Tensor, Tensor]]  # what `TopK` takes, for each group that `histories` makes of a batch
+
+
+def rank_all(graph: Callable, groups: Groups) -> None:
+    for group in groups:
+        graph(*group)
+
+
+def prepare(plain: TopK, known: Tensor, size: int) -> tuple[dict, list[Groups]]:
+    """What is said of a cell before it is timed, and its inputs: batches of `size` made-up histories.
+
+    Their lengths are quantiles of `known` (R,), in random order.
+    """
+    model, random, inputs = plain.model, torch.Generator().manual_seed(0), []
+    longest, users = model.max_length - (not model.config.causal), max(32, size)
+    quantiles = (torch.arange(users) + 0.5) / users * len(known)
+    lengths = known.clamp(max=longest).sort().values[quantiles.long()][torch.randperm(users, generator=random)]
+    limits = at_once(torch.device("cpu"), model.num_items)
+    for sizes in lengths.split(size):
+        entries = torch.randint(1, model.num_items + 1, (int(sizes.sum()),), generator=random)
+        ends = sizes.cumsum(0)
+        groups = histories(entries, ends - sizes, ends, model.max_length, *limits)
+        inputs.append([(model.question(history), history) for _, history in groups])
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # the fused kernel is not counted
-        for chunk in chunks:
-            plain(*chunk)
+        for batch in inputs:
+            rank_all(plain, batch)
     weights = sum(parameter.numel() for parameter in model.parameters())
-    known = {"batch_size": size, "num_items": model.num_items, "weights_gb": 4 * weights / 1e9}
-    return known | {"flops_per_user": counter.get_total_flops() / len(rows)}, chunks
+    facts = {"batch_size": size, "num_items": model.num_items, "weights_gb": 4 * weights / 1e9}
+    return facts | {"flops_per_user": counter.get_total_flops() / users}, inputs
 
 
 def bench_cells(name: str, model: PreBert, sizes: tuple[int, ...], lengths: dict[object, Tensor]) -> list[tuple]:
     """Every mode, batch size and kind of history of one model, compiled once for all shapes.
 
-    lengths: {what the cell is called: the histories' lengths, of which as many as needed are drawn}.
+    lengths: {what the cell is called: the lengths that histories have}.
     Returns (row, a call that ranks the next batch, room for times) a cell.
     """
-    longest, random = model.max_length - (not model.config.causal), torch.Generator().manual_seed(0)
     cells: list[tuple] = []
     plain = TopK(model, min(10, model.num_items), True).eval().requires_grad_(False)
     with tempfile.TemporaryDirectory() as folder:
@@ -247,18 +252,16 @@ def bench_cells(name: str, model: PreBert, sizes: tuple[int, ...], lengths: dict
         compiled = compile_ahead(plain, Path(folder) / "bench.pt2")
         seconds = time.perf_counter() - began
     for size, (length, known) in itertools.product(sizes, lengths.items()):
-        drawn = known[torch.randint(len(known), (max(32, size),), generator=random)].clamp(max=longest).tolist()
-        rows = [torch.randint(1, model.num_items + 1, (count,), generator=random) for count in drawn]
-        cell, chunks = prepare(plain, rows, size)
+        cell, inputs = prepare(plain, known, size)
         for mode, graph, cost in (("eager", plain, 0.0), ("compiled", compiled, seconds)):
             row = {"name": name, "mode": mode, "length": length, "compile_s": cost, **cell}
             began = time.perf_counter()
-            for chunk in chunks[:2]:
-                graph(*chunk)
+            for batch in inputs[:2]:
+                rank_all(graph, batch)
             row["warm_up_s"] = time.perf_counter() - began
-            row["extra_memory_gb"] = extra_memory_gb(partial(graph, *chunks[0]))
-            turn = itertools.cycle(chunks)
-            cells.append((row, lambda graph=graph, turn=turn: graph(*next(turn)), []))
+            row["extra_memory_gb"] = extra_memory_gb(partial(rank_all, graph, inputs[0]))
+            turn = itertools.cycle(inputs)
+            cells.append((row, lambda graph=graph, turn=turn: rank_all(graph, next(turn)), []))
     return cells
 
 
@@ -268,9 +271,9 @@ def benchmark(
 ) -> list[dict]:
     """Time the top 10 of each model on the CPU, eager and compiled, by batch size and history length.
 
-    Histories of 20 items, of 200, and of lengths drawn from `real` (R,). What is compared is interleaved, round
-    after round, so that a noisy machine disturbs all alike; p50 is the median over rounds of the rounds' medians.
-    Compiling and warming up are timed apart. A row a cell.
+    Histories of 20 items, of 200, and with the lengths `real` (R,). What is compared is interleaved, round after
+    round, so that a noisy machine disturbs all alike; p50 is the median over rounds of the rounds' medians, and users
+    a second come from the median of the rounds' means. Compiling and warming up are timed apart. A row a cell.
     """
     cells = []
     for name, model in tqdm(models.items(), desc="compiling"):
@@ -289,7 +292,7 @@ def benchmark(
     for row, _, times in cells:
         row["p50_ms"] = float(np.median([np.median(part) for part in times]))
         row |= {f"p{q}_ms": max(row["p50_ms"], float(np.percentile(np.concatenate(times), q))) for q in (95, 99)}
-        row["users_per_s"] = row["batch_size"] / row["p50_ms"] * 1000
+        row["users_per_s"] = row["batch_size"] / float(np.median([np.mean(part) for part in times])) * 1000
         row["fraction_of_peak"] = row["flops_per_user"] * row["users_per_s"] / (peak * 1e9)
         row["fraction_of_bandwidth"] = row["weights_gb"] / row["p50_ms"] * 1000 / bandwidth
         row |= {"peak_gflops": peak, "peak_gb_per_s": bandwidth}
@@ -389,12 +392,11 @@ def peak_memory_gb() -> float:
 @torch.inference_mode()
 def step_flops(model: PreBert, tokens: int, rate: float, negatives: int | None) -> float:
     """FLOPs of a training step on `tokens` positions in full rows; the backward pass is two forward passes."""
-    length = model.max_length
-    row = torch.ones(1, length, dtype=torch.long)  # (1, T)
-    positions = torch.arange(max(1, round(rate * length)))[None]  # (1, M)
+    length, columns = model.max_length, negatives or model.num_items
+    row = torch.ones(1, length, dtype=torch.long, device=model.item_bias.device)  # (1, T)
+    positions = torch.arange(max(1, round(rate * length)), device=row.device)[None]  # (1, M)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(row, positions)
-    columns = min(model.num_items, negatives or model.num_items)
     head = 2 * positions.numel() * columns * model.config.hidden_size
     return 3 * (counter.get_total_flops() + head) * tokens / length
 
@@ -417,17 +419,8 @@ def run_row(run: Path, name: str, model: PreBert, config: dict) -> dict:
     row = {"name": name, "params": params, "body_params": params - model.item_embedding.weight.numel()}
     row["mb"] = (run / "model.safetensors").stat().st_size / 1e6
     row |= {key: config[key] for key in ("command", "seed", "commit", "machine") if key in config}
-    row |= {key: made[key] for key in ("minutes", "cpu_minutes", "peak_memory_gb", "steps") if key in made}
-    raw = config.get("settings")
-    settings: dict = raw if isinstance(raw, dict) else {}
-    tokens, rate, negatives = (settings.get(key) for key in ("tokens", "mask_rate", "negatives"))
-    if (
-        isinstance(tokens, int)
-        and isinstance(rate, int | float)
-        and isinstance(negatives, int | None)
-        and 0 < rate <= 1
-    ):
-        row["flops_per_step"] = step_flops(model, tokens, rate, negatives)
+    costs = ("minutes", "cpu_minutes", "peak_memory_gb", "steps", "flops_per_step")
+    row |= {key: made[key] for key in costs if key in made}
     reached = [minutes for minutes, quality in read_log(run) if quality >= PUBLISHED]
     return row | {"minutes_to_published": min(reached, default=None)}
 

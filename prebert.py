@@ -203,6 +203,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor, asked: Tensor | None = None) -> Tensor:
         """x (B, T, D), bias (B, 1, 1 or M, T) -inf where a key is hidden, asked (B, M, D) or None for all of x."""
+        if asked is not None and asked.shape[1] == 1:
+            return self.output(self.one_query(x, bias, asked))
         if asked is None:
             query, key, value = self.qkv(x).chunk(3, dim=-1)  # (B, T, D) each
         else:
@@ -211,6 +213,19 @@ class SelfAttention(nn.Module):
             key, value = F.linear(x, self.qkv.weight[size:], self.qkv.bias[size:]).chunk(2, dim=-1)
         mixed = attend(self.heads(query), self.heads(key), self.heads(value), bias.to(query.dtype))
         return self.output(mixed.transpose(1, 2).flatten(2))  # (B, M, D)
+
+    def one_query(self, x: Tensor, bias: Tensor, asked: Tensor) -> Tensor:
+        """The same mix of values for one query a row, asked (B, 1, D), without keys and values of all T positions.
+
+        q (W_k x + b) = (W_k^T q) x + a constant that the softmax drops, and sum p (W_v x) = W_v (sum p x).
+        """
+        query_matrix, key_matrix, value_matrix = self.qkv.weight.unflatten(0, (3, self.num_heads, -1))  # (N, K, D) each
+        query_bias, _, value_bias = self.qkv.bias.unflatten(0, (3, self.num_heads, -1))  # (N, K) each
+        query = torch.einsum("bd,nkd->bnk", asked[:, 0], query_matrix) + query_bias  # (B, N, K)
+        seeker = torch.einsum("bnk,nkd->bnd", query * query.shape[-1] ** -0.5, key_matrix)  # (B, N, D)
+        shares = (seeker @ x.transpose(1, 2) + bias[:, 0].to(x.dtype)).softmax(-1)  # (B, N, T)
+        mixed = torch.einsum("bnd,nkd->bnk", shares @ x, value_matrix) + value_bias
+        return mixed.flatten(1)[:, None]  # (B, 1, D)
 
 
 class FeedForward(nn.Module):

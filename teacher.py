@@ -14,7 +14,6 @@ Letters: B batch (users), T sequence length, D hidden size, M asked positions of
 """
 
 import argparse
-import csv
 import ctypes
 import fcntl
 import io
@@ -40,32 +39,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from data import (
-    PAD,
-    InputError,
-    Interactions,
-    Split,
-    add_data_flags,
-    batches,
-    leave_one_out,
-    load_dataset,
-    mask_items,
-    next_items,
-    number,
-    pad_left,
-    positive,
-    run_command,
-    windows,
-    write_atomic,
+    PAD, InputError, Interactions, Split, add_data_flags, batches, leave_one_out, load_dataset, mask_items, next_items,
+    number, pad_left, positive, run_command, windows, write_atomic,
 )  # fmt: skip
-from evaluate import Popularity, evaluate, hit_rate, machine, ndcg, peak_memory_gb
+from evaluate import Popularity, evaluate, hit_rate, machine, ndcg, peak_memory_gb, step_flops
 from prebert import (
-    BertConfig,
-    PreBert,
-    cooccurrence_vectors,
-    encode_titles,
-    load_bert,
-    prebert_from_bert,
-    set_item_table,
+    BertConfig, PreBert, cooccurrence_vectors, encode_titles, load_bert, prebert_from_bert, set_item_table,
     write_safetensors,
 )  # fmt: skip
 from student import VERSION, pick_device, read_json
@@ -277,17 +256,13 @@ def resume(run: Path, model: PreBert, optimizer: torch.optim.Optimizer, config: 
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{run / 'train_state.pt'} does not fit: {reason}; start again with --overwrite") from error
-    if (run / "log.csv").exists():  # a crash may have come between a row and its checkpoint
-        rows = (run / "log.csv").read_text().splitlines(keepends=True)
-        try:
-            kept = rows[:1] + [row for row in rows[1:] if int(row.split(",")[0]) <= state["step"]]
-        except ValueError as error:
-            raise InputError(f"{run / 'log.csv'} is not as training wrote it ({error}); delete it") from error
-        write_atomic(run / "log.csv", lambda path: path.write_text("".join(kept)))
+    if state["step"]:  # a crash may have come between a row and its checkpoint
+        write_atomic(run / "log.csv", partial(Path.write_text, data=state["log"]))
     return state
 
 
-FRESH = {"epoch": 0, "batch": 0, "step": 0, "waited": 0, "seconds": 0.0, "cpu_seconds": 0.0, "loss": 0.0, "best": -1.0}
+FRESH = {"epoch": 0, "batch": 0, "step": 0, "waited": 0, "seconds": 0.0, "cpu_seconds": 0.0, "loss": 0.0, "best": -1.0,
+         "log": "step,epoch,minutes,loss,valid_NDCG@10,valid_HR@10\n"}  # fmt: skip
 
 
 def start_run(run: Path, data: Interactions, config: dict, overwrite: bool) -> dict:
@@ -487,17 +462,12 @@ def end_epoch(session: Session, valid: Split, exclude_seen: bool) -> None:
         return
     if best:
         write_safetensors(run / "model.safetensors", model.state_dict())
-    row = {"step": state["step"], "epoch": state["epoch"], "minutes": round(state["seconds"] / 60, 3)}
-    row |= {"loss": round(state["loss"], 5), "valid_NDCG@10": round(quality, 5), "valid_HR@10": round(hits, 5)}
-    new = not (run / "log.csv").exists()
-    with open(run / "log.csv", "a", newline="") as file:
-        writer = csv.DictWriter(file, row, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+    epoch, minutes, loss = state["epoch"], state["seconds"] / 60, state["loss"]
+    state["log"] += f"{state['step']},{epoch},{minutes:.3f},{loss:.5f},{quality:.5f},{hits:.5f}\n"
+    write_atomic(run / "log.csv", partial(Path.write_text, data=state["log"]))
     session.save()
     print(
-        f"epoch {row['epoch']:>3}  {row['minutes']:6.1f} min  loss {row['loss']:.3f}  "
+        f"epoch {epoch:>3}  {minutes:6.1f} min  loss {loss:.3f}  "
         f"validation NDCG@10 {quality:.4f}  HR@10 {hits:.4f}  {'best' if best else '':<12}"
     )
 
@@ -529,7 +499,7 @@ def train(model: PreBert, loss_of: Loss, data: Interactions, run: Path, args: ar
             end_epoch(session, valid, not data.repeats)
         session.read_clocks()
         if world()[0] == 0:
-            finish(run, state)
+            finish(session)
 
 
 def begin(
@@ -556,11 +526,13 @@ def begin(
     return state
 
 
-def finish(run: Path, state: dict) -> None:
+def finish(session: Session) -> None:
     """Write metrics.json, what the training has cost; the checkpoint has served its purpose."""
+    run, state, args = session.run, session.state, session.args
     report = {"valid_NDCG@10": state["best"], "steps": state["step"], "epochs": state["epoch"]}
     report |= {"minutes": state["seconds"] / 60, "cpu_minutes": state["cpu_seconds"] / 60}
     report["peak_memory_gb"] = peak_memory_gb()
+    report["flops_per_step"] = step_flops(session.model, args.tokens, args.mask_rate, args.negatives)
     write_atomic(run / "metrics.json", lambda path: path.write_text(json.dumps(report, indent=1) + "\n"))
     (run / "train_state.pt").unlink(missing_ok=True)
 
@@ -613,16 +585,21 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
 
 
 def make_sampler(args: argparse.Namespace, data: Interactions) -> Sampler | None:
-    """None where the full catalogue fits; else half uniform, half by popularity in the training part."""
-    count = args.negatives or (NEGATIVES if data.num_items > FULL_SOFTMAX else 0)
-    if not count:
+    """None where the full catalogue fits; else half uniform, half by popularity in the training part.
+
+    Above FULL_SOFTMAX items, args.negatives becomes NEGATIVES, so that config.json tells.
+    """
+    if args.negatives is None and data.num_items > FULL_SOFTMAX:
+        args.negatives = NEGATIVES
+    if args.negatives is None:
         return None
     if args.label_smoothing:
         raise InputError("--label-smoothing needs the full softmax, which --negatives and large catalogues do without")
     if world()[0] == 0:
-        print(f"sampled softmax: {count:,} shared negatives a batch instead of all {data.num_items:,} items")
+        print(f"sampled softmax: {args.negatives:,} shared negatives a batch instead of all {data.num_items:,} items")
     counts = Popularity(leave_one_out(data)[0], data.num_items).counts
-    return Sampler((0.5 / data.num_items + 0.5 * counts / counts.sum()).float().to(pick_device(args.device)), count)
+    chance = 0.5 / data.num_items + 0.5 * counts / counts.sum()
+    return Sampler(chance.float().to(pick_device(args.device)), args.negatives)
 
 
 def describe(data: Interactions, model: PreBert, args: argparse.Namespace) -> dict:

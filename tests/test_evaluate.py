@@ -8,17 +8,10 @@ from test_data import hand_log
 
 from data import leave_one_out, pad_left
 from evaluate import (
-    Markov,
-    Popularity,
-    bootstrap,
-    evaluate,
-    hit_rate,
-    metrics,
-    ndcg,
-    paired_p,
-    sample_negatives,
+    Markov, Popularity, bootstrap, evaluate, hit_rate, metrics, ndcg, paired_p, sample_negatives, step_flops,
     target_ranks,
-)
+)  # fmt: skip
+from student import MiniBert
 
 
 def loop_rank(scores: list[float], target: int, seen: set[int]) -> int:
@@ -99,3 +92,11 @@ def test_bootstrap_interval_is_the_normal_one():
     means = bootstrap(values)
     assert means.std() == pytest.approx(values.std().item() / 4000**0.5, rel=0.1)
     assert paired_p(values, values) == 1.0 and paired_p(values + 0.1, values) <= 0.001
+
+
+def test_a_steps_flops_are_those_counted_by_hand():
+    size, length, items, batch = 64, 16, 100, 3
+    model = MiniBert("tiny", items, length, causal=True)
+    layer = 2 * length * size * (3 + 1 + 4 + 4) * size + 4 * length**2 * size  # projections, then attention
+    forward = 2 * layer + 2 * length * size**2 + 2 * length * size * items  # two layers, head, catalogue
+    assert step_flops(model, batch * length, 1.0, None) == pytest.approx(3 * batch * forward)

@@ -81,20 +81,20 @@ def metrics(ranks: Tensor) -> dict[str, float]:
 
 @torch.inference_mode()
 def evaluate(
-    score: Scorer, split: Split, exclude_seen: bool, *, max_length: int = 256, device: str | torch.device = "cpu",
-    negatives: Callable[[Tensor, Tensor], Tensor] | None = None, title: str = "",
+    score: Scorer, split: Split, exclude_seen: bool, *, max_length: int | None = None,
+    device: str | torch.device = "cpu", negatives: Callable[[Tensor, Tensor], Tensor] | None = None, title: str = "",
 ) -> Tensor:  # fmt: skip
     """Rank of every target of a validation or test split, (R,), in the split's order.
 
-    score reads at most the newest max_length items; what is left out as seen is the whole history.
+    score reads at most the newest max_length items (None: all); what is left out as seen is the whole history.
     negatives(targets (B,), seen (B, S)) -> item ids (B, n): rank among these instead of all items.
     """
     ranks = torch.zeros(len(split.targets), dtype=torch.long)
-    limits = at_once(torch.device(device), int(split.items.max()))
+    longest, limits = max_length or len(split.items), at_once(torch.device(device), int(split.items.max()))
     bar = tqdm(total=len(ranks), desc=title, leave=False, disable=not title)
-    for rows, history in histories(split.items, split.starts, split.ends, max_length, *limits):
+    for rows, history in histories(split.items, split.starts, split.ends, longest, *limits):
         seen, targets = history.to(device), split.targets[rows].to(device)  # (B, S), (B,)
-        scores = score(seen[:, -max_length:]).float()  # (B, I)
+        scores = score(seen[:, -longest:]).float()  # (B, I)
         if negatives is not None:
             sample = torch.cat([targets[:, None].cpu(), negatives(targets.cpu(), seen.cpu())], dim=1).to(device)
             ranks[rows] = target_ranks(scores.gather(1, sample - 1), torch.ones_like(targets)).cpu()
@@ -526,8 +526,10 @@ def evaluate_all(args: argparse.Namespace, data: Interactions) -> tuple[dict, di
         if args.sampled:  # the same draws for every model
             weights = popularity.counts.float() if args.sampled == "popularity" else torch.ones(data.num_items)
             negatives = sample_negatives(weights, 100, args.sample_seed)
-        where = device if name in models else "cpu"
-        ranks[name] = evaluate(score, asked, not data.repeats, device=where, negatives=negatives, title=name)
+        where, longest = (device, models[name].max_length) if name in models else ("cpu", 1)
+        ranks[name] = evaluate(
+            score, asked, not data.repeats, max_length=longest, device=where, negatives=negatives, title=name
+        )
         interval = np.percentile(bootstrap(ndcg(ranks[name], 10)), [2.5, 97.5]).tolist()
         rows.append({"name": name, **row, **metrics(ranks[name]), "ci95": interval})
     size = {"users": data.num_users, "items": data.num_items, "interactions": len(data.items), "lines": data.counts}

@@ -317,7 +317,7 @@ def validate(model: PreBert, split: Split, exclude_seen: bool, users: int) -> tu
     part = Split(split.items, split.starts[mine], split.ends[mine], split.targets[mine])
     device = model.item_bias.device
     model.eval()
-    ranks = evaluate(model.score_next, part, exclude_seen, device=device)
+    ranks = evaluate(model.score_next, part, exclude_seen, max_length=model.max_length, device=device)
     model.train()
     quality, hits = everyone([ndcg(ranks, 10).sum().item(), hit_rate(ranks, 10).sum().item()], device)
     return quality / len(chosen), hits / len(chosen)

@@ -16,6 +16,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 import torch.nn.functional as F
+from test_data import hand_log
 
 from data import InputError, leave_one_out, load_dataset, mask_items
 from distill import ask, distillation_loss, mean_of, principal_components, remember, student_loss
@@ -23,17 +24,8 @@ from evaluate import target_ranks
 from prebert import BertConfig, PreBert, read_safetensors
 from student import MiniBert
 from teacher import (
-    Sampler,
-    add_training_flags,
-    check_flags,
-    describe,
-    draw_batch,
-    draw_candidates,
-    locked,
-    make_optimizer,
-    masked_item_loss,
-    schedule,
-    train,
+    Sampler, add_training_flags, check_flags, describe, draw_batch, draw_candidates, locked, make_optimizer,
+    masked_item_loss, schedule, train, validate,
 )  # fmt: skip
 
 ROOT = Path(__file__).parent.parent
@@ -318,6 +310,20 @@ def test_a_loss_that_is_not_finite_stops_with_advice(ring, tmp_path):
     with pytest.raises(InputError, match=r"step 0, learning rate .* try a smaller --lr"):
         train(model, broken, log, tmp_path / "run", args, describe(log, model, args))
     assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_validation_reads_as_much_as_the_model_does():
+    class Oldest(torch.nn.Module):  # recommends the oldest item that it reads
+        max_length, item_bias = 300, torch.zeros(8)
+
+        def score_next(self, history: torch.Tensor) -> torch.Tensor:
+            return F.one_hot(history[:, 0], 9)[:, 1:].float()
+
+    rows = torch.randint(1, 9, (40, 302), generator=torch.Generator().manual_seed(0))
+    _, valid, _ = leave_one_out(hand_log(*rows.tolist()))
+    hits = (rows[:, 0] == rows[:, 300]).float().mean().item()  # the others share the last place of 8
+    assert 0 < hits < 1
+    assert validate(Oldest(), valid, False, 100)[0] == pytest.approx(hits + (1 - hits) / math.log2(9))
 
 
 def test_minutes_budget_follows_the_clock_and_patience_ends_early(ring, tmp_path):

@@ -65,9 +65,12 @@ class Sampler:
     count: int  # draws a batch, shared by all its positions
 
     def draw(self) -> tuple[Tensor, Tensor]:
-        """Distinct columns (N,), ascending, and log(times drawn / times expected) of each, (N,)."""
-        columns, times = torch.multinomial(self.chance, self.count, replacement=True).unique(return_counts=True)
-        return columns, (times / (self.count * self.chance[columns])).log()
+        """Distinct columns (N,), ascending, and -log of each one's probability to be among them, (N,).
+
+        To weigh by how often a column was drawn is as unbiased, but lets chance play with the popular ones.
+        """
+        columns = torch.multinomial(self.chance, self.count, replacement=True).unique()
+        return columns, -torch.log(-torch.expm1(self.count * torch.log1p(-self.chance[columns])))
 
 
 NEVER = -1e9  # added to a score that must not count; finite, so that KL's 0 * (NEVER - NEVER) is 0
@@ -77,8 +80,8 @@ def draw_candidates(sampler: Sampler, certain: Tensor) -> tuple[Tensor, Tensor]:
     """What stands for the catalogue at M positions: `certain` columns (M, C) of their own, and shared negatives.
 
     Returns the negatives' columns (N,) and what to add to the scores of both, (M, C + N): with it the sum of
-    exponentials over the candidates is an unbiased estimate of the sum over the catalogue (Bengio & Senecal
-    2008, equation 5). What stands in a row twice counts once.
+    exponentials over the candidates is an unbiased estimate of the sum over the catalogue (Horvitz & Thompson
+    1952, equation 3; for softmaxes Bengio & Senecal 2008). What stands in a row twice counts once.
     """
     columns, weights = sampler.draw()
     order = certain.argsort(dim=1, stable=True)

@@ -175,25 +175,33 @@ class Markov:
 # ---------------------------------------------------------------- speed
 
 
-def peak_gflops(seconds: float = 1.0) -> float:
-    """The machine's rate of float32 matrix products as PyTorch reaches it, in GFLOP/s (best of several)."""
-    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
-    best, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end:
+def fastest(call: Callable[[], object]) -> float:
+    """Seconds of the best of 20 calls."""
+    times = []
+    for _ in range(20):
         began = time.perf_counter()
-        a @ b
-        best = min(best, time.perf_counter() - began)
-    return 2 * 2048**3 / best / 1e9
+        call()
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def peak_gflops() -> float:
+    """The machine's rate of float32 matrix products as PyTorch reaches it, in GFLOP/s."""
+    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    return 2 * 2048**3 / fastest(lambda: a @ b) / 1e9
 
 
 def peak_gb_per_s() -> float:
-    """How fast this machine reads memory, in GB/s: the sum of half a GB of numbers, best of ten."""
-    numbers, best = torch.ones(2**27), float("inf")
-    for _ in range(10):
-        began = time.perf_counter()
-        numbers.sum()
-        best = min(best, time.perf_counter() - began)
-    return 4 * len(numbers) / best / 1e9
+    """How fast this machine reads memory, in GB/s: the sum of half a GB of numbers."""
+    numbers = torch.ones(2**27)
+    return 4 * len(numbers) / fastest(numbers.sum) / 1e9
+
+
+def count_flops(call: Callable[[], object]) -> int:
+    """Floating-point operations of the matrix products in a call; PyTorch's counter misses the fused attention."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
 
 
 def extra_memory_gb(call: Callable[[], object]) -> float | None:
@@ -222,21 +230,19 @@ def prepare(plain: TopK, known: Tensor, size: int) -> tuple[dict, list[Groups]]:
     Their lengths are quantiles of `known` (R,), in random order.
     """
     model, random, inputs = plain.model, torch.Generator().manual_seed(0), []
-    longest, users = model.max_length - (not model.config.causal), max(32, size)
+    users = max(32, size)
     quantiles = (torch.arange(users) + 0.5) / users * len(known)
-    lengths = known.clamp(max=longest).sort().values[quantiles.long()][torch.randperm(users, generator=random)]
+    lengths = known.sort().values[quantiles.long()][torch.randperm(users, generator=random)]
     limits = at_once(torch.device("cpu"), model.num_items)
     for sizes in lengths.split(size):
         entries = torch.randint(1, model.num_items + 1, (int(sizes.sum()),), generator=random)
         ends = sizes.cumsum(0)
         groups = histories(entries, ends - sizes, ends, model.max_length, *limits)
         inputs.append([(model.question(history), history) for _, history in groups])
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # the fused kernel is not counted
-        for batch in inputs:
-            rank_all(plain, batch)
+    flops = sum(count_flops(partial(rank_all, plain, batch)) for batch in inputs)
     weights = sum(parameter.numel() for parameter in model.parameters())
     facts = {"batch_size": size, "num_items": model.num_items, "weights_gb": 4 * weights / 1e9}
-    return facts | {"flops_per_user": counter.get_total_flops() / users}, inputs
+    return facts | {"flops_per_user": flops / users}, inputs
 
 
 def bench_cells(name: str, model: PreBert, sizes: tuple[int, ...], lengths: dict[object, Tensor]) -> list[tuple]:
@@ -278,8 +284,8 @@ def benchmark(
     cells = []
     for name, model in tqdm(models.items(), desc="compiling"):
         longest = model.max_length - (not model.config.causal)
-        fixed: dict[object, Tensor] = {min(length, longest): torch.tensor([length]) for length in (20, 200)}
-        cells += bench_cells(name, model, sizes, {**fixed, "real": real})
+        lengths: dict[object, Tensor] = {n: torch.tensor([n]) for n in (min(20, longest), min(200, longest))}
+        cells += bench_cells(name, model, sizes, {**lengths, "real": real.clamp(max=longest)})
     peak, bandwidth = peak_gflops(), peak_gb_per_s()
     for _ in tqdm(range(rounds), desc="timing, rounds"):
         for _, call, times in cells:
@@ -395,10 +401,8 @@ def step_flops(model: PreBert, tokens: int, rate: float, negatives: int | None) 
     length, columns = model.max_length, negatives or model.num_items
     row = torch.ones(1, length, dtype=torch.long, device=model.item_bias.device)  # (1, T)
     positions = torch.arange(max(1, round(rate * length)), device=row.device)[None]  # (1, M)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(row, positions)
     head = 2 * positions.numel() * columns * model.config.hidden_size
-    return 3 * (counter.get_total_flops() + head) * tokens / length
+    return 3 * (count_flops(lambda: model(row, positions)) + head) * tokens / length
 
 
 def read_log(run: Path) -> list[tuple[float, float]]:

@@ -108,8 +108,8 @@ class TopK(nn.Module):
 def at_once(device: torch.device, num_items: int) -> tuple[int, int]:
     """How many positions and how many users to rank together.
 
-    On a CPU what a layer computes for 2,048 positions just fits the cache: 51,200, that is 256 users of 200 items,
-    take 1.5 times as long an item. Scores of all users together take a quarter GiB at most.
+    On a CPU, what a layer computes for many more than 2,048 positions no longer fits the cache, and each takes longer.
+    Scores of all users together take a quarter GiB at most.
     """
     return 2048 if device.type == "cpu" else 2**16, max(1, 2**26 // num_items)
 

@@ -175,6 +175,9 @@ class Dropout(nn.Module):
         return x * (keep.to(x.dtype) * (256 / (256 - self.out_of_256)))
 
 
+NEVER = -1e9  # added to a score that must not count; finite, so that a softmax over nothing else is still a number
+
+
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
     """softmax(Q K^T / sqrt(K) + bias) V (Vaswani et al. 2017, equation 1), all (B, N, T, K).
 
@@ -202,7 +205,7 @@ class SelfAttention(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, N, T, K)
 
     def forward(self, x: Tensor, bias: Tensor, asked: Tensor | None = None) -> Tensor:
-        """x (B, T, D), bias (B, 1, 1 or M, T) -inf where a key is hidden, asked (B, M, D) or None for all of x."""
+        """x (B, T, D), bias (B, 1, 1 or M, T) very low where a key is hidden, asked (B, M, D) or None for all of x."""
         if asked is not None and asked.shape[1] == 1:
             return self.output(self.one_query(x, bias, asked))
         if asked is None:
@@ -281,11 +284,10 @@ class Encoder(nn.Module):
     def forward(self, embedded: Tensor, real: Tensor, positions: Tensor | None = None) -> Tensor:
         """embedded (B, T, D), real (B, T) false at padding, positions (B, M); returns (B, T or M, D)."""
         x = self.dropout(self.norm(embedded))
-        mask = real[:, None, None, :]  # (B, 1, 1, T)
-        if self.causal:  # padding may look at itself: a softmax over nothing is not a number
-            past = torch.ones(real.shape[1], real.shape[1], dtype=torch.bool, device=real.device).tril()
-            mask = mask & past | torch.eye(real.shape[1], dtype=torch.bool, device=real.device)  # (B, 1, T, T)
-        bias = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf)
+        bias = torch.zeros(real.shape, device=real.device).masked_fill(~real, NEVER)[:, None, None]  # (B, 1, 1, T)
+        if self.causal:
+            past = torch.full((real.shape[1], real.shape[1]), -torch.inf, device=real.device).triu(1)
+            bias = bias + past  # (B, 1, T, T)
         for layer in self.layers[:-1]:
             x = layer(x, bias)
         return self.layers[-1](x, bias, positions)
@@ -521,7 +523,7 @@ class PreBert(nn.Module):
         """Scores of what follows: history (B, T) left-padded, newest last; returns (B, num_items)."""
         tokens = self.question(history)
         last = torch.full((len(tokens), 1), tokens.shape[1] - 1, device=tokens.device)
-        return self.logits(self(tokens, last)[:, 0])
+        return self.logits(self(tokens, last))[:, 0]
 
 
 def prebert_from_bert(

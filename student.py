@@ -97,7 +97,7 @@ class TopK(nn.Module):
 
     def forward(self, tokens: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
         last = torch.full((tokens.shape[0], 1), tokens.shape[1] - 1, device=tokens.device)
-        scores = self.model.logits(self.model(tokens, last)[:, 0])  # (B, num_items)
+        scores = self.model.logits(self.model(tokens, last))[:, 0]  # (B, num_items)
         scores = F.pad(scores.float(), (1, 1), value=-torch.inf)  # (B, V): a column an id, specials never win
         if self.exclude_seen:
             scores = scores.scatter(1, seen, -torch.inf)
@@ -112,6 +112,11 @@ def at_once(device: torch.device, num_items: int) -> tuple[int, int]:
     Scores of all users together take a quarter GiB at most.
     """
     return 2048 if device.type == "cpu" else 2**16, max(1, 2**26 // num_items)
+
+
+def unfused_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b in two steps: compiled, b is added in the pass over memory that follows, otherwise in its own."""
+    return x @ weight.t() if bias is None else x @ weight.t() + bias
 
 
 def compile_ahead(graph: TopK, package: Path) -> Callable:
@@ -134,6 +139,7 @@ def compile_ahead(graph: TopK, package: Path) -> Callable:
             program = torch.export.export(
                 graph, (tokens, seen), dynamic_shapes=({0: users, 1: length}, {0: users, 1: history})
             )
+            program = program.run_decompositions({torch.ops.aten.linear.default: unfused_linear})
             torch._inductor.aoti_compile_and_package(program, package_path=str(partial))
         except torch._inductor.exc.InvalidCxxCompiler as error:
             raise InputError("compiling needs a C++ compiler such as g++; install one, or serve without") from error
@@ -142,12 +148,14 @@ def compile_ahead(graph: TopK, package: Path) -> Callable:
 
 
 def package_of(run: Path, k: int, device: torch.device) -> Path:
-    """Where the compiled graph of a run is kept: named after its weights, k, this PyTorch and this processor.
+    """Where the compiled graph of a run is kept: named after its weights, k, this code, PyTorch and processor.
 
     It is native code, so its place is the user's own cache and not the run folder, which may come from a stranger.
     """
     facts = (k, str(device), torch.__version__, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads())
-    content = (run / "config.json").read_bytes() + (run / "model.safetensors").read_bytes() + repr(facts).encode()
+    code = [Path(__file__).with_name(name) for name in ("prebert.py", "student.py")]
+    files = (run / "config.json", run / "model.safetensors", *code)
+    content = b"".join(file.read_bytes() for file in files) + repr(facts).encode()
     return cache_folder() / "serving" / f"{hashlib.sha256(content).hexdigest()[:32]}.pt2"
 
 

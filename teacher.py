@@ -44,7 +44,7 @@ from data import (
 )  # fmt: skip
 from evaluate import Popularity, evaluate, hit_rate, machine, ndcg, peak_memory_gb, step_flops
 from prebert import (
-    BertConfig, PreBert, cooccurrence_vectors, encode_titles, load_bert, prebert_from_bert, set_item_table,
+    NEVER, BertConfig, PreBert, cooccurrence_vectors, encode_titles, load_bert, prebert_from_bert, set_item_table,
     write_safetensors,
 )  # fmt: skip
 from student import VERSION, pick_device, read_json
@@ -71,9 +71,6 @@ class Sampler:
         """
         columns = torch.multinomial(self.chance, self.count, replacement=True).unique()
         return columns, -torch.log(-torch.expm1(self.count * torch.log1p(-self.chance[columns])))
-
-
-NEVER = -1e9  # added to a score that must not count; finite, so that KL's 0 * (NEVER - NEVER) is 0
 
 
 def draw_candidates(sampler: Sampler, certain: Tensor) -> tuple[Tensor, Tensor]:

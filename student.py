@@ -15,14 +15,14 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import InputError, cache_folder, histories, positive, run_command
+from data import PAD, InputError, cache_folder, histories, positive, run_command
 from prebert import BertConfig, PreBert, check_shape, load_strict, read_safetensors
 
 VERSION = 1  # of the run folder; a folder of another version is refused
@@ -144,7 +144,8 @@ def compile_ahead(graph: TopK, package: Path) -> Callable:
         except torch._inductor.exc.InvalidCxxCompiler as error:
             raise InputError("compiling needs a C++ compiler such as g++; install one, or serve without") from error
         os.replace(partial, package)
-    return torch._inductor.aoti_load_package(str(package))
+    loader = torch._inductor.aoti_load_package(str(package)).loader
+    return lambda tokens, seen: loader.boxed_run([tokens, seen])  # its own __call__ parses the signature every time
 
 
 def package_of(run: Path, k: int, device: torch.device) -> Path:
@@ -219,16 +220,23 @@ class Recommender:
         hint = " or ".join(repr(self.titles[self.by_title[title][0]]) for title in close)
         raise InputError(f"no item {name!r} in the catalogue" + (f"; did you mean {hint}?" if hint else ""))
 
+    def _groups(self, known: list[list[int]]) -> Iterable[tuple[Tensor, Tensor]]:
+        """Row numbers (B,) and histories (B, S). One user, the question of a live service, waits for no grouping."""
+        if len(known) == 1:
+            history = torch.tensor(known)
+            return [(torch.zeros(1, dtype=torch.long), F.pad(history, (max(0, 2 - history.shape[1]), 0), value=PAD))]
+        sizes = torch.tensor([len(history) for history in known])
+        ends, entries = sizes.cumsum(0), torch.tensor([item for history in known for item in history])
+        limits = at_once(self.device, len(self.titles) - 1)
+        return histories(entries, ends - sizes, ends, self.max_length, *limits)
+
     def __call__(self, people: Sequence[Sequence[str | int]]) -> list[list[tuple[int, str, float]]]:
         """For each history, oldest item first: [(item id, title, score), ...], best first, at most k."""
         known = [[self.item(name) for name in history] for history in people]
         if not known or not all(known):
             raise InputError("a history needs at least one item")
-        sizes = torch.tensor([len(history) for history in known])
-        ends, entries = sizes.cumsum(0), torch.tensor([item for history in known for item in history])
-        limits = at_once(self.device, len(self.titles) - 1)
         answers: list[list[tuple[int, str, float]]] = [[] for _ in known]
-        for rows, history in histories(entries, ends - sizes, ends, self.max_length, *limits):
+        for rows, history in self._groups(known):
             for row, scores, items in zip(rows.tolist(), *map(Tensor.tolist, self._top_k(history)), strict=True):
                 answers[row] = [(i, self.titles[i], s) for i, s in zip(items, scores, strict=True) if s > -torch.inf]
         return answers

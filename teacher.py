@@ -565,7 +565,7 @@ def add_training_flags(parser: argparse.ArgumentParser, **defaults: object) -> N
     add("--negatives", type=int, help="sampled softmax with this many shared negatives (default: the full "
         f"catalogue up to {FULL_SOFTMAX:,} items, then {NEGATIVES:,})")  # fmt: skip
     add("--patience", type=positive, default=5, help="evaluations without improvement before stopping")
-    add("--eval-users", type=positive, default=1000, help="validation users asked after an epoch")
+    add("--eval-users", type=positive, default=3000, help="validation users asked after an epoch")
     add("--seed", type=int, default=0)
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto")

@@ -212,7 +212,7 @@ def main() -> None:
     add("--cache", action="store_true", help="next-item teachers only: read the log once and keep the states in memory")
     add("--item-init", choices=("pca", "cooc", "random"),
         help="first item embeddings (default: pca of the teacher's; cooc with --no-kd)")  # fmt: skip
-    add_training_flags(parser, epochs=8, lr=3e-3)
+    add_training_flags(parser, lr=3e-3)
     args = parser.parse_args()
     if args.no_kd and (args.cache or (args.temperature, args.alpha) != (None, None)):
         parser.error("--temperature, --alpha and --cache are of no use with --no-kd")
@@ -223,6 +223,7 @@ def main() -> None:
     if args.objective is None:
         known = not args.no_kd or (Path(args.teacher[0]) / "config.json").exists()
         args.objective = "next" if known and causal_run(Path(args.teacher[0])) else "masked"
+    args.epochs = args.epochs or (8 if args.objective == "next" else 20)
     if args.cache and args.objective == "masked":
         parser.error("--cache is for --objective next: masked questions are redrawn at every step")
     check_flags(parser, args)

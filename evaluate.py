@@ -345,7 +345,7 @@ def plot_svg(lines: dict[str, list[tuple[float, float]]], title: str, x_name: st
         colour, path = COLOURS[i % len(COLOURS)], " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
         parts.append(f'<polyline points="{path}" stroke="{colour}" stroke-width="2" fill="none"/>')
         parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in spots]
-        parts.append(text(495, 70 + 20 * i, "start", f'fill="{colour}"', name))
+        parts.append(text(495, 70 + min(20, 300 / len(lines)) * i, "start", f'fill="{colour}"', name))
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 700 385" font-family="sans-serif" font-size="12">'
             f'<rect width="700" height="385" fill="#fff"/>{"".join(parts)}</svg>\n')  # fmt: skip
 

@@ -3,7 +3,7 @@
     python distill.py --data ml-1m --cache      # runs/ml-1m/teacher -> runs/ml-1m/student
     python distill.py --data ml-1m --no-kd      # the control: the same without a teacher
 
-On two CPU cores, 13 to 21 CPU minutes each: test NDCG@10 over three seeds 0.2011 +- 0.0015
+On two CPU cores, 13 to 32 CPU minutes each: test NDCG@10 over three seeds 0.2011 +- 0.0015
 with the teacher, 0.1915 +- 0.0011 without; 0.2058 +- 0.0002 from three teachers, `--teacher RUN RUN RUN`
 (results/ml-1m/three-seeds.json).
 

@@ -352,12 +352,10 @@ def plot_svg(lines: dict[str, list[tuple[float, float]]], title: str, x_name: st
 
 def pictures(report: dict, runs: list[Path]) -> dict[str, str]:
     """SVG texts by name: learning curves of the runs, and with a benchmark latency and accuracy against it."""
-    curves, found = {}, {}
-    for run in runs:
-        curves[run.name] = read_log(run)
-    if any(curves.values()):
-        lines = {name: line for name, line in curves.items() if line}
-        found["curves"] = plot_svg(lines, "learning curves", "minutes of training", "validation NDCG@10", log=False)
+    curves = {run.name: line for run in runs if (line := read_log(run))}
+    found = {}
+    if curves:
+        found["curves"] = plot_svg(curves, "learning curves", "minutes of training", "validation NDCG@10", log=False)
     latency: dict[str, list[tuple[float, float]]] = {}
     quality = {row["name"]: row["NDCG@10"] for row in report["rows"]}
     trade = {}

@@ -175,7 +175,7 @@ class Dropout(nn.Module):
         return x * (keep.to(x.dtype) * (256 / (256 - self.out_of_256)))
 
 
-NEVER = -1e9  # added to a score that must not count; finite, so that a softmax over nothing else is still a number
+NEVER = -1e9  # added to a score that must not count; finite: 0 * (NEVER - NEVER) and a softmax of it are numbers
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ Letters: B batch (users), T sequence length, R users asked about, I items.
 
 import argparse
 import csv
+import html
 import itertools
 import json
 import os
@@ -324,10 +325,14 @@ def print_bench(rows: list[dict]) -> None:
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#444444", "#999999")
 
 
-def plot_svg(lines: dict[str, list[tuple[float, float]]], title: str, x_name: str, y_name: str, log: bool) -> str:
-    """Lines through points {name: [(x, y), ...]} as SVG text; `log` makes both axes logarithmic."""
-    values = np.array([point for line in lines.values() for point in line])  # (points, 2)
-    values = np.log10(values) if log else values
+def plot_svg(lines: dict[str, list[tuple[float, float]]], title: str, x_name: str, y_name: str, log_y: bool) -> str:
+    """Lines through points {name: [(x, y), ...]} as SVG text, x logarithmic and with `log_y` y too.
+
+    Runs that differ in the seed alone look alike and share a legend entry.
+    """
+    log = np.array([True, log_y])
+    points = {name: np.log10(line, where=log, out=np.array(line, float)) for name, line in lines.items()}  # (points, 2)
+    values = np.concatenate([*points.values()])
     low, span = values.min(0), np.ptp(values, axis=0).clip(1e-9)
     text = '<text x="{:.0f}" y="{:.0f}" text-anchor="{}" {}>{}</text>'.format
     parts = [
@@ -336,26 +341,31 @@ def plot_svg(lines: dict[str, list[tuple[float, float]]], title: str, x_name: st
         '<path d="M70 330H480M70 330V55" stroke="#000" fill="none"/>',
     ]  # fmt: skip
     for share in np.linspace(0, 1, 5):
-        x, y = 10 ** (low + share * span) if log else low + share * span
-        parts.append(text(70 + 400 * share, 348, "middle", "", f"{x:.3g}"))
-        parts.append(text(64, 334 - 270 * share, "end", "", f"{y:.3g}"))
-    for i, (name, line) in enumerate(lines.items()):
-        shares = ((np.log10(line) if log else np.array(line)) - low) / span  # (points, 2)
-        spots = [(70 + 400 * x, 330 - 270 * y) for x, y in shares.tolist()]
-        colour, path = COLOURS[i % len(COLOURS)], " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
-        parts.append(f'<polyline points="{path}" stroke="{colour}" stroke-width="2" fill="none"/>')
-        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in spots]
-        parts.append(text(495, 70 + min(20, 300 / len(lines)) * i, "start", f'fill="{colour}"', name))
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 700 385" font-family="sans-serif" font-size="12">'
-            f'<rect width="700" height="385" fill="#fff"/>{"".join(parts)}</svg>\n')  # fmt: skip
+        ticks = np.where(log, 10 ** (low + share * span), low + share * span)
+        x, y = (f"{tick:,.0f}" if tick >= 1000 else f"{tick:.3g}" for tick in ticks)
+        parts += [text(70 + 400 * share, 348, "middle", "", x), text(64, 334 - 270 * share, "end", "", y)]
+    kinds = list(dict.fromkeys(without_seed(name) for name in lines))
+    looks = [f'stroke="{COLOURS[i % 8]}" stroke-dasharray="{"none" if i < 8 else "5 3"}"' for i in range(len(kinds))]
+    for name, line in points.items():
+        look = looks[kinds.index(without_seed(name))]
+        spots = [(70 + 400 * x, 330 - 270 * y) for x, y in ((line - low) / span).tolist()]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
+        parts.append(f'<polyline points="{path}" {look} stroke-width="1.5" fill="none"/>')
+        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="#fff" {look}/>' for x, y in spots]
+    for i, (kind, look) in enumerate(zip(kinds, looks, strict=True)):
+        height = 70 + min(20, 280 / len(kinds)) * i
+        parts.append(f'<path d="M490 {height - 4:.0f}h25" {look} stroke-width="2"/>')
+        parts.append(text(522, height, "start", "", html.escape(kind)))
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 740 385" font-family="sans-serif" font-size="12">'
+            f'<rect width="740" height="385" fill="#fff"/>{"".join(parts)}</svg>\n')  # fmt: skip
 
 
 def pictures(report: dict, runs: list[Path]) -> dict[str, str]:
     """SVG texts by name: learning curves of the runs, and with a benchmark latency and accuracy against it."""
-    curves = {run.name: line for run in runs if (line := read_log(run))}
+    curves = {run.name: [(max(x, 1e-3), y) for x, y in line] for run in runs if (line := read_log(run))}
     found = {}
     if curves:
-        found["curves"] = plot_svg(curves, "learning curves", "minutes of training", "validation NDCG@10", log=False)
+        found["curves"] = plot_svg(curves, "learning curves", "minutes of training", "validation NDCG@10", log_y=False)
     latency: dict[str, list[tuple[float, float]]] = {}
     quality = {row["name"]: row["NDCG@10"] for row in report["rows"]}
     trade = {}
@@ -367,9 +377,9 @@ def pictures(report: dict, runs: list[Path]) -> dict[str, str]:
             elif row["batch_size"] == 1:
                 trade[row["name"]] = [(row["p50_ms"], quality[row["name"]])]
     if latency:
-        found["latency"] = plot_svg(latency, "top 10, compiled, median", "users in a batch", "milliseconds", log=True)
+        found["latency"] = plot_svg(latency, "top 10, compiled, median", "users in a batch", "milliseconds", log_y=True)
         found["trade"] = plot_svg(
-            trade, "accuracy against speed", "median ms for one user, real lengths", "test NDCG@10", log=False
+            trade, "accuracy against speed", "median ms for one user, real lengths", "test NDCG@10", log_y=False
         )
     return found
 
@@ -453,11 +463,16 @@ def print_table(rows: list[dict]) -> None:
         )
 
 
+def without_seed(name: str) -> str:
+    """What runs that differ in the seed alone are called together: teacher, teacher-s1, ... are teacher."""
+    return re.sub(r"-s\d+$", "", name)
+
+
 def by_seed(ranks: dict[str, Tensor]) -> dict[str, Tensor]:
-    """NDCG@10 of each user, of runs that differ in the seed alone (teacher, teacher-s1, ...), (seeds, R) a name."""
+    """NDCG@10 of each user, of runs that differ in the seed alone, (seeds, R) a name."""
     found: dict[str, list[Tensor]] = {}
     for name, places in ranks.items():
-        found.setdefault(re.sub(r"-s\d+$", "", name), []).append(ndcg(places, 10))
+        found.setdefault(without_seed(name), []).append(ndcg(places, 10))
     return {name: torch.stack(parts) for name, parts in found.items()}
 
 
@@ -467,7 +482,7 @@ def compare(ranks: dict[str, Tensor], rows: list[dict]) -> tuple[list[dict], dic
     Prints and returns gains with paired bootstrap p over the same users, each user's value being the mean over
     seeds; and {name: seeds, mean and standard deviation of NDCG@10 over seeds}.
     """
-    values, sizes = by_seed(ranks), {re.sub(r"-s\d+$", "", row["name"]): row.get("params") for row in rows}
+    values, sizes = by_seed(ranks), {without_seed(row["name"]): row.get("params") for row in rows}
     seeds = {}
     for name, table in values.items():
         means = table.mean(1)

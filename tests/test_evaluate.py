@@ -1,6 +1,7 @@
 """Metrics against loops, baselines against counting by hand."""
 
 import math
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from test_data import hand_log
 
 from data import leave_one_out, pad_left
 from evaluate import (
-    Markov, Popularity, bootstrap, evaluate, hit_rate, metrics, ndcg, paired_p, sample_negatives, step_flops,
+    Markov, Popularity, bootstrap, evaluate, hit_rate, metrics, ndcg, paired_p, plot_svg, sample_negatives, step_flops,
     target_ranks,
 )  # fmt: skip
 from student import MiniBert
@@ -100,3 +101,14 @@ def test_a_steps_flops_are_those_counted_by_hand():
     layer = 2 * length * size * (3 + 1 + 4 + 4) * size + 4 * length**2 * size  # projections, then attention
     forward = 2 * layer + 2 * length * size**2 + 2 * length * size * items  # two layers, head, catalogue
     assert step_flops(model, batch * length, 1.0, None) == pytest.approx(3 * batch * forward)
+
+
+def test_a_picture_puts_points_where_they_belong_and_draws_seeds_alike():
+    lines = {f"run<{i}>-s{seed}": [(1.0, 0.0), (10.0, seed), (100.0, 4.0)] for i in range(9) for seed in (1, 2)}
+    picture = ElementTree.fromstring(plot_svg(lines, "picture", "x", "y", log_y=False))
+    drawn = picture.findall("{http://www.w3.org/2000/svg}polyline")
+    assert drawn[0].get("points") == "70.0,330.0 270.0,262.5 470.0,60.0"  # x: two decades; y: 0 to 4
+    looks = [(line.get("stroke"), line.get("stroke-dasharray")) for line in drawn]
+    assert looks[0::2] == looks[1::2] and len(set(looks)) == 9
+    names = [text.text for text in picture.findall("{http://www.w3.org/2000/svg}text")]
+    assert [name for name in names if name and name.startswith("run")] == [f"run<{i}>" for i in range(9)]

@@ -356,13 +356,21 @@ def movielens_titles(path: Path, separator: str) -> dict[str, str]:
     return titles
 
 
-def atomic_columns(path: Path, lines: Iterator[tuple[int, bytes]], needed: tuple[str, ...]) -> dict[str, int]:
-    """Positions of the columns of a RecBole atomic file from its first line; InputError if one is missing."""
+USER, ITEM = ("user_id", "session_id"), ("item_id", "product_id")  # what public atomic files call them
+
+
+def atomic_columns(path: Path, lines: Iterator[tuple[int, bytes]], *needed: tuple[str, ...]) -> dict[str, int]:
+    """Positions of the columns of a RecBole atomic file from its first line.
+
+    needed: the names that a column may have; it is also found under the first. Raises InputError if it is missing.
+    """
     _, first = next(lines, (1, b""))
     columns = {name.split(":")[0]: i for i, name in enumerate(first.decode("utf-8", "replace").split("\t"))}
-    for name in needed:
-        if name not in columns:
-            raise InputError(f"{path}:1: no column {name}:token in the header, found {list(columns)[:8]}")
+    for names in needed:
+        known = [columns[name] for name in names if name in columns]
+        if not known:
+            raise InputError(f"{path}:1: no column {names[0]}:token in the header, found {list(columns)[:8]}")
+        columns[names[0]] = known[0]
     return columns
 
 
@@ -370,12 +378,12 @@ def atomic_titles(path: Path) -> dict[str, str]:
     """{item id: title} from a .item file, if it is there and has a column whose name says title or name."""
     titles = {}
     lines = read_lines(path) if path.exists() else iter(())
-    columns = atomic_columns(path, lines, ("item_id",)) if path.exists() else {}
+    columns = atomic_columns(path, lines, (*ITEM, "id")) if path.exists() else {}
     title = next((columns[name] for name in columns if re.search("title|name", name)), -1)
     for number, line in lines if title >= 0 else ():
         fields = line.decode("utf-8", "replace").split("\t")
-        if len(fields) != len(columns):
-            raise InputError(f"{path}:{number}: expected {len(columns)} fields, found {len(fields)}")
+        if len(fields) != 1 + max(columns.values()):
+            raise InputError(f"{path}:{number}: expected {1 + max(columns.values())} fields, found {len(fields)}")
         year = fields[columns["release_year"]] if "release_year" in columns else ""
         text = fields[title]  # MovieLens' own titles end in the year; RecBole cut it off
         titles[fields[columns["item_id"]]] = f"{text} ({year})" if year and "(" + year not in text else text
@@ -385,7 +393,7 @@ def atomic_titles(path: Path) -> dict[str, str]:
 def read_atomic(path: Path) -> tuple[Log, dict[str, str]]:
     """RecBole atomic files: `path` (.inter) and, if it is there, the .item file beside it."""
     lines = read_lines(path)
-    columns = atomic_columns(path, lines, ("user_id", "item_id"))
+    columns = atomic_columns(path, lines, USER, ITEM)
     user, item = columns["user_id"], columns["item_id"]
     if "timestamp" in columns:
         parse = separated("\t", user, item, columns["timestamp"])

@@ -65,6 +65,16 @@ def test_columns_by_header_timestamp_and_title_optional(tmp_path):
     assert log.titles == ["", "p", "Matrix, The (1999)"] and log.has_titles
 
 
+def test_columns_of_sessions_and_of_products(tmp_path):
+    (tmp_path / "x.item").write_text("app_name:token\tprice:float\tid:token\nPortal\t9.99\tq\n")
+    log = atomic(tmp_path, "timestamp:float\tid:token\tproduct_id:token\tsession_id:token\n2\t7\tp\ta\n1\t8\tq\ta\n")
+    assert histories(log) == [["q", "p"]] and log.titles == ["", "p", "Portal"]
+    log = atomic(tmp_path, "session_id:token\tuser_id:token\titem_id:token\n1\ta\tp\n2\ta\tq\n")
+    assert histories(log) == [["p", "q"]]  # where both are, a user is a user
+    with pytest.raises(InputError, match=r"x.inter:1: no column item_id:token .* found \['user_id', 'id'\]"):
+        atomic(tmp_path, "user_id:token\tid:token\na\tp\n")
+
+
 def test_crlf_and_byte_order_mark(tmp_path):
     log = atomic(tmp_path, b"\xef\xbb\xbf" + HEAD.replace("\n", "\r\n").encode() + b"a\tp\t1\r\na\tq\t2\r\n")
     assert histories(log) == [["p", "q"]]

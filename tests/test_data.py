@@ -75,6 +75,16 @@ def test_columns_of_sessions_and_of_products(tmp_path):
         atomic(tmp_path, "user_id:token\tid:token\na\tp\n")
 
 
+def test_a_line_without_a_title_is_shown_and_its_item_called_by_its_id(tmp_path, capsys):
+    (tmp_path / "x.item").write_text("item_id:token\ttitle:token_seq\np\tPortal\nbroken\nq\tQuake\tand more\n")
+    log = atomic(tmp_path, HEAD + "a\tp\t1\na\tq\t2\n")
+    assert log.titles == ["", "Portal", "q"]
+    assert "2 titles left out: " in (said := capsys.readouterr().err) and "x.item:3: expected 2 fields, not 1" in said
+    (tmp_path / "x.item").write_text("item_id:token\ttitle:token_seq\np;Portal\nq;Quake\n")
+    with pytest.raises(InputError, match=r"x.item:2: expected 2 fields, not 1; .* \(no line has a title\)"):
+        atomic(tmp_path, HEAD + "a\tp\t1\na\tq\t2\n")
+
+
 def test_crlf_and_byte_order_mark(tmp_path):
     log = atomic(tmp_path, b"\xef\xbb\xbf" + HEAD.replace("\n", "\r\n").encode() + b"a\tp\t1\r\na\tq\t2\r\n")
     assert histories(log) == [["p", "q"]]

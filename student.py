@@ -14,13 +14,16 @@ import difflib
 import hashlib
 import json
 import os
+import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from data import PAD, InputError, cache_folder, histories, positive, run_command
 from prebert import BertConfig, PreBert, check_shape, load_strict, read_safetensors
@@ -59,6 +62,14 @@ def read_json(path: Path) -> dict:
     return content
 
 
+class NoInit(TorchFunctionMode):
+    """Skips torch.nn.init: for weights without memory it would import PyTorch's compiler, which takes seconds."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", "") != "torch.nn.init":
+            return function(*args, **(kwargs or {}))
+
+
 def load_run(run: str | Path) -> tuple[PreBert, dict, dict]:
     """The model of a run folder with its config and catalogue {raw_ids, titles}.
 
@@ -76,7 +87,7 @@ def load_run(run: str | Path) -> tuple[PreBert, dict, dict]:
             raise InputError(f"{run}: catalogue.json has {len(names) - 1} items, config.json {num_items}")
     if type(config.get("exclude_seen")) is not bool:
         raise InputError(f"{run / 'config.json'}: exclude_seen must be true or false")
-    with torch.device("meta"):  # shapes only: nothing is allocated until the weights prove that they fit
+    with torch.device("meta"), NoInit():  # shapes only: nothing is allocated until the weights prove that they fit
         model = PreBert(shape, num_items)
     load_strict(model, read_safetensors(run / "model.safetensors"), run / "model.safetensors")
     return model.eval(), config, catalogue
@@ -122,7 +133,7 @@ def unfused_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 def compile_ahead(graph: TopK, package: Path) -> Callable:
     """The graph as native code for any number of users and any length, from `package` if that exists.
 
-    Compiling takes some ten seconds and loading about one; a history costs what its own length costs,
+    Compiling takes some ten seconds and loading a tenth of one; a history costs what its own length costs,
     without padding. Raises InputError where there is no C++ compiler.
     """
     if not package.exists():
@@ -135,17 +146,18 @@ def compile_ahead(graph: TopK, package: Path) -> Callable:
         )
         partial = package.with_name(f"{os.getpid()}-{package.name}")
         partial.parent.mkdir(parents=True, exist_ok=True)
+        shapes = ({0: users, 1: length}, {0: users, 1: history})
         try:
-            program = torch.export.export(
-                graph, (tokens, seen), dynamic_shapes=({0: users, 1: length}, {0: users, 1: history})
-            )
-            program = program.run_decompositions({torch.ops.aten.linear.default: unfused_linear})
-            torch._inductor.aoti_compile_and_package(program, package_path=str(partial))
+            with warnings.catch_warnings(action="ignore", category=FutureWarning):  # PyTorch's about its own code
+                program = torch.export.export(graph, (tokens, seen), dynamic_shapes=shapes)
+                program = program.run_decompositions({torch.ops.aten.linear.default: unfused_linear})
+                torch._inductor.aoti_compile_and_package(program, package_path=str(partial))
         except torch._inductor.exc.InvalidCxxCompiler as error:
             raise InputError("compiling needs a C++ compiler such as g++; install one, or serve without") from error
         os.replace(partial, package)
-    loader = torch._inductor.aoti_load_package(str(package)).loader
-    return lambda tokens, seen: loader.boxed_run([tokens, seen])  # its own __call__ parses the signature every time
+    # What torch._inductor.aoti_load_package wraps; that imports the compiler, and parses the signature at every call.
+    loader = torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, 1, -1)
+    return lambda tokens, seen: loader.boxed_run([tokens, seen])
 
 
 def package_of(run: Path, k: int, device: torch.device) -> Path:
@@ -178,9 +190,9 @@ class Recommender:
     """
 
     def __init__(self, run_dir: str | Path, k: int = 10, device: str = "auto", compile: bool = True):
+        began, self.device = time.perf_counter(), pick_device(device)
         model, config, catalogue = load_run(run_dir)
         self.titles, self.raw_ids = catalogue["titles"], catalogue["raw_ids"]
-        self.device, began = pick_device(device), time.perf_counter()
         self.question, self.max_length = model.question, model.max_length
         graph = TopK(model.requires_grad_(False), min(k, model.num_items), config["exclude_seen"])
         graph = graph.to(self.device).eval()
@@ -256,7 +268,10 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--compile", action="store_true", help="compile first, for this and all later calls")
     args = parser.parse_args()
-    compiled = args.compile or package_exists(args)
+    compiled = package_exists(args)
+    if args.compile and not compiled:
+        print("compiling for this machine, some ten seconds, once", file=sys.stderr)
+    compiled |= args.compile
     recommender = Recommender(args.run, args.k, args.device, compiled)
     began = time.perf_counter()
     answers = recommender([args.titles])[0]
@@ -265,7 +280,8 @@ def main() -> None:
     print(f"after {', '.join(watched)}:")
     for place, (_, title, score) in enumerate(answers, 1):
         print(f"{place:>4}  {score:7.2f}  {title}")
-    print(f"{milliseconds:.1f} ms, {'compiled' if compiled else 'eager'}, on {recommender.device}")
+    kind = "compiled" if compiled else "eager"
+    print(f"{milliseconds:.1f} ms, {kind}, on {recommender.device}; ready to answer in {recommender.warm_up_s:.2f} s")
 
 
 if __name__ == "__main__":

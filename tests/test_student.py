@@ -1,7 +1,10 @@
 """The serving path: the same answers compiled or not, in any bucket, and clear words for bad titles."""
 
 import json
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,6 +60,10 @@ def test_compiled_equals_eager_for_any_length_and_number_of_users(run, tmp_path,
     assert package.stat().st_mtime_ns == made and again([[3]]) == compiled([[3]])
     assert again.warm_up_s < compiled.warm_up_s / 2  # loaded, not compiled
     assert not list(run.glob("*.pt2"))  # native code is never kept where strangers' files are
+    start = f"import sys, student; student.Recommender({str(run)!r}); assert 'torch._dynamo' not in sys.modules"
+    subprocess.run(
+        [sys.executable, "-c", start], check=True, cwd=Path(__file__).parents[1]
+    )  # a service that restarts does not wait for the compiler
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

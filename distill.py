@@ -33,7 +33,7 @@ from prebert import PreBert, cooccurrence_vectors, set_item_table
 from student import STUDENTS, MiniBert, at_once, load_run, pick_device, read_json
 from teacher import (
     Batch, Sampler, add_training_flags, autocast_dtype, candidate_logits, check_flags, describe, draw_candidates,
-    make_sampler, masked_item_loss, train, world,
+    fill_epochs, make_sampler, masked_item_loss, train, world,
 )  # fmt: skip
 
 Reader = Callable[[Batch], list[Tensor]]  # every teacher's states where a batch asks, (M, D) each
@@ -66,7 +66,10 @@ def mean_of(logits: list[Tensor]) -> Tensor:
     """Log of the mean distribution of several teachers, (M, I); of one, its logits."""
     if len(logits) == 1:
         return logits[0]
-    return torch.stack([z.float().log_softmax(-1) for z in logits]).logsumexp(0) - math.log(len(logits))
+    total = logits[0].float().log_softmax(-1)
+    for other in logits[1:]:  # one after the other: a stack of all takes their number times the memory
+        total = torch.logaddexp(total, other.float().log_softmax(-1))
+    return total - math.log(len(logits))
 
 
 @torch.no_grad()
@@ -224,7 +227,6 @@ def main() -> None:
     if args.objective is None:
         known = not args.no_kd or (Path(args.teacher[0]) / "config.json").exists()
         args.objective = "next" if known and causal_run(Path(args.teacher[0])) else "masked"
-    args.epochs = args.epochs or (8 if args.objective == "next" else 20)
     if args.cache and args.objective == "masked":
         parser.error("--cache is for --objective next: masked questions are redrawn at every step")
     check_flags(parser, args)
@@ -235,6 +237,7 @@ def main() -> None:
 
 def distill(args: argparse.Namespace, data: Interactions) -> None:
     """Build student and loss from the flags and train."""
+    fill_epochs(args, data, 8 if args.objective == "next" else 20)
     needed = args.teacher if not args.no_kd else args.teacher[:1] if args.item_init == "pca" else []
     teachers = [load_teacher(Path(run), args, data) for run in needed]
     model = build_student(args, data, teachers[0] if teachers else None)

@@ -548,7 +548,8 @@ def add_training_flags(parser: argparse.ArgumentParser, **defaults: object) -> N
     group = parser.add_argument_group("training")
     add = group.add_argument
     add("--name", help="run folder runs/<data>/<name> (default: teacher, student or student-no-kd)")
-    add("--epochs", type=positive, help="passes over the data (default: 10; a student: 8 next, 20 masked)")
+    add("--epochs", type=positive, help="passes over the data (default: 10, a student: 8 next, 20 masked; more on "
+        "less than a million interactions)")  # fmt: skip
     add("--minutes", type=rate, help="budget by the clock instead of --epochs; the schedule follows it")
     add("--lr", type=rate, help="peak learning rate (default: %(default)s)")
     add("--body-lr", type=rate, help="the same for encoder and positions (default: %(default)s; None: --lr)")
@@ -564,7 +565,8 @@ def add_training_flags(parser: argparse.ArgumentParser, **defaults: object) -> N
     add("--label-smoothing", type=number(-1e-9, 1), default=0.0)
     add("--negatives", type=int, help="sampled softmax with this many shared negatives (default: the full "
         f"catalogue up to {FULL_SOFTMAX:,} items, then {NEGATIVES:,})")  # fmt: skip
-    add("--patience", type=positive, default=5, help="evaluations without improvement before stopping")
+    add("--patience", type=positive,
+        help="epochs without improvement before stopping (default: a third of --epochs, at least 5)")  # fmt: skip
     add("--eval-users", type=positive, default=3000, help="validation users asked after an epoch")
     add("--seed", type=int, default=0)
     add("--device", default="auto", help="auto, cuda, mps or cpu")
@@ -584,6 +586,15 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     if args.max_length < 3 or args.seed < 0 or (args.negatives is not None and args.negatives < 1):
         parser.error("--max-length must be 3 or more, --seed 0 or more, --negatives 1 or more")
     join_processes(args)
+
+
+def fill_epochs(args: argparse.Namespace, data: Interactions, least: int) -> None:
+    """Default budget: `least` epochs on a million interactions or more, on less as many more as the square root says.
+
+    A hundredth of the data gets ten times the passes, and a tenth of the steps.
+    """
+    args.epochs = args.epochs or round(least * max(1.0, (1e6 / len(data.items)) ** 0.5))
+    args.patience = args.patience or max(5, args.epochs // 3)
 
 
 def make_sampler(args: argparse.Namespace, data: Interactions) -> Sampler | None:
@@ -650,10 +661,11 @@ def main() -> None:
     parser.add_argument("--bert", default="minilm", help="minilm, bert-base-uncased, a folder, or none: random weights")
     parser.add_argument("--item-init", choices=("cooc", "text", "random"), default="cooc",
                         help="first item embeddings (default: %(default)s)")  # fmt: skip
-    add_training_flags(parser, name="teacher", objective="masked", epochs=10, lr=1e-3, body_lr=3e-4, tokens=2048)
+    add_training_flags(parser, name="teacher", objective="masked", lr=1e-3, body_lr=3e-4, tokens=2048)
     args = parser.parse_args()
     check_flags(parser, args)
     data = load_dataset(args.data, args.root, args.min_count, args.fraction)
+    fill_epochs(args, data, 10)
     model = build_teacher(args, data)
     run = Path("runs") / data.name / args.name
     loss = partial(masked_item_loss, label_smoothing=args.label_smoothing, sampler=make_sampler(args, data))

@@ -9,10 +9,12 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,8 +26,8 @@ from evaluate import target_ranks
 from prebert import BertConfig, PreBert, read_safetensors
 from student import MiniBert
 from teacher import (
-    Sampler, add_training_flags, check_flags, describe, draw_batch, draw_candidates, locked, make_optimizer,
-    masked_item_loss, schedule, train, validate,
+    Sampler, add_training_flags, check_flags, describe, draw_batch, draw_candidates, fill_epochs, locked,
+    make_optimizer, masked_item_loss, schedule, train, validate,
 )  # fmt: skip
 
 ROOT = Path(__file__).parent.parent
@@ -232,6 +234,7 @@ def options(*arguments: str, **defaults: object) -> argparse.Namespace:
             "objective": "masked",
             "lr": 1e-3,
             "epochs": 3,
+            "patience": 5,
             "name": "x",
             "max_length": 16,
             "tokens": 256,
@@ -334,6 +337,19 @@ def test_validation_reads_as_much_as_the_model_does():
     hits = (rows[:, 0] == rows[:, 300]).float().mean().item()  # the others share the last place of 8
     assert 0 < hits < 1
     assert validate(Oldest(), valid, False, 100)[0] == pytest.approx(hits + (1 - hits) / math.log2(9))
+
+
+def test_less_data_gets_more_passes_unless_told(ring):
+    log = load_dataset(str(ring))
+    tenth = replace(log, items=np.ones(100_000, np.int64))
+    twice = replace(log, items=np.ones(2_000_000, np.int64))
+    for data, given, epochs, patience in (
+        (tenth, [], 32, 10), (twice, [], 10, 5), (tenth, ["--epochs", "7"], 7, 5),
+        (tenth, ["--epochs", "40", "--patience", "3"], 40, 3),
+    ):  # fmt: skip
+        args = options(*given, epochs=None, patience=None)
+        fill_epochs(args, data, 10)
+        assert (args.epochs, args.patience) == (epochs, patience)
 
 
 def test_minutes_budget_follows_the_clock_and_patience_ends_early(ring, tmp_path):

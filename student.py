@@ -133,7 +133,7 @@ def unfused_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 def compile_ahead(graph: TopK, package: Path) -> Callable:
     """The graph as native code for any number of users and any length, from `package` if that exists.
 
-    Compiling takes some ten seconds and loading a tenth of one; a history costs what its own length costs,
+    Compiling takes some ten seconds, loading a twentieth of one; a history costs what its own length costs,
     without padding. Raises InputError where there is no C++ compiler.
     """
     if not package.exists():

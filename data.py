@@ -351,8 +351,8 @@ def read_titles(
             examples.append(f"{path}:{number}: {error}; found {line[:60]!r}")
     if examples and not titles:
         raise InputError(f"{examples[0]} (no line has a title)")
-    for example in examples[:3]:
-        print(f"{len(examples):,} titles left out: {example}", file=sys.stderr)
+    for place, example in enumerate(examples[:3], 1):
+        print(f"title left out, {place} of {len(examples):,}: {example}", file=sys.stderr)
     return titles
 
 

@@ -79,7 +79,8 @@ def test_a_line_without_a_title_is_shown_and_its_item_called_by_its_id(tmp_path,
     (tmp_path / "x.item").write_text("item_id:token\ttitle:token_seq\np\tPortal\nbroken\nq\tQuake\tand more\n")
     log = atomic(tmp_path, HEAD + "a\tp\t1\na\tq\t2\n")
     assert log.titles == ["", "Portal", "q"]
-    assert "2 titles left out: " in (said := capsys.readouterr().err) and "x.item:3: expected 2 fields, not 1" in said
+    said = capsys.readouterr().err
+    assert "title left out, 1 of 2: " in said and "x.item:3: expected 2 fields, not 1" in said
     (tmp_path / "x.item").write_text("item_id:token\ttitle:token_seq\np;Portal\nq;Quake\n")
     with pytest.raises(InputError, match=r"x.item:2: expected 2 fields, not 1; .* \(no line has a title\)"):
         atomic(tmp_path, HEAD + "a\tp\t1\na\tq\t2\n")

@@ -369,7 +369,9 @@ def movie(line: str, separator: str) -> tuple[str, str]:
     return fields[0], fields[1]
 
 
-USER, ITEM = ("user_id", "session_id"), ("item_id", "product_id")  # what public atomic files call them
+# What public atomic files call them.
+USER, ITEM = ("user_id", "session_id", "visitor_id"), ("item_id", "product_id", "business_id", "venue_id", "track_id")
+TIME = ("timestamp", "time", "date")
 
 
 def atomic_columns(path: Path, lines: Iterator[tuple[int, bytes]], *needed: tuple[str, ...]) -> dict[str, int]:
@@ -382,7 +384,8 @@ def atomic_columns(path: Path, lines: Iterator[tuple[int, bytes]], *needed: tupl
     for names in needed:
         known = [columns[name] for name in names if name in columns]
         if not known:
-            raise InputError(f"{path}:1: no column {names[0]}:token in the header, found {list(columns)[:8]}")
+            found = f"found {list(columns)[:8]}"
+            raise InputError(f"{path}:1: no column {names[0]}:token in the header, a line with tabs between; {found}")
         columns[names[0]] = known[0]
     return columns
 
@@ -411,10 +414,11 @@ def read_atomic(path: Path) -> tuple[Log, dict[str, str]]:
     """RecBole atomic files: `path` (.inter) and, if it is there, the .item file beside it."""
     lines = read_lines(path)
     columns = atomic_columns(path, lines, USER, ITEM)
-    user, item = columns["user_id"], columns["item_id"]
-    if "timestamp" in columns:
-        parse = separated("\t", user, item, columns["timestamp"])
-    else:  # the file's order is the order
+    user, item, when = columns["user_id"], columns["item_id"], next((columns[n] for n in TIME if n in columns), None)
+    if when is not None:
+        parse = separated("\t", user, item, when)
+    else:
+        print(f"{path} has no column timestamp:float: its lines are taken to be in the order of time", file=sys.stderr)
         parse = separated("\t", user, item, item, lambda _: 0.0)
     return Log(path, lines, parse), atomic_titles(path.with_suffix(".item"))
 

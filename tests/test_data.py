@@ -57,9 +57,10 @@ def test_ties_do_not_move_in_long_logs(tmp_path):
     assert histories(log)[3] == [f"i{n}" for n in range(2000) if n % 7 == 3]
 
 
-def test_columns_by_header_timestamp_and_title_optional(tmp_path):
+def test_columns_by_header_timestamp_and_title_optional(tmp_path, capsys):
     log = atomic(tmp_path, "item_id:token\tuser_id:token\np\ta\nq\ta\n")
     assert histories(log) == [["p", "q"]] and log.titles == ["", "p", "q"] and not log.has_titles
+    assert "x.inter has no column timestamp:float" in capsys.readouterr().err
     (tmp_path / "x.item").write_text("item_id:token\trelease_year:token\tmovie_title:token_seq\nq\t1999\tMatrix, The\n")
     log = atomic(tmp_path, "item_id:token\tuser_id:token\np\ta\nq\ta\n")
     assert log.titles == ["", "p", "Matrix, The (1999)"] and log.has_titles
@@ -71,8 +72,12 @@ def test_columns_of_sessions_and_of_products(tmp_path):
     assert histories(log) == [["q", "p"]] and log.titles == ["", "p", "Portal"]
     log = atomic(tmp_path, "session_id:token\tuser_id:token\titem_id:token\n1\ta\tp\n2\ta\tq\n")
     assert histories(log) == [["p", "q"]]  # where both are, a user is a user
+    log = atomic(tmp_path, "visitor_id:token\tbusiness_id:token\tdate:float\n1\tp\t2\n1\tq\t1\n")
+    assert histories(log) == [["q", "p"]]
     with pytest.raises(InputError, match=r"x.inter:1: no column item_id:token .* found \['user_id', 'id'\]"):
         atomic(tmp_path, "user_id:token\tid:token\na\tp\n")
+    with pytest.raises(InputError, match="no column item_id:token in the header, a line with tabs between"):
+        atomic(tmp_path, "user_id:token,item_id:token\na,p\n")
 
 
 def test_a_line_without_a_title_is_shown_and_its_item_called_by_its_id(tmp_path, capsys):

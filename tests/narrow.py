@@ -8,6 +8,7 @@ The forms with rounded weights compute in float32, so they are what no kernel of
 import argparse
 import copy
 import json
+import shlex
 import sys
 import tempfile
 import time
@@ -123,7 +124,11 @@ def main() -> None:
         row |= {what: found[name] for what, found in times.items() if name in found}
         print(f"{name:<26}" + "  ".join(f"{what} {value:.4f}" for what, value in row.items()))
     if args.json:
-        content = {"machine": machine(), "command": f"python tests/narrow.py --run {args.run}", "forms": report}
+        content = {
+            "machine": machine(),
+            "command": shlex.join(["python", "tests/narrow.py", *sys.argv[1:]]),
+            "forms": report,
+        }
         write_atomic(args.json, lambda path: path.write_text(json.dumps(content, indent=1) + "\n"))
         print(f"written to {args.json}")
 

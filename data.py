@@ -414,8 +414,9 @@ def read_atomic(path: Path) -> tuple[Log, dict[str, str]]:
     """RecBole atomic files: `path` (.inter) and, if it is there, the .item file beside it."""
     lines = read_lines(path)
     columns = atomic_columns(path, lines, USER, ITEM)
-    user, item, when = columns["user_id"], columns["item_id"], next((columns[n] for n in TIME if n in columns), None)
-    if when is not None:
+    user, item = columns["user_id"], columns["item_id"]
+    when = next((columns[name] for name in TIME if name in columns), -1)
+    if when >= 0:
         parse = separated("\t", user, item, when)
     else:
         print(f"{path} has no column timestamp:float: its lines are taken to be in the order of time", file=sys.stderr)

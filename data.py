@@ -22,6 +22,7 @@ import functools
 import gzip
 import hashlib
 import json
+import operator
 import os
 import re
 import stat
@@ -33,7 +34,7 @@ import urllib.request
 import zipfile
 import zlib
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
 from pathlib import Path, PurePosixPath
@@ -203,7 +204,7 @@ def fetch(name: str, folder: Path) -> None:
 
 # ---------------------------------------------------------------- lines
 
-Row = tuple[str, str, float]  # raw user, raw item, time
+Fields = Sequence[str]  # of a line of a log: user, item, time; of a file of titles: item, title
 
 
 class Incomplete(ValueError):
@@ -217,8 +218,9 @@ class Log:
     """
 
     def __init__(
-        self, path: Path, lines: Iterator[tuple[int, bytes]], parse: Callable[[str], Row], encoding: str = "utf-8"
-    ):
+        self, path: Path, lines: Iterator[tuple[int, bytes]], parse: Callable[[str], Fields],
+        parse_time: Callable[[str], float], encoding: str = "utf-8",
+    ):  # fmt: skip
         users, items, times = array("q"), array("q"), array("d")
         user_ids: dict[str, int] = {}
         item_ids: dict[str, int] = {}
@@ -226,9 +228,10 @@ class Log:
         examples: list[str] = []
         for number, line in lines:
             try:
-                user, item, when = parse(line.decode(encoding))
+                user, item, time_text = parse(line.decode(encoding))
                 if not user or not item or "\0" in item or "\0" in user:
                     raise ValueError("user and item must be there, without NUL bytes")
+                when = parse_time(time_text)
                 if not abs(when) < 2**53:  # false for nan, too
                     raise ValueError(f"{when} is not a timestamp")
             except ValueError as error:
@@ -267,22 +270,25 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
             raise InputError(f"{path}: broken gzip file ({error}); download it again") from error
 
 
-def separated(
-    separator: str, user: int, item: int, when: int, parse_time: Callable[[str], float] = float
-) -> Callable[[str], Row]:
-    """A parser of lines like user::item::rating::time, columns given by number."""
-    width = max(user, item, when) + 1
+def fields_at(separator: str, *places: int) -> Callable[[str], Fields]:
+    """A parser of lines like user::item::rating::time: the fields at these places, the first is 0."""
+    width, pick = max(places) + 1, operator.itemgetter(*places)
 
-    def parse(line: str) -> Row:
+    def parse(line: str) -> Fields:
         fields = line.split(separator)
         if len(fields) < width:
             raise ValueError(f"expected {width} or more fields")
-        try:
-            return fields[user], fields[item], parse_time(fields[when])
-        except ValueError:
-            raise ValueError(f"{fields[when]!r} is not a timestamp") from None
+        return pick(fields)
 
     return parse
+
+
+def seconds(text: str) -> float:
+    """A plain number of seconds since 1970."""
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a timestamp") from None
 
 
 def iso_seconds(text: str) -> float:
@@ -325,17 +331,16 @@ def text_of(literal: str) -> str:
     return literal.lstrip("u")[1:-1] if literal[-1:] in "'\"" else literal
 
 
-def steam_review(line: str) -> Row:
+def steam_review(line: str) -> Fields:
     fields = python2_dict(line)
     try:
-        user, item, when = (text_of(fields[key]) for key in ("username", "product_id", "date"))
+        return [text_of(fields[key]) for key in ("username", "product_id", "date")]
     except KeyError as error:
         raise Incomplete(f"no field {error}") from None
-    return user, item, iso_days(when)
 
 
 def read_titles(
-    path: Path, lines: Iterator[tuple[int, bytes]], parse: Callable[[str], tuple[str, str]], encoding: str = "utf-8"
+    path: Path, lines: Iterator[tuple[int, bytes]], parse: Callable[[str], Fields], encoding: str = "utf-8"
 ) -> dict[str, str]:
     """{raw item id: title}. A line that says neither is shown and left out, and its item is called by its id.
 
@@ -356,17 +361,9 @@ def read_titles(
     return titles
 
 
-def steam_game(line: str) -> tuple[str, str]:
+def steam_game(line: str) -> Fields:
     fields = {key: text_of(value) for key, value in python2_dict(line).items()}
     return fields.get("id", ""), fields.get("app_name") or fields.get("title") or ""
-
-
-def movie(line: str, separator: str) -> tuple[str, str]:
-    """Of lines like id::title::genres."""
-    fields = line.split(separator)
-    if len(fields) < 2:
-        raise ValueError(f"expected item{separator}title")
-    return fields[0], fields[1]
 
 
 # What public atomic files call them.
@@ -399,7 +396,7 @@ def atomic_titles(path: Path) -> dict[str, str]:
     title = next((columns[name] for name in columns if re.search("title|name", name)), -1)
     year, width = columns.get("release_year", -1), 1 + max(columns.values())
 
-    def parse(line: str) -> tuple[str, str]:
+    def parse(line: str) -> Fields:
         fields = line.split("\t")
         if len(fields) != width:
             raise ValueError(f"expected {width} fields, not {len(fields)}")
@@ -415,13 +412,13 @@ def read_atomic(path: Path) -> tuple[Log, dict[str, str]]:
     lines = read_lines(path)
     columns = atomic_columns(path, lines, USER, ITEM)
     user, item = columns["user_id"], columns["item_id"]
-    when = next((columns[name] for name in TIME if name in columns), -1)
-    if when >= 0:
-        parse = separated("\t", user, item, when)
-    else:
+    when = next((columns[name] for name in TIME if name in columns), None)
+    if when is None:
         print(f"{path} has no column timestamp:float: its lines are taken to be in the order of time", file=sys.stderr)
-        parse = separated("\t", user, item, item, lambda _: 0.0)
-    return Log(path, lines, parse), atomic_titles(path.with_suffix(".item"))
+        log = Log(path, lines, fields_at("\t", user, item, item), lambda _: 0.0)
+    else:
+        log = Log(path, lines, fields_at("\t", user, item, when), seconds)
+    return log, atomic_titles(path.with_suffix(".item"))
 
 
 def read_official(name: str, folder: Path) -> tuple[Log, dict[str, str]]:
@@ -430,15 +427,15 @@ def read_official(name: str, folder: Path) -> tuple[Log, dict[str, str]]:
         path = folder / "steam_reviews.json.gz"
         games = folder / "steam_games.json.gz"
         titles = read_titles(games, read_lines(games), steam_game) if games.exists() else {}
-        return Log(path, read_lines(path), steam_review), titles
+        return Log(path, read_lines(path), steam_review, iso_days), titles
     if name == "yoochoose":
         path = folder / "yoochoose-clicks.dat"
-        return Log(path, read_lines(path), separated(",", 0, 2, 1, iso_seconds)), {}
+        return Log(path, read_lines(path), fields_at(",", 0, 2, 1), iso_seconds), {}
     log_name, titles_name = ARCHIVES[name].members
     between, titles_between = {"ml-100k": ("\t", "|"), "ml-1m": ("::", "::")}[name]
     path, movies = folder / log_name, folder / titles_name
-    log = Log(path, read_lines(path), separated(between, 0, 1, 3), "latin-1")
-    return log, read_titles(movies, read_lines(movies), functools.partial(movie, separator=titles_between), "latin-1")
+    log = Log(path, read_lines(path), fields_at(between, 0, 1, 3), seconds, "latin-1")
+    return log, read_titles(movies, read_lines(movies), fields_at(titles_between, 0, 1), "latin-1")
 
 
 # ---------------------------------------------------------------- interactions

@@ -96,16 +96,16 @@ def load_run(run: str | Path) -> tuple[PreBert, dict, dict]:
 # ---------------------------------------------------------------- serving
 
 
-def two_part_logits(model: PreBert, states: Tensor) -> Tensor:
-    """`PreBert.logits` of states (B, D), (B, num_items), as two products at once, one for either half of the items.
+def scores_by_id(model: PreBert, states: Tensor) -> Tensor:
+    """`PreBert.logits` of states (B, D) with a column an id, -inf for PAD and MASK, (B, V or V - 1, an even number).
 
-    For one user, MKL reads the item table with one core only; two products are two cores' work.
+    In two halves of the table at once: for one user, MKL reads a matrix with a single core.
     """
-    table = model.item_embedding.weight[1:-1]
-    (items, size), half = table.shape, (model.num_items + 1) // 2
-    halves = table.as_strided((2, half, size), ((items - half) * size, size, 1))  # odd: they share one
-    first, second = states.expand(2, -1, -1) @ halves.transpose(1, 2)  # (B, half) each
-    return torch.cat([first[:, : items - half], second], dim=1) + model.item_bias
+    table = model.item_embedding.weight
+    rows = len(table) // 2 * 2  # an odd table's last row is MASK's
+    halves = states.expand(2, -1, -1) @ table[:rows].unflatten(0, (2, -1)).transpose(1, 2)  # (2, B, V / 2)
+    bias = F.pad(model.item_bias, (1, rows - 1 - model.num_items), value=-torch.inf)
+    return halves.transpose(0, 1).flatten(1) + bias
 
 
 class TopK(nn.Module):
@@ -120,8 +120,7 @@ class TopK(nn.Module):
 
     def forward(self, tokens: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
         last = torch.full((tokens.shape[0], 1), tokens.shape[1] - 1, device=tokens.device)
-        scores = two_part_logits(self.model, self.model(tokens, last)[:, 0])  # (B, num_items)
-        scores = F.pad(scores.float(), (1, 1), value=-torch.inf)  # (B, V): a column an id, specials never win
+        scores = scores_by_id(self.model, self.model(tokens, last)[:, 0]).float()  # (B, V)
         if self.exclude_seen:
             scores = scores.scatter(1, seen, -torch.inf)
         best, items = scores.topk(self.k, dim=1)

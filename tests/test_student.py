@@ -12,7 +12,7 @@ import torch
 from data import InputError, leave_one_out, load_dataset
 from evaluate import evaluate
 from prebert import write_safetensors
-from student import STUDENTS, MiniBert, Recommender, load_run, two_part_logits
+from student import STUDENTS, MiniBert, Recommender, load_run, scores_by_id
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["masked", "next"])
@@ -51,9 +51,11 @@ def test_two_halves_of_the_catalogue_are_scored_as_the_whole(num_items):
     model = MiniBert("tiny", num_items, 5).requires_grad_(False)
     model.item_bias.normal_()
     states = torch.randn(3, model.config.hidden_size)
+    scores = scores_by_id(model, states)
     for item in range(1, num_items + 1):  # one item at a time: its own row of the table, its own bias
         expected = (states * model.item_embedding.weight[item]).sum(1) + model.item_bias[item - 1]
-        assert torch.allclose(two_part_logits(model, states)[:, item - 1], expected, atol=1e-5)
+        assert torch.allclose(scores[:, item], expected, atol=1e-5)
+    assert (scores[:, 0] == -torch.inf).all() and (scores[:, num_items + 1 :] == -torch.inf).all()
 
 
 def test_compiled_equals_eager_for_any_length_and_number_of_users(run, tmp_path, monkeypatch):

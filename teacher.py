@@ -496,7 +496,7 @@ def train(model: PreBert, loss_of: Loss, data: Interactions, run: Path, args: ar
         session = Session(model, Objective(model, loss_of), optimizer, run, args, state, Stop(), Progress())
         if not state["step"]:
             session.save()  # from here on, weights without a checkpoint are no interrupted training
-        while session.spent(1) < 1 and state["waited"] < args.patience:
+        while session.spent(math.inf) < 1 and state["waited"] < args.patience:  # an epoch begun does not count
             train_epoch(session, split)
             end_epoch(session, valid, not data.repeats)
         session.read_clocks()

@@ -380,7 +380,7 @@ class Session:
         self.state["seconds"] = time.perf_counter() - self.began
         self.state["cpu_seconds"] = time.process_time() - self.began_cpu
 
-    def spent(self, steps_an_epoch: int) -> float:
+    def spent(self, steps_an_epoch: float) -> float:
         """Share of the budget that is used up, by the clock (--minutes) or by epochs."""
         if self.args.minutes:
             return self.state["seconds"] / (60 * self.args.minutes)
@@ -583,8 +583,8 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error("--last-share is for --objective masked; next asks at every position")
     args.mask_rate = args.mask_rate or (0.2 if masked else 1.0)
     args.last_share = args.last_share if args.last_share is not None else 0.1 * masked
-    if args.max_length < 3 or args.seed < 0 or (args.negatives is not None and args.negatives < 1):
-        parser.error("--max-length must be 3 or more, --seed 0 or more, --negatives 1 or more")
+    if args.max_length < 3 or not 0 <= args.seed < 2**32 or (args.negatives is not None and args.negatives < 1):
+        parser.error("--max-length must be 3 or more, --seed from 0 to 2^32 - 1, --negatives 1 or more")
     join_processes(args)
 
 

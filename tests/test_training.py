@@ -460,6 +460,7 @@ def test_bench_reports_every_field(ring, tmp_path):
         (["teacher.py", "--data", "RING", "--bert", "none", "--item-init", "text"], "needs a BERT"),
         (["teacher.py", "--data", "RING", "--bert", "no-such-folder"], "no BERT"),
         (["teacher.py", "--data", "RING", "--bert", "none", "--device", "warp"], "--device warp"),
+        (["teacher.py", "--data", "RING", "--seed", "10000000000000"], "--seed from 0"),
         (["distill.py", "--data", "RING"], "train first"),
         (["distill.py", "--data", "RING", "--temperature", "0"], "--temperature"),
         (["evaluate.py", "--data", "RING", "--runs", "nowhere"], "train first"),

@@ -367,8 +367,8 @@ def steam_game(line: str) -> Fields:
 
 
 # What public atomic files call them.
-USER, ITEM = ("user_id", "session_id", "visitor_id"), ("item_id", "product_id", "business_id", "venue_id", "track_id")
-TIME = ("timestamp", "time", "date")
+USER, TIME = ("user_id", "session_id", "visitor_id"), ("timestamp", "time", "date")
+ITEM = ("item_id", "product_id", "business_id", "venue_id", "track_id", "artist_id")
 
 
 def atomic_columns(path: Path, lines: Iterator[tuple[int, bytes]], *needed: tuple[str, ...]) -> dict[str, int]:
@@ -451,7 +451,7 @@ class Interactions:
     raw_ids: list[str]  # (num_items + 1,) the file's own id of each item; [PAD] is empty
     titles: list[str]  # (num_items + 1,) title, or the raw id where there is none
     has_titles: bool
-    repeats: bool  # whether some user has the same item twice; if so, evaluation does not exclude seen items
+    repeats: bool  # whether users come back to items, see `build`; if so, evaluation does not exclude seen items
     counts: dict[str, int]  # what became of the file's lines: read, malformed, ..., kept
 
     @property
@@ -498,11 +498,15 @@ def first_times(users: np.ndarray, items: np.ndarray, order: np.ndarray) -> np.n
     return np.sort(order[np.unique(pairs, return_index=True)[1]])
 
 
+REPEATS_FROM = 0.01  # of a log's interactions; fewer are accidents, such as a line written twice
+
+
 def build(name: str, log: Log, titles: dict[str, str], min_count: int, fraction: int, once: bool) -> Interactions:
     """Filter, sort by time within users (ties keep file order) and number items by first appearance.
 
     fraction: keep the 1/fraction of users whose last interaction is most recent. once: a user's
-    repeated item counts once, its first time. Raises InputError when nothing is left.
+    repeated item counts once, its first time. Users come back to items if a share REPEATS_FROM of what is
+    kept was theirs before. Raises InputError when nothing is left.
     """
     keep = np.arange(len(log.users))
     if once:
@@ -529,7 +533,7 @@ def build(name: str, log: Log, titles: dict[str, str], min_count: int, fraction:
     counts = {"read": log.read, "malformed": log.malformed, "incomplete": log.incomplete, "repeated": repeated,
               "older": older, "filtered": len(log.users) - repeated - older - len(keep), "kept": len(keep)}  # fmt: skip
     pairs = np.sort(users * (len(raw_ids) + 1) + items)
-    repeats = bool((pairs[1:] == pairs[:-1]).any())
+    repeats = bool((pairs[1:] == pairs[:-1]).sum() >= REPEATS_FROM * len(pairs))
     shown = [titles.get(raw_id) or raw_id for raw_id in raw_ids]
     return Interactions(name, items, offsets, raw_ids, shown, bool(titles), repeats, counts)
 
@@ -586,7 +590,7 @@ def load_dataset(name: str, root: str | Path | None = None, min_count: int = 5, 
     """
     paths = [path for path in find_files(name, root) if path.exists()]
     states = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    key = hashlib.sha256(repr((1, states, min_count, fraction)).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr((2, states, min_count, fraction)).encode()).hexdigest()[:16]
     cache = Path("runs") / dataset_name(name) / f"interactions-{key}.npz"
     if cache.exists():
         return read_cache(cache)
@@ -778,6 +782,10 @@ def run_command(main: Callable[[], None]) -> None:
     """Run a script's main(); what the user can mend ends in one line on stderr and exit code 2."""
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

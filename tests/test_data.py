@@ -269,6 +269,13 @@ def test_repeats_decide_the_protocol():
     assert hand_log([1, 2], [2, 1, 2]).repeats and "NOT excluded" in hand_log([2, 2]).protocol
 
 
+def test_a_line_written_twice_does_not_change_the_protocol(tmp_path):
+    lines = [f"u{n % 10}\ti{n}\t{n}\n" for n in range(300)]
+    assert not atomic(tmp_path, HEAD + "".join(lines)).repeats
+    assert not atomic(tmp_path, HEAD + "".join(lines + lines[:3])).repeats  # 3 of 303
+    assert atomic(tmp_path, HEAD + "".join(lines + lines[:4])).repeats  # 4 of 304 are over 1 %
+
+
 def test_pad_left_keeps_the_newest_at_the_right():
     items = torch.arange(1, 10)
     rows = pad_left(items, torch.tensor([0, 2, 4]), torch.tensor([2, 7, 4]), 4)

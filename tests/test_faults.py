@@ -69,6 +69,13 @@ def test_a_full_disk_keeps_the_last_good_files(ring, tmp_path):
     assert (run / "model.safetensors").read_bytes() == before
 
 
+def test_a_reader_that_has_enough_is_no_error(ring, tmp_path):
+    for script in ("data.py", "evaluate.py"):
+        shell = f"set -o pipefail; {sys.executable} {ROOT / script} --data {ring} | true"
+        result = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, text=True)
+        assert result.returncode == 141 and "rror" not in result.stderr, result.stderr
+
+
 def two_processes(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
     """A script under torchrun, as two gloo processes."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -26,7 +26,7 @@ from evaluate import target_ranks
 from prebert import BertConfig, PreBert, read_safetensors
 from student import MiniBert
 from teacher import (
-    Sampler, add_training_flags, check_flags, describe, draw_batch, draw_candidates, fill_epochs, locked,
+    Sampler, add_training_flags, check_flags, describe, draw_batch, draw_candidates, fill_epochs, fill_recipe, locked,
     make_optimizer, masked_item_loss, schedule, train, validate,
 )  # fmt: skip
 
@@ -351,6 +351,20 @@ def test_less_data_gets_more_passes_unless_told(ring):
         args = options(*given, epochs=None, patience=None)
         fill_epochs(args, data, 10)
         assert (args.epochs, args.patience) == (epochs, patience)
+
+
+def test_a_teacher_of_next_items_gets_the_recipe_of_the_readme_unless_told(ring):
+    log = replace(load_dataset(str(ring)), items=np.ones(1_000_000, np.int64))
+    left = {"epochs": None, "patience": None, "dropout": None, "label_smoothing": None}
+    few = Sampler(torch.ones(9) / 9, 4)
+    for given, sampler, recipe in (
+        ([], None, (10, 0.1, 0.0)), (["--objective", "next"], None, (6, 0.2, 0.1)),
+        (["--objective", "next"], few, (6, 0.2, 0.0)),  # smoothing needs the whole catalogue
+        (["--objective", "next", "--dropout", "0", "--label-smoothing", "0"], None, (6, 0.0, 0.0)),
+    ):  # fmt: skip
+        args = options(*given, **left)
+        fill_recipe(args, log, sampler)
+        assert (args.epochs, args.dropout, args.label_smoothing) == recipe
 
 
 def test_minutes_budget_follows_the_clock_and_patience_ends_early(ring, tmp_path):

@@ -688,7 +688,8 @@ def main() -> None:
     loss = partial(masked_item_loss, label_smoothing=args.label_smoothing, sampler=sampler)
     train(model, loss, data, run, args, describe(data, model, args))
     if world()[0] == 0:
-        print(f"the best weights are in {run}; next: python distill.py --data {args.data}")
+        flags = f"--teacher {run}" + " --cache" * (args.objective == "next")
+        print(f"the best weights are in {run}; next: python distill.py --data {args.data} {flags}")
 
 
 if __name__ == "__main__":

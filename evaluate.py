@@ -477,7 +477,7 @@ def by_seed(ranks: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def compare(ranks: dict[str, Tensor], rows: list[dict]) -> tuple[list[dict], dict[str, dict]]:
-    """Means over seeds; teachers against each other and the controls, students against teachers and equal controls.
+    """Means over seeds; teachers against each other and the controls, students against teachers and their equals.
 
     Prints and returns gains with paired bootstrap p over the same users, each user's value being the mean over
     seeds; and {name: seeds, mean and standard deviation of NDCG@10 over seeds}.
@@ -492,11 +492,10 @@ def compare(ranks: dict[str, Tensor], rows: list[dict]) -> tuple[list[dict], dic
     controls = [name for name in values if name.startswith("student-no-kd")]
     teachers = [name for name in values if name.startswith("teacher")]
     students = [name for name in values if name.startswith("student") and name not in controls]
+    alike = [*itertools.product(students, controls), *itertools.combinations(students, 2)]
     pairs = [*itertools.combinations(teachers, 2), *itertools.product(teachers, controls)]
-    for student in students:
-        pairs += [
-            (student, rival) for rival in teachers + controls if rival in teachers or sizes[rival] == sizes[student]
-        ]
+    pairs += itertools.product(students, teachers)
+    pairs += [(a, b) for a, b in alike if sizes[a] == sizes[b]]
     found: list[dict] = []
     for better, worse in pairs:
         a, b = values[better].mean(0), values[worse].mean(0)

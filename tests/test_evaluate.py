@@ -9,8 +9,8 @@ from test_data import hand_log
 
 from data import leave_one_out, pad_left
 from evaluate import (
-    Markov, Popularity, bootstrap, evaluate, hit_rate, metrics, ndcg, paired_p, plot_svg, sample_negatives, step_flops,
-    target_ranks,
+    Markov, Popularity, bootstrap, compare, evaluate, hit_rate, metrics, ndcg, paired_p, plot_svg, sample_negatives,
+    step_flops, target_ranks,
 )  # fmt: skip
 from student import MiniBert
 
@@ -93,6 +93,22 @@ def test_bootstrap_interval_is_the_normal_one():
     means = bootstrap(values)
     assert means.std() == pytest.approx(values.std().item() / 4000**0.5, rel=0.1)
     assert paired_p(values, values) == 1.0 and paired_p(values + 0.1, values) <= 0.001
+
+
+def test_students_are_compared_with_teachers_and_their_equals_seeds_being_averaged(capsys):
+    places = {"teacher": [1, 3], "student-s1": [1, 1], "student-s2": [3, 11], "student-tiny": [1, 1],
+              "student-long": [3, 1], "student-no-kd": [1, 20]}  # fmt: skip
+    rows = [{"name": name, "params": 5 if name == "student-tiny" else 9} for name in places]
+    found, seeds = compare({name: torch.tensor(ranks) for name, ranks in places.items()}, rows)
+    gains = {(pair["better"], pair["worse"]): pair["gain"] for pair in found}
+    # NDCG@10 is 1 at place 1, 1/2 at place 3, 0 beyond 10: teacher 0.75, student (1 + 0.25) / 2, control 0.5
+    assert gains == pytest.approx({
+        ("teacher", "student-no-kd"): 0.5, ("student", "teacher"): -1 / 6, ("student-tiny", "teacher"): 1 / 3,
+        ("student-long", "teacher"): 0, ("student", "student-no-kd"): 0.25, ("student-long", "student-no-kd"): 0.5,
+        ("student", "student-long"): -1 / 6,
+    })  # fmt: skip
+    assert seeds == {"student": {"seeds": 2, "mean": pytest.approx(0.625), "std": pytest.approx(0.75 / 2**0.5)}}
+    assert "student over student-long: -16.67% NDCG@10" in capsys.readouterr().out
 
 
 def test_a_steps_flops_are_those_counted_by_hand():

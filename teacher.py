@@ -1,23 +1,23 @@
 """PreBERT: a pre-trained BERT learns to recommend, in a loop that can be stopped and resumed.
 
-    python teacher.py --data ml-1m --objective next
-    torchrun --nproc-per-node 8 teacher.py --data ml-1m --objective next     # on several GPUs or machines
+    python teacher.py --data ml-1m
+    torchrun --nproc-per-node 8 teacher.py --data ml-1m          # on several GPUs or machines
 
 On two CPU cores, 55 CPU minutes: test NDCG@10 0.1998 +- 0.0020, three seeds (results/ml-1m/three-seeds.json).
-Without --objective next, the paper's masked items are asked for: 0.1822, with --epochs 16 0.1906, one seed each.
+With --objective masked, the paper's own: 0.1822, with --epochs 16 0.1906, one seed each.
 
-A share of each history is hidden, and the model is asked what stood there (Sun et al. 2019,
-section 3.5; arXiv 2409.14810, section 3.2). distill.py trains students in the same loop with
-another loss. In order: loss -> optimizer and schedule -> processes -> checkpoints -> `train` -> the command.
+Histories become questions, of one of two kinds (data.py): what follows each item, or which item stood where one is
+hidden (Sun et al. 2019, section 3.5; arXiv 2409.14810, section 3.2). distill.py trains students in the same loop
+with another loss. In order: loss -> optimizer and schedule -> `train` -> checkpoints -> processes -> large
+catalogues -> building the teacher -> the command.
 
-Letters: B batch (users), T sequence length, D hidden size, M asked positions of a row, I items.
+Letters: B batch (users), T sequence length, D hidden size, M asked positions in a batch, I items, C and N candidates.
 """
 
 import argparse
 import ctypes
 import fcntl
 import io
-import json
 import math
 import os
 import shlex
@@ -28,97 +28,55 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 from data import (
-    PAD, InputError, Interactions, Split, add_data_flags, batches, leave_one_out, load_dataset, mask_items, next_items,
-    number, pad_left, positive, run_command, windows, write_atomic,
+    PAD, Batch, InputError, Interactions, Spans, add_data_flags, batches, grid_windows, item_counts, leave_one_out,
+    load_asked, mask_items, next_items, pad_left, positive, random_windows, run_command, write_atomic, write_json,
 )  # fmt: skip
-from evaluate import Popularity, evaluate, hit_rate, machine, ndcg, peak_memory_gb, step_flops
+from evaluate import hit_rate, ndcg, rank_targets
 from prebert import (
-    NEVER, BertConfig, PreBert, cooccurrence_vectors, encode_titles, load_bert, prebert_from_bert, set_item_table,
-    write_safetensors,
+    NEVER, VERSION, BertConfig, PreBert, check_catalogue, cooccurrence_vectors, load_bert, machine, peak_memory_gb,
+    pick_device, prebert_from_bert, read_json, save_run, set_item_table, text_vectors, write_safetensors,
 )  # fmt: skip
-from student import VERSION, pick_device, read_json
 
-# What is asked in one step: tokens (B, T); positions (B, M); labels (B, M), PAD where nothing is asked; and
-# entries (B, M), the place in the log of the item at each position.
-Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 Loss = Callable[[PreBert, Batch], Tensor]
-FULL_SOFTMAX = 20_000  # items: beyond, the catalogue softmax is estimated from
-NEGATIVES = 8_192  # shared negatives a batch
+
+# What a kind of question needs. Next items are five times as many questions an epoch, so a model overfits earlier:
+# fewer epochs, more dropout, smoothed labels.
+RECIPES: dict[str, dict[str, float]] = {
+    "next": dict(epochs=6, lr=1e-3, body_lr=3e-4, tokens=2048, dropout=0.2, label_smoothing=0.1, mask_rate=1.0,
+                 last_share=0.0),
+    "masked": dict(epochs=10, lr=1e-3, body_lr=3e-4, tokens=2048, dropout=0.1, label_smoothing=0.0, mask_rate=0.2,
+                   last_share=0.1),
+}  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Sampler:
-    """Negatives for catalogues whose full softmax is too large, drawn with known probabilities."""
-
-    chance: Tensor  # (I,) of each item at each draw
-    count: int  # draws a batch, shared by all its positions
-
-    def draw(self) -> tuple[Tensor, Tensor]:
-        """Distinct columns (N,), ascending, and -log of each one's probability to be among them, (N,).
-
-        To weigh by how often a column was drawn is as unbiased, but lets chance play with the popular ones.
-        """
-        columns = torch.multinomial(self.chance, self.count, replacement=True).unique()
-        return columns, -torch.log(-torch.expm1(self.count * torch.log1p(-self.chance[columns])))
-
-
-def draw_candidates(sampler: Sampler, certain: Tensor) -> tuple[Tensor, Tensor]:
-    """What stands for the catalogue at M positions: `certain` columns (M, C) of their own, and shared negatives.
-
-    Returns the negatives' columns (N,) and what to add to the scores of both, (M, C + N): with it the sum of
-    exponentials over the candidates is an unbiased estimate of the sum over the catalogue (Horvitz & Thompson
-    1952, equation 3; for softmaxes Bengio & Senecal 2008). What stands in a row twice counts once.
-    """
-    columns, weights = sampler.draw()
-    order = certain.argsort(dim=1, stable=True)
-    ordered = certain.gather(1, order)
-    again = F.pad(ordered[:, 1:] == ordered[:, :-1], (1, 0)).gather(1, order.argsort(1))  # (M, C)
-    place = torch.searchsorted(columns, certain).clamp(max=len(columns) - 1)
-    drawn = columns[place] == certain
-    correction = torch.cat([NEVER * again, weights.expand(len(certain), -1)], dim=1)  # (M, C + N)
-    row, column = drawn.nonzero(as_tuple=True)
-    correction[row, certain.shape[1] + place[row, column]] = NEVER
-    return columns, correction
-
-
-def candidate_logits(model: PreBert, states: Tensor, certain: Tensor, negatives: Tensor) -> Tensor:
-    """Scores at states (M, D) of certain columns (M, C) and of shared ones (N,), (M, C + N)."""
-    table = model.item_embedding.weight
-    near = (F.embedding(1 + certain, table) @ states.to(table.dtype)[:, :, None])[..., 0]  # (M, C)
-    far = F.linear(states, F.embedding(1 + negatives, table), model.item_bias[negatives])  # (M, N)
-    return torch.cat([near + model.item_bias[certain], far.to(table.dtype)], dim=1)
-
-
-def masked_item_loss(
-    model: PreBert, batch: Batch, label_smoothing: float = 0.0, sampler: Sampler | None = None
-) -> Tensor:
-    """Mean of -log p(item | what the model may see) over the asked positions, a scalar.
+def item_loss(model: PreBert, batch: Batch, label_smoothing: float = 0.0, sampler: "Sampler | None" = None) -> Tensor:
+    """Mean of -log p(item | what the model may see) over the asked positions, a scalar; the loss of both objectives.
 
     p = softmax(head(h) E^T + b) over all items, or over the label and a sample of them; the encoder's last
     layer and this softmax are computed where something is asked and nowhere else.
     """
-    tokens, positions, labels, _ = batch
-    asked = labels != PAD  # (B, M)
-    states, columns = model(tokens, positions)[asked], labels[asked] - 1
+    asked = batch.labels != PAD  # (B, M)
+    states, columns = model(batch.tokens, batch.positions)[asked], batch.labels[asked] - 1  # (M, D), (M,)
     if sampler is None:
-        logits = model.logits(states).float()  # (B * M, I)
+        logits = model.logits(states).float()  # (M, I)
     else:
         negatives, correction = draw_candidates(sampler, columns[:, None])
-        logits = candidate_logits(model, states, columns[:, None], negatives) + correction  # (B * M, 1 + N)
+        logits = candidate_logits(model, states, columns[:, None], negatives) + correction  # (M, 1 + N)
         columns = torch.zeros_like(columns)
-    total = F.cross_entropy(logits, columns, label_smoothing=label_smoothing, reduction="sum")
-    return total / max(1, len(columns))
+    return F.cross_entropy(logits, columns, label_smoothing=label_smoothing, reduction="sum") / max(1, len(columns))
 
 
 # ---------------------------------------------------------------- optimizer and schedule
@@ -166,44 +124,60 @@ def keep_freed_memory() -> None:
             mallopt(parameter, value)
 
 
-# ---------------------------------------------------------------- processes
+# ---------------------------------------------------------------- training
 
 
-def world() -> tuple[int, int]:
-    """This process' number and how many there are; (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+def seeded(seed: int, kind: str, count: int) -> torch.Generator:
+    """A generator for one purpose at one moment: resuming needs the numbers, not the random state."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + count) * 3 + ("windows", "batches", "masks").index(kind))
 
 
-def join_processes(args: argparse.Namespace) -> None:
-    """Under torchrun, meet the other processes: NCCL between GPUs, gloo between CPUs."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        if args.device in ("auto", "cuda") and torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group("nccl")
-        else:
-            dist.init_process_group("gloo")
+def draw_windows(model: PreBert, part: Spans, last_share: float, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """The windows of an epoch, as the model's kind of question needs them: starts, ends, last_only, (W,) each."""
+    if not model.config.causal:
+        return random_windows(part, model.max_length, last_share, generator)
+    starts, ends = grid_windows(part, model.max_length)
+    return starts, ends, torch.zeros(len(starts), dtype=torch.bool)
 
 
-def share_of(batch: Batch) -> tuple[Batch, float]:
-    """This process' rows of a batch, and the weight of their mean loss in the mean over all processes."""
-    rank, size = world()
-    if size == 1:
-        return batch, 1.0
-    tokens, positions, labels, entries = batch
-    if len(tokens) > rank:
-        part = (tokens[rank::size], positions[rank::size], labels[rank::size], entries[rank::size])
-    else:  # a long history fills a batch alone: the others ask nothing of it
-        part = (tokens[:1], positions[:1], torch.zeros_like(labels[:1]), entries[:1])
-    return part, size * int((part[2] != PAD).sum()) / int((labels != PAD).sum())
+def draw_batch(
+    model: PreBert, part: Spans, starts: Tensor, ends: Tensor, last_only: Tensor, rate: float,
+    generator: torch.Generator,
+) -> Batch:  # fmt: skip
+    """Windows (B,) as a batch with fresh questions, of the model's kind."""
+    width = int((ends - starts).max())
+    tokens = pad_left(part.items, starts, ends, width)  # (B, T)
+    if model.config.causal:
+        tokens, positions, labels = next_items(tokens, rate, generator)
+    else:
+        tokens, positions, labels = mask_items(tokens, last_only, model.mask_id, rate, generator)
+    return Batch(tokens, positions, labels, (ends - width)[:, None] + positions)
 
 
-def everyone(values: list[float], device: torch.device) -> list[float]:
-    """Sums of numbers over all processes."""
-    if world()[1] == 1:
-        return values
-    total = torch.tensor(values, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
-    dist.all_reduce(total)
-    return total.tolist()
+def validate(model: PreBert, valid: Spans, exclude_seen: bool, users: int) -> tuple[float, float]:
+    """NDCG@10 and HR@10 on the validation part, for the same random `users` every time."""
+    chosen = torch.randperm(len(valid.targets), generator=torch.Generator().manual_seed(0))[:users]
+    rank, processes = world()
+    device = model.item_bias.device
+    model.eval()
+    ranks = rank_targets(model.score_next, valid[chosen[rank::processes]], exclude_seen, model.max_length, device)
+    model.train()
+    quality, hits = gathered([ndcg(ranks, 10).sum().item(), hit_rate(ranks, 10).sum().item()], device).sum(0).tolist()
+    return quality / len(chosen), hits / len(chosen)
+
+
+def catch_signals() -> list[int]:
+    """A list into which Ctrl-C and SIGTERM are written, so that training ends between two steps; two of them end it."""
+    caught: list[int] = []
+
+    def remember(number: int, _frame: object) -> None:
+        if caught:
+            sys.exit(128 + number)
+        caught.append(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, remember)
+    return caught
 
 
 class Objective(nn.Module):
@@ -213,53 +187,111 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.loss_of = model, loss_of
 
-    def forward(self, tokens: Tensor, positions: Tensor, labels: Tensor, entries: Tensor) -> Tensor:
-        return self.loss_of(self.model, (tokens, positions, labels, entries))
+    def forward(self, *batch: Tensor) -> Tensor:
+        return self.loss_of(self.model, Batch(*batch))
+
+
+def train(
+    model: PreBert, loss_of: Loss, data: Interactions, parts: tuple[Spans, Spans, Spans], run: Path,
+    args: argparse.Namespace, config: dict,
+) -> None:  # fmt: skip
+    """Train until the budget (--epochs or --minutes) or the patience is used up; leaves a run folder.
+
+    The best weights by validation NDCG@10 are in model.safetensors at any time. train_state.pt, from which --resume
+    goes on bit for bit, is removed when training has ended. Every random draw is a function of the seed and the number
+    of its step or epoch, so there is no random state to save. Raises InputError when there is nothing to ask or to
+    evaluate, the run folder is taken, or the loss is not finite; leaves with code 130 or 143 after Ctrl-C or SIGTERM.
+    """
+    part, valid, _ = parts
+    if not len(valid.targets) or (model.config.causal and not len(grid_windows(part, model.max_length)[0])):
+        least = "four items that next items need" if len(valid.targets) else "three items that training needs"
+        raise InputError(f"{data.name}: no user has the {least}, two of them held out; see python data.py")
+    if data.num_items <= FULL_SOFTMAX:  # kept blocks as large as a huge catalogue's would leave holes between them
+        keep_freed_memory()
+    device, seed, (rank, processes) = pick_device(args.device), args.seed, world()
+    dtype = autocast_dtype(device, args.precision)
+    optimizer = make_optimizer(model.train().to(device), args.lr, args.body_lr or args.lr, args.weight_decay)
+    with locked(run):
+        state = open_run(run, model, optimizer, data, item_counts(part, data.num_items), args, config)
+        if state is None:
+            return
+        objective: nn.Module = Objective(model, loss_of)
+        objective = DistributedDataParallel(objective) if processes > 1 else objective
+        caught, saved = catch_signals(), time.perf_counter()
+        began, began_cpu = saved - state["seconds"], time.process_time() - state["cpu_seconds"]
+
+        def spent(steps: float = math.inf) -> float:  # share of the budget, by the clock or by epochs
+            if args.minutes:
+                return state["seconds"] / (60 * args.minutes)
+            return (state["epoch"] + state["batch"] / steps) / args.epochs
+
+        while spent() < 1 and state["waited"] < args.patience:
+            # An epoch: fresh windows, fresh batches of similar length, fresh questions.
+            epoch = state["epoch"]
+            starts, ends, last_only = draw_windows(model, part, args.last_share, seeded(seed, "windows", epoch))
+            plan = batches(ends - starts, args.tokens, generator=seeded(seed, "batches", epoch))
+            bar = tqdm(total=int((ends - starts).sum()), desc=f"epoch {epoch + 1}", unit=" items", leave=False,
+                       unit_scale=True, mininterval=0.5 if sys.stderr.isatty() else 30, disable=rank > 0)  # fmt: skip
+            for rows in plan[state["batch"] :]:
+                rate = schedule(spent(len(plan)), args.warmup)
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak"] * rate
+                generator = seeded(seed, "masks", state["step"])
+                batch = draw_batch(model, part, starts[rows], ends[rows], last_only[rows], args.mask_rate, generator)
+                own, weight = share_of(batch)
+                torch.manual_seed(seed * 1_000_003 + state["step"] * processes + rank)  # for dropout
+                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                    loss = objective(*(tensor.to(device) for tensor in own)) * weight
+                optimizer.zero_grad()
+                loss.backward()
+                norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+                # The clock and Ctrl-C are shared, so that all processes stop together.
+                facts = [loss.item(), time.perf_counter() - began, max(caught, default=0)]
+                losses, seconds, signals = gathered(facts, device).T.tolist()
+                value, state["seconds"], stop = sum(losses) / processes, seconds[0], int(max(signals))
+                if not math.isfinite(value) or not math.isfinite(norm):
+                    raise InputError(
+                        f"the loss is {value}, its gradient's norm {norm} at step {state['step']}, learning rate "
+                        f"{args.lr * rate:.1e}; {run} keeps the last good weights; try a smaller --lr"
+                    )
+                optimizer.step()
+                state["loss"] = value if state["step"] == 0 else 0.99 * state["loss"] + 0.01 * value
+                state["step"], state["batch"] = state["step"] + 1, state["batch"] + 1
+                bar.set_postfix_str(f"loss {state['loss']:.3f}", refresh=False)
+                bar.update(int((ends - starts)[rows].sum()))
+                if stop or time.perf_counter() - saved > 600:
+                    state["cpu_seconds"], saved = time.process_time() - began_cpu, time.perf_counter()
+                    save_state(run, model, optimizer, state)
+                if stop:
+                    if rank == 0:
+                        print(f"\nstopped at step {state['step']}; --resume goes on with it", file=sys.stderr)
+                    sys.exit(128 + stop)
+                if args.minutes and spent() >= 1:
+                    break
+            bar.close()
+            # Evaluate on validation users, keep the weights if they are the best so far, log, checkpoint.
+            state["epoch"], state["batch"] = state["epoch"] + 1, 0
+            quality, hits = validate(model, valid, not data.repeats, args.eval_users)
+            best = quality > state["best"]
+            state["best"], state["waited"] = max(quality, state["best"]), 0 if best else state["waited"] + 1
+            state["cpu_seconds"], saved = time.process_time() - began_cpu, time.perf_counter()
+            minutes, epoch, loss_now = state["seconds"] / 60, state["epoch"], state["loss"]
+            state["log"] += f"{state['step']},{epoch},{minutes:.3f},{loss_now:.5f},{quality:.5f},{hits:.5f}\n"
+            if rank == 0:
+                if best:
+                    write_safetensors(run / "model.safetensors", model.state_dict())
+                write_atomic(run / "log.csv", state["log"].encode())
+                print(f"epoch {epoch:>3}  {minutes:6.1f} min  loss {loss_now:.3f}  validation NDCG@10 {quality:.4f}  "
+                      f"HR@10 {hits:.4f}  {'best' if best else ''}", flush=True)  # fmt: skip
+            save_state(run, model, optimizer, state)
+        if rank == 0:
+            costs = {"minutes": state["seconds"] / 60, "cpu_minutes": state["cpu_seconds"] / 60}
+            ended = {"valid_NDCG@10": state["best"], "steps": state["step"], "epochs": state["epoch"], **costs}
+            write_json(run / "metrics.json", ended | {"peak_memory_gb": peak_memory_gb()})
+            (run / "train_state.pt").unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- checkpoints
-
-
-def save_checkpoint(run: Path, model: PreBert, optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Everything that training needs to go on: run/train_state.pt.
-
-    No random state is in it: each draw is a function of the seed and the step (see `train`).
-    """
-    buffer = io.BytesIO()  # torch.save into a file hides a full disk behind an error of its own
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "state": state}, buffer)
-    write_atomic(run / "train_state.pt", lambda path: path.write_bytes(buffer.getbuffer()))
-
-
-def load_checkpoint(run: Path) -> dict:
-    """Contents of run/train_state.pt, tensors and plain values only; InputError if they cannot be read."""
-    try:
-        return torch.load(run / "train_state.pt", map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load has no single error for a broken file
-        raise InputError(
-            f"{run / 'train_state.pt'} cannot be read ({type(error).__name__}); start again with --overwrite"
-        ) from error
-
-
-def resume(run: Path, model: PreBert, optimizer: torch.optim.Optimizer, config: dict) -> dict:
-    """Load the last checkpoint into model and optimizer and return the training state.
-
-    Raises InputError if the run was started with other settings, and says which, or if the file does not fit.
-    """
-    checkpoint, before = load_checkpoint(run), read_json(run / "config.json")
-    for key in ("version", "data", "model", "num_items", "settings", "seed"):
-        if before.get(key) != config[key]:
-            raise InputError(f"--resume {run}: {key} was {before.get(key)}, now {config[key]}; use the same flags")
-    try:
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        state = {key: type(value)(checkpoint["state"][key]) for key, value in FRESH.items()}
-    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{run / 'train_state.pt'} does not fit: {reason}; start again with --overwrite") from error
-    if state["step"]:  # a crash may have come between a row and its checkpoint
-        write_atomic(run / "log.csv", partial(Path.write_text, data=state["log"]))
-    return state
-
 
 FRESH: dict = {
     "epoch": 0, "batch": 0, "step": 0, "waited": 0, "seconds": 0.0, "cpu_seconds": 0.0, "loss": 0.0, "best": -1.0,
@@ -267,16 +299,88 @@ FRESH: dict = {
 }  # fmt: skip
 
 
-def start_run(run: Path, data: Interactions, config: dict, overwrite: bool) -> dict:
-    """Create the run folder with config.json and catalogue.json; returns a fresh training state."""
-    if (run / "config.json").exists() and not overwrite:
+def save_state(run: Path, model: PreBert, optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Everything that training needs to go on: run/train_state.pt, written by the first process."""
+    if world()[0] == 0:
+        buffer = io.BytesIO()  # torch.save into a file hides a full disk behind an error of its own
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "state": state}, buffer)
+        write_atomic(run / "train_state.pt", buffer.getvalue())
+
+
+def load_state(content: bytes, run: Path, model: PreBert, optimizer: torch.optim.Optimizer) -> dict:
+    """Put a checkpoint into model and optimizer and return the state; tensors and plain values only, never a pickle.
+
+    Raises InputError if it cannot be read or does not fit.
+    """
+    try:
+        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        return {key: type(value)(checkpoint["state"][key]) for key, value in FRESH.items()}
+    except Exception as error:  # torch.load has no single error for a broken file
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+        raise InputError(f"{run / 'train_state.pt'} cannot be read ({reason}); start again with --overwrite") from error
+
+
+def check_same(run: Path, config: dict, data: Interactions) -> None:
+    """InputError unless a run was started with these settings on these interactions; it names the first that differs."""
+    before = read_json(run / "config.json")
+    check_catalogue(run, before, read_json(run / "catalogue.json"), data)
+    for key in ("version", "model", "teachers"):
+        if before.get(key) != config[key]:
+            raise InputError(f"--resume {run}: {key} is another one; use the same flags, or --overwrite")
+    then, now = before.get("settings", {}), config["settings"]
+    for key in now:
+        if then.get(key) != now[key]:
+            raise InputError(f"--resume {run}: {key} was {then.get(key)}, now {now[key]}; use the same, or --overwrite")
+
+
+ENDED = b"ended"
+
+
+def find_state(run: Path, data: Interactions, counts: Tensor, args: argparse.Namespace, config: dict) -> bytes:
+    """What to go on from: a checkpoint's bytes, nothing for a fresh start (which prepares the folder), or ENDED."""
+    begun, saved = (run / "config.json").exists(), run / "train_state.pt"
+    if args.resume and begun:
+        if saved.exists() or (run / "metrics.json").exists():
+            check_same(run, config, data)
+        if saved.exists():
+            return saved.read_bytes()
+        if (run / "metrics.json").exists():
+            print(f"the training of {run} has ended; --overwrite starts it again")
+            return ENDED
+        if (run / "model.safetensors").exists():
+            raise InputError(f"{run} has weights but no checkpoint to go on from; --overwrite starts again")
+        print(f"nothing was saved in {run} yet: starting from the beginning")
+    if begun and not args.overwrite and not args.resume:
         raise InputError(f"{run} exists; --resume goes on with it, --overwrite starts again, --name makes another")
     for name in ("model.safetensors", "log.csv", "metrics.json", "train_state.pt"):
         (run / name).unlink(missing_ok=True)
-    catalogue = {"raw_ids": data.raw_ids, "titles": data.titles}
-    for name, content in (("catalogue.json", catalogue), ("config.json", config)):
-        write_atomic(run / name, partial(Path.write_text, data=json.dumps(content, indent=1)))
-    return dict(FRESH)
+    save_run(run, config, data, counts)
+    return b""
+
+
+def open_run(
+    run: Path, model: PreBert, optimizer: torch.optim.Optimizer, data: Interactions, counts: Tensor,
+    args: argparse.Namespace, config: dict,
+) -> dict | None:  # fmt: skip
+    """The state to start or to go on from, or None if the run has ended. The first process decides for all."""
+    rank, processes = world()
+    box = [find_state(run, data, counts, args, config) if rank == 0 else b""]
+    if processes > 1:
+        dist.broadcast_object_list(box)
+    if box[0] == ENDED:
+        return None
+    state = load_state(box[0], run, model, optimizer) if box[0] else dict(FRESH)
+    if rank == 0:
+        if state["step"]:  # a crash may have come between a row and its checkpoint
+            write_atomic(run / "log.csv", state["log"].encode())
+        params = sum(parameter.numel() for parameter in model.parameters())
+        where = f"{autocast_dtype(model.item_bias.device, args.precision)} on {model.item_bias.device}"
+        print(f"training {run}: {params:,} parameters, {where}, {processes} process" + "es" * (processes > 1), flush=True)
+    if not state["step"]:  # from here on, weights without a checkpoint are no interrupted training
+        save_state(run, model, optimizer, state)
+    return state
 
 
 @contextmanager
@@ -294,366 +398,199 @@ def locked(run: Path) -> Iterator[None]:
         yield
 
 
-class Stop:
-    """Turns Ctrl-C and SIGTERM into a flag, so that training ends between two steps."""
-
-    def __init__(self):
-        self.signal = 0
-        for number_ in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number_, self.remember)
-
-    def remember(self, number_: int, _frame: object) -> None:
-        if self.signal:  # a second one means it
-            sys.exit(128 + number_)
-        self.signal = number_
+# ---------------------------------------------------------------- processes
 
 
-# ---------------------------------------------------------------- training
+def world() -> tuple[int, int]:
+    """This process' number and how many there are; (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def validate(model: PreBert, split: Split, exclude_seen: bool, users: int) -> tuple[float, float]:
-    """NDCG@10 and HR@10 on the validation part, for the same random `users` every time."""
-    chosen = torch.randperm(len(split.targets), generator=torch.Generator().manual_seed(0))[:users]
-    rank, size = world()
-    mine = chosen[rank::size]
-    part = Split(split.items, split.starts[mine], split.ends[mine], split.targets[mine])
-    device = model.item_bias.device
-    model.eval()
-    ranks = evaluate(model.score_next, part, exclude_seen, max_length=model.max_length, device=device)
-    model.train()
-    quality, hits = everyone([ndcg(ranks, 10).sum().item(), hit_rate(ranks, 10).sum().item()], device)
-    return quality / len(chosen), hits / len(chosen)
+def join_processes(device: str) -> None:
+    """Under torchrun, meet the other processes: NCCL between GPUs, gloo between CPUs."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        if device in ("auto", "cuda") and torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group("nccl")
+        else:
+            dist.init_process_group("gloo")
 
 
-class Progress:
-    """One line on the terminal, rewritten; in a log file, a line every half minute."""
-
-    def __init__(self):
-        self.tty, self.shown, self.items, self.began = sys.stderr.isatty(), 0.0, 0, time.perf_counter()
-
-    def show(self, step: int, share: float, loss: float, left: float) -> None:
-        """Print unless the last line is too young; `left` in seconds."""
-        now = time.perf_counter()
-        if now - self.shown < (0.5 if self.tty else 30) or world()[0]:
-            return
-        self.shown = now
-        rate, (minutes, seconds) = self.items / (now - self.began), divmod(int(left), 60)
-        line = f"step {step:>6}  {share:>4.0%}  loss {loss:6.3f}  {rate:>8,.0f} items/s  {minutes:>3}:{seconds:02} left"
-        print(line, end="\r" if self.tty else "\n", file=sys.stderr, flush=True)
+def share_of(batch: Batch) -> tuple[Batch, float]:
+    """This process' rows of a batch, and the weight of their mean loss in the mean over all processes."""
+    rank, processes = world()
+    if processes == 1:
+        return batch, 1.0
+    if len(batch.tokens) > rank:
+        own = Batch(*(tensor[rank::processes] for tensor in batch))
+    else:  # a long history fills a batch alone: the others ask nothing of it
+        first = Batch(*(tensor[:1] for tensor in batch))
+        own = first._replace(labels=torch.zeros_like(first.labels))
+    return own, processes * int((own.labels != PAD).sum()) / max(1, int((batch.labels != PAD).sum()))
 
 
-def seeded(seed: int, kind: str, count: int) -> torch.Generator:
-    """A generator for one purpose at one moment: resuming needs the numbers, not the random state."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + count) * 3 + ("windows", "batches", "masks").index(kind))
+def gathered(values: list[float], device: torch.device) -> Tensor:
+    """Numbers of all processes, a row a process, (processes, len(values))."""
+    own = torch.tensor(values, dtype=torch.float32 if device.type == "mps" else torch.float64)
+    if world()[1] == 1:
+        return own[None]
+    rows = [torch.empty_like(own, device=device) for _ in range(world()[1])]
+    dist.all_gather(rows, own.to(device))
+    return torch.stack(rows).cpu()
 
 
-def draw_batch(
-    model: PreBert, split: Split, windows: tuple[Tensor, Tensor, Tensor], rate: float, generator: torch.Generator
-) -> Batch:
-    """Windows (starts, ends, last_only; (B,) each) as a batch with fresh questions, of the model's kind."""
-    starts, ends, last_only = windows
-    width = int((ends - starts).max())
-    tokens = pad_left(split.items, starts, ends, width)  # (B, T)
-    if model.config.causal:
-        tokens, positions, labels = next_items(tokens, rate, generator)
-    else:
-        tokens, positions, labels = mask_items(tokens, last_only, model.mask_id, rate, generator)
-    return tokens, positions, labels, (ends - width)[:, None] + positions
+# ---------------------------------------------------------------- an aside: large catalogues
+
+FULL_SOFTMAX = 20_000  # items: beyond, the catalogue softmax is estimated from
+NEGATIVES = 8_192  # shared negatives a batch
 
 
-class Session:
-    """What the steps of one training share. `state` holds plain numbers and is saved in every checkpoint."""
+class Sampler(NamedTuple):
+    """Negatives for catalogues whose full softmax is too large, drawn with known probabilities."""
 
-    def __init__(
-        self, model: PreBert, objective: nn.Module, optimizer: torch.optim.Optimizer, run: Path,
-        args: argparse.Namespace, state: dict, stop: Stop, progress: Progress,
-    ):  # fmt: skip
-        self.model, self.optimizer, self.run, self.args = model, optimizer, run, args
-        self.state, self.stop, self.progress = state, stop, progress
-        self.objective = DistributedDataParallel(objective) if world()[1] > 1 else objective
-        self.dtype = autocast_dtype(model.item_bias.device, args.precision)
-        self.began = time.perf_counter() - state["seconds"]  # had it not been interrupted
-        self.began_cpu = time.process_time() - state["cpu_seconds"]
-        self.saved = time.perf_counter()  # when the last checkpoint was written
-
-    def read_clocks(self) -> None:
-        self.state["seconds"] = time.perf_counter() - self.began
-        self.state["cpu_seconds"] = time.process_time() - self.began_cpu
-
-    def spent(self, steps_an_epoch: float) -> float:
-        """Share of the budget that is used up, by the clock (--minutes) or by epochs."""
-        if self.args.minutes:
-            return self.state["seconds"] / (60 * self.args.minutes)
-        return (self.state["epoch"] + self.state["batch"] / steps_an_epoch) / self.args.epochs
-
-    def save(self) -> None:
-        if world()[0] == 0:
-            save_checkpoint(self.run, self.model, self.optimizer, self.state)
-        self.saved = time.perf_counter()
+    chance: Tensor  # (I,) of each item at each draw
+    draws: int  # a batch, shared by all its positions
 
 
-def take_step(session: Session, batch: Batch, seed: int) -> float:
-    """One optimizer step on the whole batch, all processes together; returns the loss, or the step's nan or inf.
+def draw_candidates(sampler: Sampler, certain: Tensor) -> tuple[Tensor, Tensor]:
+    """What stands for the catalogue at M positions: `certain` columns (M, C) of their own, and shared negatives.
 
-    Dropout depends on `seed` alone. The clock and Ctrl-C are shared too, so that all processes stop together.
+    Returns the negatives' columns (N,) and what to add to the scores of both, (M, C + N): log(times drawn / times
+    expected) for a negative, so that the sum of exponentials estimates that over the catalogue without bias
+    (Bengio & Senecal 2008); nothing for a certain column, except that what stands in a row twice counts once.
     """
-    model, state = session.model, session.state
-    device = model.item_bias.device
-    torch.manual_seed(seed + world()[0])
-    part, weight = share_of(batch)
-    with torch.autocast(device.type, session.dtype, enabled=session.dtype != torch.float32):
-        loss = session.objective(*(tensor.to(device) for tensor in part)) * weight
-    session.optimizer.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    session.read_clocks()
-    rank, size = world()
-    clock = 0.0 if rank else state["seconds"]
-    value, state["seconds"], stop = everyone([loss.item() / size, clock, session.stop.signal / size], device)
-    session.stop.signal = math.ceil(stop)
-    if math.isfinite(value):  # else the caller stops, with the weights as they were
-        session.optimizer.step()
-    return value
+    drawn = torch.multinomial(sampler.chance, sampler.draws, replacement=True)
+    columns, times = drawn.unique(return_counts=True)  # ascending
+    weights = torch.log(times / (sampler.draws * sampler.chance[columns]))
+    again = F.pad(certain[:, 1:] == certain[:, :1], (1, 0))  # (M, C) the label among the teacher's top items
+    correction = torch.cat([NEVER * again, weights.expand(len(certain), -1)], dim=1)  # (M, C + N)
+    place = torch.searchsorted(columns, certain).clamp(max=len(columns) - 1)
+    row, column = (columns[place] == certain).nonzero(as_tuple=True)
+    correction[row, certain.shape[1] + place[row, column]] = NEVER
+    return columns, correction
 
 
-def train_epoch(session: Session, split: Split) -> None:
-    """What is left of one pass over the training part: fresh windows, fresh questions.
-
-    Raises InputError when the loss is not finite; leaves the program with code 130 or 143 after
-    Ctrl-C or SIGTERM, with everything saved.
-    """
-    model, args, state, seed = session.model, session.args, session.state, session.args.seed
-    longest = model.max_length + model.config.causal  # of n + 1 items, n are read and n are asked for
-    starts, ends, last_only = windows(split, longest, args.last_share, seeded(seed, "windows", state["epoch"]))
-    plan = batches(starts, ends, args.tokens, seeded(seed, "batches", state["epoch"]))
-    for rows in plan[state["batch"] :]:
-        share = session.spent(len(plan))
-        rate = schedule(share, args.warmup)
-        for group in session.optimizer.param_groups:
-            group["lr"] = group["peak"] * rate
-        generator = seeded(seed, "masks", state["step"])
-        batch = draw_batch(model, split, (starts[rows], ends[rows], last_only[rows]), args.mask_rate, generator)
-        loss = take_step(session, batch, seed * 1_000_003 + state["step"])
-        if not math.isfinite(loss):
-            raise InputError(
-                f"the loss is {loss} at step {state['step']}, learning rate {args.lr * rate:.1e}; "
-                f"{session.run} keeps the last good weights; try a smaller --lr or --precision fp32"
-            )
-        state["loss"] = loss if state["step"] == 0 else 0.99 * state["loss"] + 0.01 * loss
-        state["step"], state["batch"] = state["step"] + 1, state["batch"] + 1
-        session.progress.items += int((batch[0] != PAD).sum())
-        session.progress.show(state["step"], share, state["loss"], state["seconds"] * (1 / max(share, 1e-3) - 1))
-        if session.stop.signal or time.perf_counter() - session.saved > 600:
-            session.save()
-        if session.stop.signal:
-            if world()[0] == 0:
-                print(f"\nstopped at step {state['step']}; the same command with --resume goes on", file=sys.stderr)
-            sys.exit(128 + session.stop.signal)
-        if args.minutes and session.spent(len(plan)) >= 1:
-            break
-    state["epoch"], state["batch"] = state["epoch"] + 1, 0
+def candidate_logits(model: PreBert, states: Tensor, certain: Tensor, negatives: Tensor) -> Tensor:
+    """Scores at states (M, D) of certain columns (M, C) and of shared ones (N,), (M, C + N)."""
+    table = model.item_embedding.weight
+    near = (F.embedding(1 + certain, table) @ states.to(table.dtype)[:, :, None])[..., 0]  # (M, C)
+    far = F.linear(states, F.embedding(1 + negatives, table), model.item_bias[negatives])  # (M, N)
+    return torch.cat([near + model.item_bias[certain], far.to(table.dtype)], dim=1)
 
 
-def end_epoch(session: Session, valid: Split, exclude_seen: bool) -> None:
-    """Evaluate on validation users, keep the weights if they are the best so far, log, checkpoint."""
-    model, run, state = session.model, session.run, session.state
-    quality, hits = validate(model, valid, exclude_seen, session.args.eval_users)
-    state["waited"] = 0 if quality > state["best"] else state["waited"] + 1
-    best, state["best"] = quality > state["best"], max(quality, state["best"])
-    if world()[0]:
-        return
-    if best:
-        write_safetensors(run / "model.safetensors", model.state_dict())
-    epoch, minutes, loss = state["epoch"], state["seconds"] / 60, state["loss"]
-    state["log"] += f"{state['step']},{epoch},{minutes:.3f},{loss:.5f},{quality:.5f},{hits:.5f}\n"
-    write_atomic(run / "log.csv", partial(Path.write_text, data=state["log"]))
-    session.save()
-    print(
-        f"epoch {epoch:>3}  {minutes:6.1f} min  loss {loss:.3f}  "
-        f"validation NDCG@10 {quality:.4f}  HR@10 {hits:.4f}  {'best' if best else '':<12}"
-    )
-
-
-def train(model: PreBert, loss_of: Loss, data: Interactions, run: Path, args: argparse.Namespace, config: dict) -> None:
-    """Train until the budget (--epochs or --minutes) or the patience is used up; leaves a run folder.
-
-    The best weights by validation NDCG@10 are in model.safetensors at any time. train_state.pt, from
-    which --resume goes on bit for bit, is removed when training has ended. Every random draw is a
-    function of the seed and the number of its step or epoch, so there is no random state to save.
-    Raises InputError when nobody can be evaluated, the run folder is taken or the loss is not finite.
-    """
-    if data.num_items <= FULL_SOFTMAX:  # kept blocks as large as a huge catalogue's would leave holes between them
-        keep_freed_memory()
-    split, valid, _ = leave_one_out(data)
-    if not len(valid.targets):
-        raise InputError(f"{data.name}: no user has the three items that training and evaluation need")
-    model.train().to(pick_device(args.device))
-    optimizer = make_optimizer(model, args.lr, args.body_lr or args.lr, args.weight_decay)
-    with locked(run):
-        state = begin(run, model, optimizer, data, args, config)
-        if state is None:
-            return
-        session = Session(model, Objective(model, loss_of), optimizer, run, args, state, Stop(), Progress())
-        if not state["step"]:
-            session.save()  # from here on, weights without a checkpoint are no interrupted training
-        while session.spent(math.inf) < 1 and state["waited"] < args.patience:  # an epoch begun does not count
-            train_epoch(session, split)
-            end_epoch(session, valid, not data.repeats)
-        session.read_clocks()
-        if world()[0] == 0:
-            finish(session)
-
-
-def begin(
-    run: Path, model: PreBert, optimizer: torch.optim.Optimizer, data: Interactions, args: argparse.Namespace,
-    config: dict,
-) -> dict | None:  # fmt: skip
-    """The training state to go on from, or None if the run has ended."""
-    first, saved = world()[0] == 0, (run / "train_state.pt").exists()
-    say = print if first else lambda *_, **__: None
-    if args.resume and not saved and (run / "metrics.json").exists():
-        return say(f"the training of {run} has ended; --overwrite starts it again")
-    if args.resume and not saved and (run / "model.safetensors").exists():
-        raise InputError(f"{run} has weights but no checkpoint to go on from; --overwrite starts again")
-    if args.resume and not saved:
-        say(f"nothing was saved in {run} yet: starting from the beginning")
-    if args.resume and saved:
-        state = resume(run, model, optimizer, config)
-    else:
-        state = start_run(run, data, config, args.overwrite or args.resume) if first else dict(FRESH)
-    params = sum(parameter.numel() for parameter in model.parameters())
-    processes = f", {world()[1]} processes" if world()[1] > 1 else ""
-    dtype = autocast_dtype(model.item_bias.device, args.precision)
-    say(f"training {run}: {params:,} parameters, {dtype} on {model.item_bias.device}{processes}", flush=True)
-    return state
-
-
-def finish(session: Session) -> None:
-    """Write metrics.json, what the training has cost; the checkpoint has served its purpose."""
-    run, state, args = session.run, session.state, session.args
-    report = {"valid_NDCG@10": state["best"], "steps": state["step"], "epochs": state["epoch"]}
-    report |= {"minutes": state["seconds"] / 60, "cpu_minutes": state["cpu_seconds"] / 60}
-    report["peak_memory_gb"] = peak_memory_gb()
-    report["flops_per_step"] = step_flops(session.model, args.tokens, args.mask_rate, args.negatives)
-    write_atomic(run / "metrics.json", lambda path: path.write_text(json.dumps(report, indent=1) + "\n"))
-    (run / "train_state.pt").unlink(missing_ok=True)
+def make_sampler(args: argparse.Namespace, train_part: Spans, num_items: int) -> Sampler | None:
+    """None where the full catalogue fits; else half uniform, half by popularity in the training part."""
+    if args.negatives is None:
+        return None
+    if world()[0] == 0:
+        print(f"sampled softmax: {args.negatives:,} shared negatives a batch instead of all {num_items:,} items")
+    counts = item_counts(train_part, num_items).double()
+    chance = 0.5 / num_items + 0.5 * counts / counts.sum()
+    return Sampler(chance.float().to(pick_device(args.device)), args.negatives)
 
 
 # ---------------------------------------------------------------- the command
 
 
-def add_training_flags(parser: argparse.ArgumentParser, **defaults: object) -> None:
-    """The flags of both training scripts, with each script's own defaults."""
-    share, rate = number(-1e-9, 1 + 1e-9), number(0, math.inf)
-    group = parser.add_argument_group("training")
-    add = group.add_argument
+def number(least: float, most: float = math.inf, above: bool = False) -> Callable[[str], float]:
+    """An argparse type: a number from `least`, or above it, to `most`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most or (above and value == least):
+            limits = f"{'above' if above else 'at least'} {least:g}" + f" and at most {most:g}" * (most < math.inf)
+            raise argparse.ArgumentTypeError(f"{text!r} must be a number {limits}")
+        return value
+
+    return parse
+
+
+def add_training_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict[str, float]]) -> None:
+    """The flags of both training scripts; what a recipe decides is None until `settle`."""
+    add = parser.add_argument_group("training").add_argument
+
+    def by_recipe(key: str) -> str:
+        return f"(default: {', '.join(f'{recipe[key]:g} {kind}' for kind, recipe in recipes.items())})"
+
     add("--name", help="run folder runs/<data>/<name> (default: teacher, student or student-no-kd)")
-    add("--epochs", type=positive, help="passes over the data (default: a teacher 10 masked, 6 next, a student 20 "
-        "masked, 8 next; more on less than a million interactions)")  # fmt: skip
-    add("--minutes", type=rate, help="budget by the clock instead of --epochs; the schedule follows it")
-    add("--lr", type=rate, help="peak learning rate (default: %(default)s)")
-    add("--body-lr", type=rate, help="the same for encoder and positions (default: %(default)s; None: --lr)")
-    add("--warmup", type=number(-1e-9, 1), default=0.05, help="share of the budget in which the rate rises")
-    add("--weight-decay", type=number(-1e-9, math.inf), default=0.01)
-    add("--tokens", type=positive, help="positions in a batch, over all processes (default: %(default)s)")
-    add("--max-length", type=positive, default=200, help="items the model reads (default: %(default)s)")
-    add("--objective", choices=("masked", "next"),
-        help="fill in blanks, or predict each next item (default: masked, or as the teacher)")  # fmt: skip
-    add("--mask-rate", type=number(0, 1 + 1e-9), help="share of items asked for (default: 0.2 masked, 1 next)")
-    add("--last-share", type=share, help="masked: share of windows with just the last one hidden (default: 0.1)")
-    add("--dropout", type=number(-1e-9, 0.99), default=0.1,
-        help="share of activations zeroed (default: 0.1; a teacher of next items 0.2)")  # fmt: skip
-    add("--label-smoothing", type=number(-1e-9, 1), default=0.0,
-        help="share of a label given to all items alike (default: 0; a teacher of next items 0.1)")  # fmt: skip
-    add("--negatives", type=int, help="sampled softmax with this many shared negatives (default: the full "
-        f"catalogue up to {FULL_SOFTMAX:,} items, then {NEGATIVES:,})")  # fmt: skip
-    add("--patience", type=positive,
-        help="epochs without improvement before stopping (default: a third of --epochs, at least 5)")  # fmt: skip
+    add("--objective", choices=tuple(recipes), help="predict each next item, or fill in blanks, the paper's own")
+    add("--epochs", type=positive, help=f"passes over the data; more on small data {by_recipe('epochs')}")
+    add("--minutes", type=number(0, above=True), help="budget by the clock instead of --epochs")
+    add("--lr", type=number(0, above=True), help=f"peak learning rate {by_recipe('lr')}")
+    add("--body-lr", type=number(0, above=True), help=f"the same for encoder and positions {by_recipe('body_lr')}")
+    add("--tokens", type=positive, help=f"positions in a batch, over all processes {by_recipe('tokens')}")
+    add("--dropout", type=number(0, 0.9), help=f"share of activations zeroed {by_recipe('dropout')}")
+    add("--label-smoothing", type=number(0, 0.9),
+        help=f"share of a label given to all items alike {by_recipe('label_smoothing')}")  # fmt: skip
+    add("--mask-rate", type=number(0, 1, above=True), help=f"share of items asked for {by_recipe('mask_rate')}")
+    add("--last-share", type=number(0, 1), help=f"windows with just the last one hidden {by_recipe('last_share')}")
+    add("--warmup", type=number(0, 0.99), default=0.05, help="share of the budget in which the rate rises")
+    add("--weight-decay", type=number(0), default=0.01, help="(default: %(default)s)")
+    add("--max-length", type=positive, help="items the model reads (default: 200; a student as its teacher)")
+    add("--negatives", type=positive, help="sampled softmax with this many shared negatives "
+        f"(default: the full catalogue up to {FULL_SOFTMAX:,} items, then {NEGATIVES:,})")  # fmt: skip
+    add("--patience", type=positive, help="epochs without improvement before stopping (default: a third, at least 5)")
     add("--eval-users", type=positive, default=3000, help="validation users asked after an epoch")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="(default: %(default)s)")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
-    add("--precision", choices=("auto", "bf16", "fp32"), default="auto")
+    add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where the hardware has it")
     add("--resume", action="store_true", help="go on with an interrupted run, or start it")
     add("--overwrite", action="store_true", help="start again in an existing run folder")
-    parser.set_defaults(**{"tokens": 4096, **defaults})
 
 
-def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Fill in what depends on the objective; end with argparse's message and code 2 for what makes no sense."""
-    masked = args.objective == "masked"
-    if not masked and args.last_share:
-        parser.error("--last-share is for --objective masked; next asks at every position")
-    args.mask_rate = args.mask_rate or (0.2 if masked else 1.0)
-    args.last_share = args.last_share if args.last_share is not None else 0.1 * masked
-    if args.max_length < 3 or not 0 <= args.seed < 2**32 or (args.negatives is not None and args.negatives < 1):
-        parser.error("--max-length must be 3 or more, --seed from 0 to 2^32 - 1, --negatives 1 or more")
-    join_processes(args)
-
-
-def fill_epochs(args: argparse.Namespace, data: Interactions, least: int) -> None:
-    """Default budget: `least` epochs on a million interactions or more, on less as many more as the square root says.
-
-    A hundredth of the data gets ten times the passes, and a tenth of the steps.
-    """
-    args.epochs = args.epochs or round(least * max(1.0, (1e6 / len(data.items)) ** 0.5))
+def settle(args: argparse.Namespace, recipes: dict[str, dict[str, float]], data: Interactions) -> None:
+    """Fill in what the flags left open, so that config.json tells all; InputError for what makes no sense."""
+    recipe = recipes[args.objective]
+    if args.objective == "next" and args.last_share:
+        raise InputError("--last-share is for --objective masked; next asks at every position")
+    args.max_length = args.max_length or 200
+    if args.max_length < 3 or not 0 <= args.seed < 2**32:
+        raise InputError("--max-length must be 3 or more, --seed from 0 to 2^32 - 1")
+    if args.negatives is None and data.num_items > FULL_SOFTMAX:
+        args.negatives = NEGATIVES
+    if args.negatives and args.label_smoothing:
+        raise InputError("--label-smoothing needs the full softmax, which --negatives and large catalogues do without")
+    if args.negatives:
+        args.label_smoothing = 0.0
+    if args.epochs is None:  # a hundredth of the data gets ten times the passes, and a tenth of the steps
+        args.epochs = round(recipe["epochs"] * max(1.0, (1e6 / len(data.items)) ** 0.5))
+    for key, value in recipe.items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
     args.patience = args.patience or max(5, args.epochs // 3)
 
 
-def fill_recipe(args: argparse.Namespace, data: Interactions, sampler: Sampler | None) -> None:
-    """What a teacher's flags leave open, as the README's table was made.
+def describe(data: Interactions, model: PreBert, args: argparse.Namespace, teachers: list[str] | None = None) -> dict:
+    """config.json: all that is needed to rebuild the model, to repeat the run and to trust its figures.
 
-    Next items are five times as many questions an epoch, so histories are known by heart earlier.
+    teachers: what made a student's teachers, see `evaluate.recipe`.
     """
-    causal = args.objective == "next"
-    fill_epochs(args, data, 6 if causal else 10)
-    if args.dropout is None:
-        args.dropout = 0.2 if causal else 0.1
-    if args.label_smoothing is None:
-        args.label_smoothing = 0.1 if causal and sampler is None else 0.0
-
-
-def make_sampler(args: argparse.Namespace, data: Interactions) -> Sampler | None:
-    """None where the full catalogue fits; else half uniform, half by popularity in the training part.
-
-    Above FULL_SOFTMAX items, args.negatives becomes NEGATIVES, so that config.json tells.
-    """
-    if args.negatives is None and data.num_items > FULL_SOFTMAX:
-        args.negatives = NEGATIVES
-    if args.negatives is None:
-        return None
-    if args.label_smoothing:
-        raise InputError("--label-smoothing needs the full softmax, which --negatives and large catalogues do without")
-    if world()[0] == 0:
-        print(f"sampled softmax: {args.negatives:,} shared negatives a batch instead of all {data.num_items:,} items")
-    counts = Popularity(leave_one_out(data)[0], data.num_items).counts
-    chance = 0.5 / data.num_items + 0.5 * counts / counts.sum()
-    return Sampler(chance.float().to(pick_device(args.device)), args.negatives)
-
-
-def describe(data: Interactions, model: PreBert, args: argparse.Namespace) -> dict:
-    """config.json: all that is needed to rebuild the model, to repeat the run and to trust its figures."""
-    script = Path(sys.argv[0])
     commit = ""
     if shutil.which("git"):
         git = ["git", "describe", "--always", "--dirty"]
         commit = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    settings = {key: value for key, value in vars(args).items() if key not in ("resume", "overwrite", "device", "root")}
+    hidden = ("resume", "overwrite", "device", "root", "data", "columns", "no_cache")  # none changes what is learnt
+    settings = {key: value for key, value in vars(args).items() if key not in hidden}
     return {
-        "version": VERSION, "data": data.name, "num_items": data.num_items, "exclude_seen": not data.repeats,
-        "model": asdict(model.config), "seed": args.seed, "settings": settings, "protocol": data.protocol,
-        "command": shlex.join(["python", script.name, *sys.argv[1:]]),
+        "version": VERSION, "data": data.name, "num_items": data.num_items, "interactions": len(data.items),
+        "fingerprint": data.fingerprint, "exclude_seen": not data.repeats, "model": asdict(model.config),
+        "seed": args.seed, "settings": settings, "teachers": teachers, "protocol": data.protocol,
+        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         "commit": commit or "unknown", "machine": machine(),
     }  # fmt: skip
 
 
-def build_teacher(args: argparse.Namespace, data: Interactions) -> PreBert:
+def build_teacher(args: argparse.Namespace, data: Interactions, part: Spans) -> PreBert:
     """PreBERT with its item table: BERT's body, or (--bert none) the same shape with random weights.
 
     Raises InputError for --item-init text where there are no titles or no BERT to read them.
     """
     torch.manual_seed(args.seed)
     causal = args.objective == "next"
-    if args.item_init == "text" and (args.bert == "none" or not data.has_titles):
+    if args.item_init == "text" and (args.bert == "none" or data.titles == data.raw_ids):
         raise InputError("--item-init text needs a BERT and item titles; use --item-init cooc")
     if args.bert == "none":
         shape = BertConfig(max_position_embeddings=args.max_length, hidden_dropout_prob=args.dropout, causal=causal)
@@ -662,34 +599,36 @@ def build_teacher(args: argparse.Namespace, data: Interactions) -> PreBert:
         bert, tokenizer = load_bert(args.bert)
         model = prebert_from_bert(bert, tokenizer, data.num_items, args.max_length, causal, args.dropout)
         norm = bert.word_embedding.weight.norm(dim=1).mean().item()
-        if args.item_init == "text":
-            set_item_table(model, encode_titles(bert, tokenizer, data.titles[1:]), norm)
-    if args.item_init == "cooc":
-        table = cooccurrence_vectors(leave_one_out(data)[0], data.num_items, model.config.hidden_size)
-        set_item_table(model, table, norm)
+    if args.item_init == "text":
+        set_item_table(model, text_vectors(bert, tokenizer, data), norm)
+    elif args.item_init == "cooc":
+        set_item_table(model, cooccurrence_vectors(part, data.num_items, model.config.hidden_size), norm)
     return model
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Fine-tune a pre-trained BERT into a recommender.")
     add_data_flags(parser)
-    parser.add_argument("--bert", default="minilm", help="minilm, bert-base-uncased, a folder, or none: random weights")
-    parser.add_argument("--item-init", choices=("cooc", "text", "random"), default="cooc",
-                        help="first item embeddings (default: %(default)s)")  # fmt: skip
-    add_training_flags(parser, name="teacher", objective="masked", lr=1e-3, body_lr=3e-4, tokens=2048,
-                       dropout=None, label_smoothing=None)  # fmt: skip
+    add = parser.add_argument_group("teacher").add_argument
+    add("--bert", default="minilm", help="minilm, bert-base-uncased, ORG/NAME on the hub, a folder, or none: random "
+        "weights (default: %(default)s)")  # fmt: skip
+    add("--item-init", choices=("cooc", "text", "random"), default="cooc",
+        help="first item embeddings: co-occurrence, titles read by BERT, or random (default: %(default)s)")  # fmt: skip
+    add_training_flags(parser, RECIPES)
+    parser.set_defaults(name="teacher", objective="next")
     args = parser.parse_args()
-    check_flags(parser, args)
-    data = load_dataset(args.data, args.root, args.min_count, args.fraction)
-    sampler = make_sampler(args, data)
-    fill_recipe(args, data, sampler)
-    model = build_teacher(args, data)
+    join_processes(args.device)
+    data = load_asked(args)
+    settle(args, RECIPES, data)
+    parts = leave_one_out(data)
+    model = build_teacher(args, data, parts[0])
+    sampler = make_sampler(args, parts[0], data.num_items)
     run = Path("runs") / data.name / args.name
-    loss = partial(masked_item_loss, label_smoothing=args.label_smoothing, sampler=sampler)
-    train(model, loss, data, run, args, describe(data, model, args))
+    loss = partial(item_loss, label_smoothing=args.label_smoothing, sampler=sampler)
+    train(model, loss, data, parts, run, args, describe(data, model, args))
     if world()[0] == 0:
-        flags = f"--teacher {run}" + " --cache" * (args.objective == "next")
-        print(f"the best weights are in {run}; next: python distill.py --data {args.data} {flags}")
+        command = shlex.join(["python", "distill.py", "--data", args.data, "--teacher", str(run)])
+        print(f"the best weights are in {run}; next: {command}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,115 @@
+"""Draw the pictures from the numbers beside them. Needs matplotlib, which tests/requirements.txt asks for.
+
+    python results/plot.py                   # results/ml-1m: bench-latency.png, bench-trade.png, curves.png
+    python results/plot.py bench.json        # of your own `evaluate.py --bench --json bench.json`: the first two
+    python results/plot.py runs/ml-1m/*      # of your own runs: runs/ml-1m/curves.png
+
+Runs whose config.json differs in the seed alone are one model: one colour, a line through the mean, and a band
+from the lowest to the highest seed.
+"""
+
+import csv
+import json
+import re
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+RESULTS = Path(__file__).parent / "ml-1m"
+# Models of RESULTS/bench.json: what the picture calls them, and the file and name that hold their mean over seeds.
+# Speed depends on the shape alone, so a model of the same shape stands in for the reported one.
+REPORTED = {
+    "teacher-s1": ("teacher", "three-seeds.json", "teacher"),
+    "student-ensemble-s1": ("student", "alpha.json", "student-a0.5"),
+    "student-small-s1": ("small student (alpha 0.9, one seed)", "", ""),
+    "student-tiny-s1": ("tiny student", "tiny.json", "student-tiny-T1-a0.5"),
+}
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito's
+plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 130})
+
+
+def new_picture(title: str, x: str, y: str) -> Axes:
+    axes = plt.subplots(figsize=(6.2, 3.8), layout="constrained")[1]
+    axes.set(xlabel=x, ylabel=y)
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.grid(color="#e4e4e4", linewidth=0.7)
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    return axes
+
+
+def log_axis(axis, steps: tuple[int, ...]) -> None:
+    """Ticks at these multiples of powers of ten, written out."""
+    axis.set_major_locator(LogLocator(subs=steps))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(lambda value, _: f"{value:,.10g}")
+
+
+def accuracy(name: str, report: dict, reported: dict) -> tuple[str, float, float | None]:
+    """A model's label, its NDCG@10 and the standard deviation over seeds, None where it has one."""
+    label, file, key = reported.get(name, (name, "", ""))
+    if file:
+        seeds = json.loads((RESULTS / file).read_text())["seeds"][key]
+        return label, seeds["mean"], seeds["std"]
+    return label, next(row["NDCG@10"] for row in report["rows"] if row["name"] == name), None
+
+
+def bench(file: Path, reported: dict) -> None:
+    """Latency by batch size, and accuracy against the latency of one user."""
+    report = json.loads(file.read_text())
+    models: dict[str, dict[int, float]] = {row["name"]: {} for row in report["rows"] if "params" in row}
+    for cell in report["bench"]:
+        if cell["name"] in models and cell["mode"] == "compiled" and cell["length"] != "real":  # 20, then 200
+            models[cell["name"]][cell["batch_size"]] = cell["p50_ms"]
+    speed = new_picture("top 10 after 200 items, compiled", "users at once", "median ms")
+    title = "accuracy against speed" + "; bars: standard deviation over three seeds" * bool(reported)
+    trade = new_picture(title, "median ms for one user of 200 items, compiled", "NDCG@10")
+    for color, (name, times) in zip(COLORS * len(models), models.items(), strict=False):
+        label, mean, std = accuracy(name, report, reported)
+        beside = {"xytext": (8, -3), "textcoords": "offset points", "color": color}
+        speed.plot([*times], [*times.values()], "o-", color=color, markersize=4)
+        speed.annotate(label.partition(" (")[0], (max(times), times[max(times)]), **beside)
+        trade.errorbar(times[1], mean, yerr=std, fmt="o", color=color, capsize=3)
+        trade.annotate(label, (times[1], mean), **beside)
+    speed.set(xscale="log", yscale="log")
+    trade.set_xscale("log")
+    log_axis(speed.xaxis, (1,))
+    log_axis(speed.yaxis, (1,))
+    log_axis(trade.xaxis, (1, 2, 5))
+    speed.set_xlim(right=4 * speed.get_xlim()[1])  # room for the names
+    speed.set_xticks(sorted({size for times in models.values() for size in times}))
+    trade.set_xlim(right=2.5 * trade.get_xlim()[1])
+    speed.figure.savefig(file.with_name(file.stem + "-latency.png"))
+    trade.figure.savefig(file.with_name(file.stem + "-trade.png"))
+
+
+def curves(runs: list[Path], path: Path) -> None:
+    """Validation NDCG@10 after each epoch, from log.csv."""
+    models: dict[str, list[tuple[str, dict]]] = {}  # {what decides the weights: [(run's name, {epoch: NDCG@10})]}
+    for run in runs:
+        config = json.loads((run / "config.json").read_text())
+        settings = {key: value for key, value in config["settings"].items() if key not in ("seed", "name", "teacher")}
+        same = json.dumps([config["data"], config["model"], settings, config.get("teachers")], sort_keys=True)
+        with open(run / "log.csv", newline="") as file:
+            points = {float(row["epoch"]): float(row["valid_NDCG@10"]) for row in csv.DictReader(file)}
+        models.setdefault(same, []).append((run.name, points))
+    axes = new_picture("learning curves", "epoch", "validation NDCG@10")
+    for color, seeds in zip(COLORS * len(models), models.values(), strict=False):
+        epochs = sorted(set.intersection(*(set(points) for _, points in seeds)))
+        values = [[points[epoch] for _, points in seeds] for epoch in epochs]  # (epochs, seeds)
+        label = re.sub(r"-s\d+$", "", seeds[0][0]) + (f" ({len(seeds)} seeds)" if len(seeds) > 1 else "")
+        axes.plot(epochs, [sum(row) / len(row) for row in values], "o-", color=color, markersize=3, label=label)
+        axes.fill_between(epochs, [*map(min, values)], [*map(max, values)], color=color, alpha=0.2, linewidth=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(frameon=False, loc="lower right")
+    axes.figure.savefig(path)
+
+
+if __name__ == "__main__":
+    paths = [Path(path) for path in sys.argv[1:]]
+    for file in [path for path in paths if path.suffix == ".json"] or [RESULTS / "bench.json"] * (not paths):
+        bench(file, {} if paths else REPORTED)
+    if runs := [path for path in paths or [RESULTS / "student"] if (path / "log.csv").exists()]:
+        curves(runs, runs[0].parent / "curves.png")

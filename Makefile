@@ -1,4 +1,19 @@
-# make demo: .venv/installed
+# make demo: from an empty machine to recommendations. make test: everything that is checked.
+PYTHON ?= python3
+BIN := .venv/bin
+FILMS := "Toy Story (1995)" "Star Wars (1977)" "Fargo (1996)"
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) -r requirements.txt
+	touch $@
+
+.venv/checked: .venv/installed tests/requirements.txt
+	$(PIP) -r tests/requirements.txt
+	touch $@
+
+demo: .venv/installed
 	$(BIN)/python data.py --data ml-100k
 	$(BIN)/python teacher.py --data ml-100k --minutes 3 --overwrite
 	$(BIN)/python distill.py --data ml-100k --minutes 1.5 --overwrite

@@ -2,15 +2,14 @@
 
     python data.py --data ml-1m
 
-prints what is in a dataset: on ML-1M 6,040 users, 3,416 items and 999,611 interactions after 5-core
-filtering, 4 seconds on two CPU cores. `--data` is the name of a public set (ml-100k and ml-1m are
-downloaded; steam and yoochoose are read in their official formats) or a path to a table of your own with
-a header: RecBole's atomic `x.inter`, `.csv` or `.tsv`, gzipped or not.
+prints what is in a dataset: on ML-1M 6,040 users, 3,416 items and 999,611 interactions after 5-core filtering,
+3 seconds on two CPU cores. `--data` is the name of a public set or a path to a table of your own with a header.
 
-In order: sequences -> batches -> the two kinds of questions -> filtering -> file formats -> downloads ->
-the command. Read the first half; the second half is about files.
+In order: sequences -> batches -> the two kinds of questions -> filtering -> file formats -> downloads -> the
+command. The first third is what a recommender needs to know; the rest is about files.
 
-Letters: B batch (users), T sequence length, M asked positions of a row, U users, R rows of a `Spans`, L log entries.
+Letters: B batch (users), T sequence length, M asked positions of a row, U users, R rows of a `Spans`, W windows,
+L log entries.
 """
 
 import argparse
@@ -21,6 +20,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -41,7 +41,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 from tqdm import tqdm
 
 PAD = 0  # items are 1..num_items in order of first appearance, MASK is num_items + 1
@@ -147,37 +147,35 @@ def pad_left(items: Tensor, starts: Tensor, ends: Tensor, length: int) -> Tensor
 def grid_windows(part: Spans, length: int) -> tuple[Tensor, Tensor]:
     """Training windows of a causal model: starts (W,) and ends (W,) of `length` + 1 items at most.
 
-    A history is cut from its newest end into windows that overlap by one item, so that every item but the first
-    is asked for once. Where an item stands, and what is to its left, is the same in every epoch: a causal teacher
-    says the same after it each time, and can be asked once for all (distill.py). Windows of one item ask nothing.
+    A history of n items is cut from its newest end into ceil((n - 1) / length) windows that overlap by one item, so
+    that every item but the first is asked for once; one of a single item gives none. What stands to the left of an
+    item is the same in every epoch: a causal teacher says the same there each time, and can be asked once for all.
     """
-    rows, places = ragged((part.sizes - 2).div(length, rounding_mode="floor").clamp(min=-1) + 1)
+    rows, places = ragged((part.sizes - 2).div(length, rounding_mode="floor") + 1)
     ends = part.ends[rows] - length * places
     return torch.maximum(part.starts[rows], ends - length - 1), ends
 
 
-def random_windows(
-    part: Spans, length: int, last_share: float, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
+LAST_SHARE, MASK_RATE = 0.1, 0.2  # of windows, of items: what a masked model is asked
+
+
+def random_windows(part: Spans, length: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
     """One epoch of training windows of a masked model: starts (W,), ends (W,), last_only (W,).
 
-    A history of n items gives ceil(n / length) windows: its newest items, then cuts that end at random
-    places. A share `last_share` of all windows are inference in miniature: they end at a random item, and
-    `mask_items` will hide just that one.
+    A history of n items gives ceil(n / length) windows: its newest items, then cuts that end at random places. A
+    share LAST_SHARE of all are inference in miniature: they end at a random item, and just that one is hidden.
     """
     sizes = part.sizes
     rows, places = ragged((sizes + length - 1) // length)
     uniform = torch.rand(2, len(rows), generator=generator)
-    last_only = (uniform[0] < last_share) & (sizes[rows] >= 2)
-    shortest = torch.where(last_only, 2, torch.where(places == 0, sizes[rows], length)).minimum(sizes[rows])
-    cut = shortest + (uniform[1] * (sizes[rows] - shortest + 1)).long()
-    ends = part.starts[rows] + cut.minimum(sizes[rows])
+    last_only = (uniform[0] < LAST_SHARE) & (sizes[rows] >= 2)
+    earliest = torch.where(last_only, 2, torch.where(places == 0, sizes[rows], length)).minimum(sizes[rows])
+    cut = earliest + (uniform[1] * (sizes[rows] - earliest + 1)).long()
+    ends = part.starts[rows] + cut.minimum(sizes[rows])  # a uniform number may round up to 1
     return torch.maximum(part.starts[rows], ends - length), ends, last_only
 
 
-def batches(
-    sizes: Tensor, tokens: int, rows: int | None = None, generator: torch.Generator | None = None
-) -> list[Tensor]:
+def batches(sizes: Tensor, tokens: int, rows: int | None = None, generator: Generator | None = None) -> list[Tensor]:
     """Group rows of similar size (R,) so that a batch, padded, holds about `tokens` positions and at most `rows`.
 
     Returns a list of row numbers (B,). With a generator, ties and the order of batches are random.
@@ -186,7 +184,7 @@ def batches(
     order = torch.argsort(sizes + noise, stable=True)
     groups, begin = [], len(order)
     while begin > 0:  # longest first: a batch is as wide as its last row
-        count = min(max(1, tokens // max(1, int(sizes[order[begin - 1]]))), rows or begin)
+        count = min(max(1, tokens // max(1, int(sizes[order[begin - 1]]))), begin if rows is None else rows)
         groups.append(order[max(0, begin - count) : begin])
         begin -= count
     if generator:
@@ -215,17 +213,15 @@ class Batch(NamedTuple):
     entries: Tensor  # (B, M) the place in the log of the item at each position
 
 
-def mask_items(
-    tokens: Tensor, last_only: Tensor, mask: int, rate: float, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
+def mask_items(tokens: Tensor, last_only: Tensor, mask: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Hide items for the model to guess (BERT4Rec, Sun et al. 2019, section 3.5).
 
-    tokens (B, T) left-padded, last_only (B,). Every item is hidden with probability `rate`; in rows
-    of `last_only`, just the newest; a row where chance hid none hides its newest.
+    tokens (B, T) left-padded, last_only (B,). Every item is hidden with probability MASK_RATE; in rows of
+    `last_only`, just the newest; a row where chance hid none hides its newest.
     Returns masked tokens (B, T), positions (B, M) of the hidden items and their ids, labels (B, M);
     rows with fewer than M are filled up with position T - 1 and label PAD, which the loss skips.
     """
-    hidden = (torch.rand(tokens.shape, generator=generator) < rate) & (tokens != PAD)  # (B, T)
+    hidden = (torch.rand(tokens.shape, generator=generator) < MASK_RATE) & (tokens != PAD)  # (B, T)
     hidden &= ~last_only[:, None]
     hidden[:, -1] |= ~hidden.any(1)
     counts = hidden.sum(1)
@@ -236,17 +232,14 @@ def mask_items(
     return tokens.masked_fill(hidden, mask), positions, labels
 
 
-def next_items(tokens: Tensor, rate: float, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def next_items(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Ask every item for its successor, which a causal model must answer without looking ahead.
 
-    tokens (B, T) left-padded; a share `rate` of positions is asked. Returns tokens (B, T - 1),
-    positions (B, T - 1) and labels (B, T - 1), PAD where nothing is asked.
+    tokens (B, T) left-padded. Returns tokens, positions and labels, (B, T - 1) each, PAD where nothing is asked.
     """
     history, labels = tokens[:, :-1], tokens[:, 1:]
-    asked = torch.rand(labels.shape, generator=generator) < rate
-    asked[:, -1:] = True  # so that every row asks something
-    labels = torch.where(asked & (history != PAD), labels, PAD)
-    return history, torch.arange(history.shape[1]).expand(history.shape), labels
+    positions = torch.arange(history.shape[1]).expand(history.shape)
+    return history, positions, torch.where(history != PAD, labels, PAD)
 
 
 # ---------------------------------------------------------------- filtering
@@ -313,9 +306,10 @@ def build(
     keep = latest_users(clicks, keep, fraction) if fraction > 1 else keep
     core = keep[core_filter(clicks.users[keep], clicks.items[keep], min_length, min_items)]
     lines = f"{read:,} read, {read - len(keep):,} repeated or older, {len(keep) - len(core):,} of rare users or items"
+    lines += f", {taken['left out']}" if "left out" in taken else ""
     if not len(core):
         least = f"where a user needs {min_length} and an item {min_items}; try a smaller --min-count"
-        raise InputError(f"{name}: none is left of {lines}{taken.get('left out', '')}, {least}")
+        raise InputError(f"{name}: none is left of {lines}, {least}")
     order = core[np.lexsort((clicks.times[core], clicks.users[core]))]  # stable: ties stay in file order
     (kept, items), (_, users) = numbered(clicks.items[order]), numbered(clicks.users[order])
     raw_ids = ["", *(clicks.raw_items[item] for item in kept)]
@@ -346,9 +340,10 @@ def read_lines(path: Path) -> Iterator[str]:
                         raise InputError(f"{path} looks like UTF-16; save it as UTF-8")
                     line = line.removeprefix(b"\xef\xbb\xbf")  # a byte-order mark
                 try:
-                    yield line.rstrip(b"\r\n").decode()
+                    text = line.decode()
                 except UnicodeDecodeError:
-                    yield line.rstrip(b"\r\n").decode("latin-1")
+                    text = line.decode("latin-1")
+                yield text.rstrip("\r\n")
                 if not number & 0x3FFF:
                     bar.update(raw.tell() - bar.n)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -360,13 +355,15 @@ def rows_of(path: Path, lines: Iterable[str], parse: Callable[[str], Sequence], 
 
     Unreadable lines, at which it raises, are reported and skipped. Raises InputError if they are more than 1 %.
     """
-    skipped, number = [], first - 1
+    skipped: list[str] = []
+    number = first - 1
     for number, line in enumerate(lines, first):
         if line:
             try:
                 row = parse(line)
             except (ValueError, IndexError, KeyError, SyntaxError) as error:
-                words = {IndexError: "fields are missing", KeyError: f"no field {error}"}.get(type(error), error)
+                kinds: dict[type, str] = {IndexError: "fields are missing", KeyError: f"no field {error}"}
+                words = kinds.get(type(error), error)
                 skipped.append(f"{path}:{number}: {words}; found {line[:60]!r}" if len(skipped) < 3 else "")
             else:
                 yield row
@@ -384,8 +381,8 @@ def moment(text: str) -> float:
 
     Seconds, milliseconds and nanoseconds order alike, so the unit does not matter. ValueError for anything else.
     """
-    if text[4:5] in ("-", "/") and text[:4].isdigit():
-        when = datetime.fromisoformat(text.replace("/", "-"))
+    if len(text) > 9 and text[4] in "-/":
+        when = datetime.fromisoformat(text if text[4] == "-" else text.replace("/", "-"))
         return when.timestamp() if when.tzinfo else (when - EPOCH).total_seconds()
     number = float(text or "nan")
     if not abs(number) < 2**63:  # false for nan, too
@@ -485,27 +482,28 @@ def read_log(path: Path, form: Form | None, given: dict[str, str]) -> tuple[Clic
 
     def parse(line: str) -> Sequence:
         fields = split(line)
-        if label is not None and fields[label] in NO:
-            return ()
-        if not fields[user] or not fields[item] or "\0" in line:
+        row = fields[user], fields[item], 0.0 if when is None else moment(fields[when])  # type: ignore[index]
+        if not (row[0] and row[1]) or "\0" in line:
             raise ValueError("user and item must be there, without NUL bytes")
-        return fields[user], fields[item], 0.0 if when is None else moment(fields[when])
+        return () if label is not None and fields[label] in NO else row
 
     for row in rows_of(path, itertools.chain([first], lines), parse, 1 if form else 2):
         if row:
-            users.append(user_ids.setdefault(row[0], len(user_ids)))
-            items.append(item_ids.setdefault(row[1], len(item_ids)))
-            times.append(row[2])
+            user_id, item_id, time_of = row
+            users.append(user_ids.setdefault(user_id, len(user_ids)))
+            items.append(item_ids.setdefault(item_id, len(item_ids)))
+            times.append(time_of)
         else:
             left_out += 1
-    named = ", ".join(f"{kind} = {names[place]}" for kind, place in places.items() if place is not None)
-    taken = {"columns": f"{named} of {path.name}" + "; no time: lines are in its order" * (when is None)}
+    named = {kind: names[place] for kind, place in places.items() if place is not None}
+    columns = ", ".join(f"{kind} = {name}" for kind, name in named.items())
+    taken = {"columns": f"{columns} of {path.name}" + "; no time: lines are in its order" * (when is None)}
     if label is not None:
-        taken["left out"] = f"{left_out:,} lines whose {names[label]} says no"
+        taken["left out"] = f"{left_out:,} lines whose {named['label']} says no"
     if (rating := place_of(names, "rating stars score")) is not None:
         taken["not read"] = f"{names[rating]}: a low rating is an interaction, too"
-    columns = np.frombuffer(users, np.int64), np.frombuffer(items, np.int64), np.frombuffer(times, np.float64)
-    return Clicks(*columns, list(item_ids)), taken
+    arrays = np.frombuffer(users, np.int64), np.frombuffer(items, np.int64), np.frombuffer(times, np.float64)
+    return Clicks(*arrays, list(item_ids)), taken
 
 
 def title_place(names: list[str]) -> int | None:
@@ -522,7 +520,8 @@ def read_titles(path: Path, form: Form | None) -> tuple[dict[str, str], str]:
     split, names = form or form_of(path, next(lines, ""))
     item, title, year = place_of(names, COLUMNS["item"] + " id"), title_place(names), place_of(names, "releaseyear")
     if item is None or title is None:
-        return {}, f": {path.name} has no column of {'items' if item is None else 'titles'}, only {', '.join(names[:9])}"
+        what = "items" if item is None else "titles"
+        return {}, f": {path.name} has no column of {what}, only {', '.join(names[:9])}"
 
     def parse(line: str) -> Sequence:
         fields = split(line)
@@ -587,29 +586,29 @@ class Public(NamedTuple):
 
     log: str
     form: Form
-    titles: str
-    titles_form: Form
     source: str
     sha256: str = ""  # of the zip at `source`; without it, people fetch it by hand
+    titles: str = ""
+    titles_form: Form | None = None
 
 
 RATING, TITLE = ["user_id", "item_id", "rating", "timestamp"], ["item_id", "title"]
 GROUPLENS = "https://files.grouplens.org/datasets/movielens/"
 PUBLIC = {
     "ml-100k": Public(
-        "u.data", Form(split_at("\t"), RATING), "u.item", Form(split_at("|"), TITLE), GROUPLENS + "ml-100k.zip",
-        "50d2a982c66986937beb9ffb3aa76efe955bf3d5c6b761f4e3a7cd717c6a3229",
+        "u.data", Form(split_at("\t"), RATING), GROUPLENS + "ml-100k.zip",
+        "50d2a982c66986937beb9ffb3aa76efe955bf3d5c6b761f4e3a7cd717c6a3229", "u.item", Form(split_at("|"), TITLE),
     ),
     "ml-1m": Public(
-        "ratings.dat", Form(split_at("::"), RATING), "movies.dat", Form(split_at("::"), TITLE), GROUPLENS + "ml-1m.zip",
-        "a6898adb50b9ca05aa231689da44c217cb524e7ebd39d264c56e2832f2c54e20",
+        "ratings.dat", Form(split_at("::"), RATING), GROUPLENS + "ml-1m.zip",
+        "a6898adb50b9ca05aa231689da44c217cb524e7ebd39d264c56e2832f2c54e20", "movies.dat", Form(split_at("::"), TITLE),
     ),
     "steam": Public(
-        "steam_reviews.json.gz", Form(steam_review, ["username", "product_id", "date"]), "steam_games.json.gz",
-        Form(steam_game, ["id", "title"]), "https://cseweb.ucsd.edu/~jmcauley/datasets.html",
+        "steam_reviews.json.gz", Form(steam_review, ["username", "product_id", "date"]),
+        "https://cseweb.ucsd.edu/~jmcauley/datasets.html", "", "steam_games.json.gz", Form(steam_game, ["id", "title"]),
     ),
     "yoochoose": Public(
-        "yoochoose-clicks.dat", Form(split_at(","), ["session_id", "timestamp", "item_id"]), "", Form(steam_game, []),
+        "yoochoose-clicks.dat", Form(split_at(","), ["session_id", "timestamp", "item_id"]),
         "https://s3-eu-west-1.amazonaws.com/yc-rdata/yoochoose-data.7z, unpack it: 7z x yoochoose-data.7z",
     ),
 }  # fmt: skip
@@ -800,6 +799,22 @@ def card(data: Interactions, max_length: int) -> str:
         *(f"    {position:>3}  {data.titles[item]}" for position, item in enumerate(history[:10], 1)),
         "    ..." if len(history) > 10 else "",
     ]).rstrip()  # fmt: skip
+
+
+def number(least: float, most: float = math.inf, above: bool = False) -> Callable[[str], float]:
+    """An argparse type: a number from `least`, or above it, to `most`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most or (above and value == least):
+            limits = f"{'above' if above else 'at least'} {least:g}" + f" and at most {most:g}" * (most < math.inf)
+            raise argparse.ArgumentTypeError(f"{text!r} must be a number {limits}")
+        return value
+
+    return parse
 
 
 def positive(text: str) -> int:

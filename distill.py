@@ -3,14 +3,15 @@
     python distill.py                           # runs/ml-1m/teacher -> runs/ml-1m/student
     python distill.py --no-kd                   # the control: the same without a teacher
 
-On two CPU cores, 13 to 32 CPU minutes each, three seeds: test NDCG@10 0.2065 +- 0.0025 with the teacher, 0.1915
+On two CPU cores, 20 and 13 CPU minutes, three seeds: test NDCG@10 0.2065 +- 0.0025 with the teacher, 0.1915
 +- 0.0011 without (results/ml-1m/alpha.json, three-seeds.json). Several teachers: `--teacher RUN RUN RUN`.
 
 A label says that one film came next; the teacher's distribution says which others could have
 (Hinton et al. 2015; arXiv 2409.14810, section 3.3). Data, batches, loop, checkpoints: teacher.py. In order: the
 loss -> what the teachers say -> building the student -> the command.
 
-Letters: B batch, T sequence length, M asked positions in a batch, I items, D and S hidden sizes of teacher and student.
+Letters: B batch, T sequence length, Q asked positions of a batch, I items, N negatives, D and S hidden sizes of teacher
+and student, L log entries.
 """
 
 import argparse
@@ -27,38 +28,36 @@ from tqdm import tqdm
 
 from data import (
     PAD, Batch, InputError, Interactions, Spans, add_data_flags, at_once, batches, grid_windows, leave_one_out,
-    load_asked, pad_left, run_command,
+    load_asked, number, pad_left, run_command,
 )  # fmt: skip
-from evaluate import recipe
+from evaluate import without_seed
 from prebert import PreBert, check_catalogue, cooccurrence_vectors, load_run, pick_device, set_item_table
 from student import STUDENTS, MiniBert
 from teacher import (
     Sampler, add_training_flags, autocast_dtype, candidate_logits, describe, draw_candidates, item_loss, join_processes,
-    make_sampler, number, settle, train, world,
+    make_sampler, settle, train, world,
 )  # fmt: skip
 
-States = Callable[[Batch], list[Tensor]]  # every teacher's states where a batch asks, (M, D) each
+States = Callable[[Batch], list[Tensor]]  # every teacher's states where a batch asks, (Q, D) each
 TOP = 64  # items that the teachers find likeliest, looked at whatever is sampled besides
 RECIPES: dict[str, dict[str, float]] = {
-    "next": dict(epochs=8, lr=3e-3, body_lr=3e-3, tokens=4096, dropout=0.1, label_smoothing=0.0, mask_rate=1.0,
-                 last_share=0.0),
-    "masked": dict(epochs=20, lr=3e-3, body_lr=3e-3, tokens=4096, dropout=0.1, label_smoothing=0.0, mask_rate=0.2,
-                   last_share=0.1),
-}  # fmt: skip
+    "next": dict(epochs=8, lr=3e-3, body_lr=3e-3, tokens=4096, dropout=0.1, label_smoothing=0.0),
+    "masked": dict(epochs=20, lr=3e-3, body_lr=3e-3, tokens=4096, dropout=0.1, label_smoothing=0.0),
+}
+CACHE_AT_MOST = 2**32  # bytes of teachers' states
 
 
 def distillation_loss(
-    student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, alpha: float, correction: Tensor | None = None
+    student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, alpha: float, correction: Tensor | float = 0.0
 ) -> Tensor:
     """(1 - alpha) CE(labels, student) + alpha T^2 KL(softmax(teacher / T) || softmax(student / T)).
 
-    student, teacher (M, I): logits over the full catalogue at labelled positions, or over candidates with the
-    `correction` of `draw_candidates`; labels (M,): columns. Means over M. T^2 keeps the gradient's size when the
+    student, teacher (Q, I): logits over the full catalogue at labelled positions, or over candidates with the
+    `correction` of `draw_candidates`; labels (Q,): columns. Means over Q. T^2 keeps the gradient's size when the
     temperature changes (Hinton et al. 2015, section 2).
     """
     assert student.shape == teacher.shape and labels.shape == student.shape[:1]
-    correction = torch.zeros(()) if correction is None else correction
-    student, teacher, correction = student.float(), teacher.float(), correction.to(student.device)
+    student, teacher = student.float(), teacher.float()
     log_p = F.log_softmax(student / temperature + correction, dim=-1)
     log_q = F.log_softmax(teacher / temperature + correction, dim=-1)
     divergence = F.kl_div(log_p, log_q, reduction="sum", log_target=True)
@@ -67,7 +66,7 @@ def distillation_loss(
 
 
 def mean_of(logits: list[Tensor]) -> Tensor:
-    """Log of the mean distribution of several teachers, (M, I); of one, its logits."""
+    """Log of the mean distribution of several teachers, (Q, I); of one, its logits."""
     if len(logits) == 1:
         return logits[0]
     total = logits[0].float().log_softmax(-1)
@@ -85,24 +84,24 @@ def student_loss(
     Over the full catalogue, or, with a sampler, over the label, the teachers' top items and shared negatives.
     """
     asked = batch.labels != PAD
-    own, columns = student(batch.tokens, batch.positions)[asked], batch.labels[asked] - 1  # (M, S), (M,)
+    own, columns = student(batch.tokens, batch.positions)[asked], batch.labels[asked] - 1  # (Q, S), (Q,)
     pairs = list(zip(teachers, states_at(batch), strict=True))
     if sampler is None:
         with torch.no_grad():
-            answers = mean_of([teacher.logits(states) for teacher, states in pairs])  # (M, I)
+            answers = mean_of([teacher.logits(states) for teacher, states in pairs])  # (Q, I)
         return distillation_loss(student.logits(own), answers, columns, temperature, alpha)
     with torch.no_grad():
-        certain = torch.cat([columns[:, None], top_items(pairs, TOP)], dim=1)  # (M, 1 + TOP)
+        certain = torch.cat([columns[:, None], top_items(pairs, TOP)], dim=1)  # (Q, 1 + TOP)
         negatives, correction = draw_candidates(sampler, certain)
         scores = [candidate_logits(*pair, certain, negatives) + correction for pair in pairs]
-        answers = mean_of(scores) - correction  # (M, 1 + TOP + N)
+        answers = mean_of(scores) - correction  # (Q, 1 + TOP + N)
     logits = candidate_logits(student, own, certain, negatives)
     return distillation_loss(logits, answers, torch.zeros_like(columns), temperature, alpha, correction)
 
 
 @torch.no_grad()
 def top_items(pairs: list[tuple[PreBert, Tensor]], count: int) -> Tensor:
-    """The likeliest columns of the mean teacher at states (M, D) of each, (M, count); a few positions at a time."""
+    """The likeliest columns of the mean teacher at states (Q, D) of each, (Q, count); a few positions at a time."""
     num_items, positions = pairs[0][0].num_items, len(pairs[0][1])
     found = []
     for rows in torch.arange(positions).split(max(1, 2**26 // num_items)):
@@ -114,16 +113,6 @@ def top_items(pairs: list[tuple[PreBert, Tensor]], count: int) -> Tensor:
 # ---------------------------------------------------------------- what the teachers say
 
 
-def ask(teachers: list[PreBert]) -> States:
-    """States of the teachers on the very batch that the student sees, without dropout or gradient."""
-
-    @torch.no_grad()
-    def states_at(batch: Batch) -> list[Tensor]:
-        return [teacher(batch.tokens, batch.positions)[batch.labels != PAD] for teacher in teachers]
-
-    return states_at
-
-
 @torch.no_grad()
 def states_of(teacher: PreBert, part: Spans, dtype: torch.dtype) -> Tensor:
     """A causal teacher's state after each item of the training part but the last, (L, D).
@@ -133,7 +122,7 @@ def states_of(teacher: PreBert, part: Spans, dtype: torch.dtype) -> Tensor:
     states = torch.zeros(len(part.items), teacher.config.hidden_size, dtype=dtype)
     starts, ends = grid_windows(part, teacher.max_length)
     ends, device = ends - 1, teacher.item_bias.device  # nothing is asked after a window's last item
-    for rows in tqdm(batches(ends - starts, *at_once(device, teacher.num_items)), desc="the teacher reads"):
+    for rows in tqdm(batches(ends - starts, at_once(device, 1)[0]), desc="the teacher reads", disable=world()[0] > 0):
         width = int((ends - starts)[rows].max())
         tokens = pad_left(part.items, starts[rows], ends[rows], width)  # (B, T)
         entries = (ends[rows] - width)[:, None] + torch.arange(width)  # (B, T)
@@ -143,30 +132,24 @@ def states_of(teacher: PreBert, part: Spans, dtype: torch.dtype) -> Tensor:
     return states
 
 
-def remember(teachers: list[PreBert], part: Spans, dtype: torch.dtype) -> States:
-    """States computed once for the whole log: what a causal teacher says after an item depends on no question.
+def teacher_states(teachers: list[PreBert], part: Spans, dtype: torch.dtype, cache: bool) -> States:
+    """How to have every teacher's states where a batch asks: asked on the batch, or computed once for the whole log.
 
-    Takes L x D x 2 bytes of memory a teacher in bf16, and saves the teacher's pass at every step.
+    What a causal teacher says after an item depends on no question, so with `cache` its states are kept, where they
+    take at most CACHE_AT_MOST: L x D numbers a teacher.
     """
-    memory = [states_of(teacher, part, dtype) for teacher in teachers]
+    size = sum(len(part.items) * teacher.config.hidden_size * dtype.itemsize for teacher in teachers)
+    cache = cache and size <= CACHE_AT_MOST and all(teacher.config.causal for teacher in teachers)
+    memory = [states_of(teacher, part, dtype) for teacher in teachers] if cache else []
 
+    @torch.no_grad()
     def states_at(batch: Batch) -> list[Tensor]:
-        wanted = batch.entries[batch.labels != PAD].cpu()
-        return [states[wanted].to(batch.labels.device) for states in memory]
+        asked = batch.labels != PAD
+        if memory:
+            return [states[batch.entries[asked].cpu()].to(asked.device) for states in memory]
+        return [teacher(batch.tokens, batch.positions)[asked] for teacher in teachers]
 
     return states_at
-
-
-CACHE_AT_MOST = 2**32  # bytes of cached states
-
-
-def answers_of(teachers: list[PreBert], part: Spans, args: argparse.Namespace) -> States:
-    """From memory where that is exact (a causal teacher) and fits, else asked at every step."""
-    dtype = autocast_dtype(pick_device(args.device), args.precision)
-    size = sum(len(part.items) * teacher.config.hidden_size * dtype.itemsize for teacher in teachers)
-    if args.objective == "next" and not args.no_cache and size <= CACHE_AT_MOST:
-        return remember(teachers, part, dtype)
-    return ask(teachers)
 
 
 # ---------------------------------------------------------------- building the student
@@ -197,21 +180,22 @@ def load_teachers(args: argparse.Namespace, data: Interactions) -> tuple[list[Pr
 
     Raises InputError if one was trained on other data or another kind of question.
     """
-    teachers, recipes = [], []
-    for run in args.teacher if not args.no_kd else args.teacher[:1] if args.item_init == "pca" else []:
+    runs = args.teacher
+    if args.no_kd:
+        runs = runs[:1] if args.item_init == "pca" else []
+    teachers, made_by = [], []
+    for run in runs:
         teacher, config, catalogue = load_run(run)
         check_catalogue(Path(run), config, catalogue, data)
         objective = "next" if teacher.config.causal else "masked"
         args.objective, args.max_length = args.objective or objective, args.max_length or teacher.max_length
         if args.objective != objective or args.max_length != teacher.max_length:
-            raise InputError(
-                f"{run} was trained with --objective {objective} --max-length {teacher.max_length}; the student must "
-                f"answer the same questions"
-            )
+            flags = f"--objective {objective} --max-length {teacher.max_length}"
+            raise InputError(f"{run} was trained with {flags}; the student must answer the same questions")
         teachers.append(teacher.requires_grad_(False).to(pick_device(args.device)))
-        recipes.append(recipe(config))
+        made_by.append(without_seed(config))
     args.objective = args.objective or "next"
-    return teachers, recipes
+    return teachers, made_by
 
 
 def main() -> None:
@@ -238,7 +222,7 @@ def main() -> None:
     join_processes(args.device)
     data = load_asked(args)
     args.teacher = [str(Path(run)) for run in args.teacher or [f"runs/{data.name}/teacher"]]
-    teachers, recipes = load_teachers(args, data)
+    teachers, made_by = load_teachers(args, data)
     settle(args, RECIPES, data)
     parts = leave_one_out(data)
     model = build_student(args, data, parts[0], teachers[0] if teachers else None)
@@ -246,11 +230,12 @@ def main() -> None:
     if args.no_kd:
         loss = partial(item_loss, label_smoothing=args.label_smoothing, sampler=sampler)
     else:
-        states_at = answers_of(teachers, parts[0], args)
+        dtype = autocast_dtype(pick_device(args.device), args.precision)
+        states_at = teacher_states(teachers, parts[0], dtype, cache=not args.no_cache)
         loss = partial(student_loss, teachers=teachers, states_at=states_at, temperature=args.temperature,
                        alpha=args.alpha, sampler=sampler)  # fmt: skip
     run = Path("runs") / data.name / args.name
-    train(model, loss, data, parts, run, args, describe(data, model, args, recipes))
+    train(model, loss, data, parts, run, args, describe(data, model, args, made_by))
     if world()[0] == 0:
         print(f"the best weights are in {run}; next: {shlex.join(['python', 'evaluate.py', '--data', args.data])}")
         print(f"then: {shlex.join(['python', 'student.py', '--run', str(run), data.titles[1]])}")

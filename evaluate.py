@@ -1,6 +1,6 @@
 """What a ranking metric is, and how to time a model honestly.
 
-    python evaluate.py                       # every run under runs/ml-1m, two baselines, each pair compared
+    python evaluate.py                       # every run under runs/ml-1m, two baselines, each pair of runs compared
     python evaluate.py --bench --json bench.json
 
 scores models on the test part: for each user all items are ranked, those already seen left out, and the
@@ -8,7 +8,7 @@ place of the one that came next is looked up. Where nothing is trained yet, the 
 NDCG@10 0.2090, HR@10 0.3483 on ML-1M. In order: ranks -> metrics -> bootstrap -> baselines -> `benchmark` ->
 the table -> the command.
 
-Letters: B batch (users), T sequence length, R users asked about, I items, S seeds, N draws of the bootstrap.
+Letters: B batch (users), T sequence length, S whole history, R users asked about, I items, E seeds, N draws.
 """
 
 import argparse
@@ -17,8 +17,7 @@ import json
 import shlex
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -99,7 +98,7 @@ DRAWS = 2000
 
 
 def resampled(values: Tensor, seed: int = 0) -> np.ndarray:
-    """Means of values (S, R) over DRAWS resamples of the users, and of the seeds where there are several, (N,).
+    """Means of values (E, R) over DRAWS resamples of the users, and of the seeds where there are several, (N,).
 
     What another set of users, and other seeds, would show. Calls with one number of users draw the same users each
     time, so that two models are compared on the same ones; their seeds are drawn apart.
@@ -108,7 +107,7 @@ def resampled(values: Tensor, seed: int = 0) -> np.ndarray:
     table, means = values.numpy(), np.empty(DRAWS)
     for draw in range(DRAWS):
         weights = np.bincount(users.integers(0, table.shape[1], table.shape[1]), minlength=table.shape[1])
-        of_seeds = table @ weights / table.shape[1]  # (S,)
+        of_seeds = table @ weights / table.shape[1]  # (E,)
         means[draw] = of_seeds[seeds.integers(0, len(of_seeds), len(of_seeds))].mean()
     return means
 
@@ -158,13 +157,13 @@ class Markov:
 
 def bench_inputs(model: PreBert, known: Tensor, size: int) -> list[list[tuple[Tensor, Tensor]]]:
     """Batches of `size` made-up users, each as what `TopK` takes; lengths are quantiles of `known` (R,), shuffled."""
-    random, device = torch.Generator().manual_seed(0), model.item_bias.device
+    generator, device = torch.Generator().manual_seed(0), model.item_bias.device
     users = max(32, size)
     quantiles = ((torch.arange(users) + 0.5) / users * len(known)).long()
-    lengths = known.sort().values[quantiles][torch.randperm(users, generator=random)]
+    lengths = known.sort().values[quantiles][torch.randperm(users, generator=generator)]
     inputs = []
     for sizes in lengths.split(size):
-        items, ends = torch.randint(1, model.num_items + 1, (int(sizes.sum()),), generator=random), sizes.cumsum(0)
+        items, ends = torch.randint(1, model.num_items + 1, (int(sizes.sum()),), generator=generator), sizes.cumsum(0)
         groups = batches(sizes.clamp(max=model.max_length), *at_once(device, model.num_items))
         widths = [max(2, int(sizes[rows].max())) for rows in groups]
         padded = [pad_left(items, (ends - sizes)[rows], ends[rows], n) for rows, n in zip(groups, widths, strict=True)]
@@ -172,64 +171,45 @@ def bench_inputs(model: PreBert, known: Tensor, size: int) -> list[list[tuple[Te
     return inputs
 
 
-def rank_next(graph: Callable, turn: Iterator[list]) -> None:
-    """Rank the next batch, and wait for it."""
-    for group in next(turn):
-        items = graph(*group)[1]
-    if items.is_cuda:
-        torch.cuda.synchronize()
-
-
-def bench_cells(name: str, model: PreBert, sizes: tuple[int, ...], lengths: dict[str, Tensor]) -> list[tuple]:
-    """Every mode, batch size and kind of history of one model, compiled once for all shapes.
-
-    Returns (row, a call that ranks the next batch, room for times) a cell.
-    """
-    plain = TopK(model, 10, True).eval().requires_grad_(False)
-    with tempfile.TemporaryDirectory() as folder:
-        began = time.perf_counter()
-        compiled = compile_ahead(plain, Path(folder) / "bench.pt2")
-        seconds = time.perf_counter() - began
-    cells: list[tuple] = []
-    for size, (length, known) in itertools.product(sizes, lengths.items()):
-        inputs = bench_inputs(model, known, size)
-        for mode, graph, cost in (("eager", plain, 0.0), ("compiled", compiled, seconds)):
-
-            call = partial(rank_next, graph, itertools.cycle(inputs))
-            call()
-            row = {"name": name, "mode": mode, "batch_size": size, "length": length, "num_items": model.num_items}
-            cells.append((row | {"compile_and_load_s": cost}, call, []))
-    return cells
-
-
 @torch.inference_mode()
-def benchmark(
-    models: dict[str, PreBert], real: Tensor, sizes: tuple[int, ...] = (1, 8, 64, 256), rounds: int = 5
-) -> list[dict]:
-    """Time the top 10 of each model on its device, eager and compiled, by batch size and history length; a row a cell.
+def benchmark(models: dict[str, PreBert], real: Tensor, rounds: int = 6) -> list[dict]:
+    """Time the top 10 of each model on its device, eager and compiled, by batch size and history length; a row each.
 
     Histories of 20 items, of 200, and with the lengths `real` (R,). What is compared is interleaved, round after
-    round, so that a noisy machine disturbs all alike; p50 is the median over rounds of the rounds' medians, and users
-    a second come from the median of the rounds' means.
+    round, so that a noisy machine disturbs all alike; the first round is the warm-up. p50 is the median over rounds of
+    the rounds' medians, and users a second come from the median of the rounds' means.
     """
-    cells = []
+    cells: list[tuple[dict, Callable, list, list]] = []
     for name, model in tqdm(models.items(), desc="compiling"):
+        graph = TopK(model, 10, True).eval().requires_grad_(False)
+        with tempfile.TemporaryDirectory() as folder:
+            began = time.perf_counter()
+            compiled = compile_ahead(graph, Path(folder) / "bench.pt2")
+            seconds = time.perf_counter() - began
         longest = model.max_length - (not model.config.causal)
         lengths = {str(n): torch.tensor([n]) for n in (min(20, longest), min(200, longest))}
-        cells += bench_cells(name, model, sizes, {**lengths, "real": real.clamp(max=longest)})
+        lengths["real"] = real.clamp(max=longest)
+        for size, (length, known) in itertools.product((1, 8, 64, 256), lengths.items()):
+            inputs = bench_inputs(model, known, size)
+            row = {"name": name, "batch_size": size, "length": length, "num_items": model.num_items}
+            cells.append(({**row, "mode": "eager", "compile_and_load_s": 0.0}, graph, inputs, []))
+            cells.append(({**row, "mode": "compiled", "compile_and_load_s": seconds}, compiled, inputs, []))
     for _ in tqdm(range(rounds), desc="timing, rounds"):
-        for _, call, times in cells:
+        for _, rank, inputs, times in cells:
             times.append([])
-            end = time.perf_counter() + 0.3
+            turn, end = itertools.cycle(inputs), time.perf_counter() + 0.3
             while time.perf_counter() < end or len(times[-1]) < 2:
                 began = time.perf_counter()
-                call()
+                for tokens, history in next(turn):
+                    items = rank(tokens, history)[1]
+                if items.is_cuda:
+                    torch.cuda.synchronize()
                 times[-1].append(1000 * (time.perf_counter() - began))
-    for row, _, times in cells:
+    for row, _, _, (_, *times) in cells:
         row["p50_ms"] = float(np.median([np.median(part) for part in times]))
         row |= {f"p{q}_ms": max(row["p50_ms"], float(np.percentile(np.concatenate(times), q))) for q in (95, 99)}
         row["users_per_s"] = row["batch_size"] / float(np.median([np.mean(part) for part in times])) * 1000
-    return [row for row, _, _ in cells]
+    return [row for row, _, _, _ in cells]
 
 
 def print_bench(rows: list[dict]) -> None:
@@ -246,7 +226,7 @@ def print_bench(rows: list[dict]) -> None:
 # ---------------------------------------------------------------- the table
 
 
-def recipe(config: dict) -> str:
+def without_seed(config: dict) -> str:
     """What makes two runs the same model: all of config.json that decides the weights but the seed."""
     settings = {key: value for key, value in config["settings"].items() if key not in ("seed", "name", "teacher")}
     same = [config.get("data"), config["model"], settings, config.get("teachers")]
@@ -282,7 +262,7 @@ def compare(values: dict[str, list[Tensor]]) -> tuple[list[dict], dict[str, dict
     values: {model: NDCG@10 of each user (R,), one tensor a seed}. Prints and returns gains, None over a model that
     has nothing, and {model: seeds, mean and standard deviation of NDCG@10 over seeds}.
     """
-    tables = {name: torch.stack(parts) for name, parts in values.items()}  # (S, R) each
+    tables = {name: torch.stack(parts) for name, parts in values.items()}  # (E, R) each
     draws = {name: resampled(table, seed) for seed, (name, table) in enumerate(tables.items())}
     seeds = {}
     for name, table in tables.items():
@@ -336,7 +316,7 @@ def main() -> None:
         model, config, catalogue = load_run(run)
         check_catalogue(run, config, catalogue, data)
         name = run.name if run.name not in scorers else str(run)
-        models[name], kinds[name] = model.to(device), (recipe(config), config["seed"])
+        models[name], kinds[name] = model.to(device), (without_seed(config), config["seed"])
         scorers[name] = (run_row(run, name, model, config), model.score_next, model.max_length, device)
     protocol = "VALIDATION part, for choosing between models; " * args.valid + data.protocol
     print(f"{data.name}: {len(part.targets):,} {'validation' if args.valid else 'test'} users; {protocol}")

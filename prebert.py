@@ -2,7 +2,8 @@
 
 PreBERT (arXiv 2409.14810, section 3) is a pre-trained BERT whose vocabulary is exchanged: words go, the item
 catalogue comes, and everything between the embedding table and the output keeps what it learnt from text.
-This file holds no command; teacher.py trains what is built here. In order: shape -> attention -> layer ->
+This file holds no command; teacher.py trains what is built here. `Interactions` and `Spans` are of data.py: a log,
+and pieces of it; PAD is item 0. In order: shape -> attention -> layer ->
 encoder -> `PreBert` -> BERT's weights -> safetensors -> a model on disk -> first values of the item table.
 
 Letters: B batch, T sequence length, D hidden size, N heads, K head size (N * K = D), V catalogue
@@ -22,7 +23,7 @@ import urllib.request
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -75,7 +76,7 @@ class Dropout(nn.Module):
         return x.masked_fill(dropped, 0) * (256 / (256 - self.out_of_256))
 
 
-NEVER = -1e9  # added to a score that must not count; finite: 0 * (NEVER - NEVER) and a softmax of it are numbers
+NEVER = -1e9  # added to a score that must not count; finite, since a row of nothing but padding must not become nan
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
@@ -234,7 +235,7 @@ class PreBert(nn.Module):
         return F.linear(states, self.item_embedding.weight[1 : self.num_items + 1], self.item_bias)
 
     def question(self, history: Tensor) -> Tensor:
-        """history (B, T) as what the model reads to say what follows: a blank behind it, unless it is causal."""
+        """history (B, T) as what the model reads to say what follows: [MASK] behind it, unless the model is causal."""
         if self.config.causal:
             return history[:, -self.max_length :].contiguous()  # compiled graphs take the layout for granted
         return F.pad(history[:, -(self.max_length - 1) :], (0, 1), value=self.mask_id)  # (B, T + 1)
@@ -266,7 +267,7 @@ class Bert(nn.Module):
         return self.encoder(x + self.position_embedding.weight[: words.shape[1]], real)  # (B, T, D)
 
 
-# What an encoder is, whatever it is wrapped in: `bert.`, `module.`, `_orig_mod.`, `0.auto_model.`.
+# Names of an encoder's weights, after any prefix such as `bert.`, `module.`, `_orig_mod.`, `0.auto_model.`.
 ENCODER = re.compile(r"^(?:.*?\.)?(embeddings\.(?:word|position|token_type)_embeddings.*|embeddings\.LayerNorm.*|"
                      r"encoder\.layer\.\d+\..*)$")  # fmt: skip
 RENAMES = (  # Hugging Face's name -> ours, applied in this order
@@ -311,7 +312,7 @@ def rename_bert_weights(tensors: dict[str, Tensor], path: Path) -> tuple[dict[st
 
 
 def config_of(tensors: dict[str, Tensor], raw: dict, path: Path) -> BertConfig:
-    """Sizes as the tensors have them; heads, activation and kind as config.json says; InputError if that is no model.
+    """Sizes as the tensors have them; heads, activation and causal as config.json says; InputError if that is no model.
 
     So the memory that a model takes is bounded by the file, whatever is written beside it.
     """
@@ -327,16 +328,15 @@ def config_of(tensors: dict[str, Tensor], raw: dict, path: Path) -> BertConfig:
         **{name: raw[name] for name in names if name in raw},
     )  # fmt: skip
     heads, numbers = config.num_attention_heads, (config.hidden_dropout_prob, config.layer_norm_eps)
-    if type(heads) is not int or heads < 1 or hidden % heads:
-        raise InputError(f"{path}: hidden size {hidden} is no multiple of {str(heads)[:40]} attention heads")
-    if str(config.hidden_act) not in ACTIVATIONS:
-        raise InputError(f"{path}: hidden_act {str(config.hidden_act)[:40]} is not one of {', '.join(ACTIVATIONS)}")
-    if any(type(value) not in (int, float) or not 0 <= value < 1 for value in numbers) or type(config.causal) is not bool:
-        raise InputError(f"{path}: dropout, layer_norm_eps or causal in config.json make no sense")
+    good = type(heads) is int and heads > 0 and hidden % heads == 0 and str(config.hidden_act) in ACTIVATIONS
+    good &= all(type(value) in (int, float) and 0 <= value < 1 for value in numbers) and type(config.causal) is bool
+    if not good:
+        given = ", ".join(f"{name} {str(getattr(config, name))[:20]}" for name in names)
+        raise InputError(f"{path.parent / 'config.json'}: not supported for a hidden size of {hidden}: {given}")
     return config
 
 
-def fill(model: Model, tensors: dict[str, Tensor], path: Path) -> Model:
+def with_weights(model: Model, tensors: dict[str, Tensor], path: Path) -> Model:
     """A model with these weights, ready for use; InputError, in one sentence, unless names and shapes agree exactly."""
     try:
         model.load_state_dict(tensors, strict=True)
@@ -356,7 +356,7 @@ CONVERT = (
 
 
 def download_bert(repository: str) -> Path:
-    """The folder of a model of the Hugging Face hub, with its weights in one file or in shards; InputError if not had."""
+    """The folder of a model of the Hugging Face hub, its weights in one file or in shards; InputError if not had."""
     from huggingface_hub import constants, hf_hub_download  # a slow import that only a first run needs
 
     offline = False
@@ -424,25 +424,24 @@ def load_bert(source: str) -> tuple[Bert, Tokenizer]:
     """
     folder = find_bert(source)
     path, raw = folder / "model.safetensors", read_json(folder / "config.json")
+    raw = {"model_type": None, "position_embedding_type": "absolute", "is_decoder": False, **raw}
     for name, wanted in (("model_type", "bert"), ("position_embedding_type", "absolute"), ("is_decoder", False)):
-        if raw.get(name, wanted if name != "model_type" else None) != wanted:
-            raise InputError(f"{folder / 'config.json'}: {name} {raw.get(name)!r} is not supported, only {wanted!r} is")
+        if raw[name] != wanted:
+            raise InputError(f"{folder / 'config.json'}: {name} {raw[name]!r} is not supported, only {wanted!r} is")
     tensors, ignored = rename_bert_weights(read_weights(folder), path)
     config = config_of(tensors, raw, path)
-    words = {name: tensors.get(f"{name}_embedding.weight", torch.empty(0)).shape[0] for name in ("word", "segment")}
-    bert = fill(Bert(config, words["word"], words["segment"]), tensors, path)
+    words, segments = (len(tensors.get(f"{name}_embedding.weight", torch.empty(0))) for name in ("word", "segment"))
+    bert = with_weights(Bert(config, words, segments), tensors, path)
     print(f"BERT: {len(tensors)} weights from {folder}; {len(ignored)} ignored: {', '.join(ignored) or 'none'}")
     if raw.get("attention_probs_dropout_prob"):
         print("its dropout of attention weights is not used: ours is on the outputs of the layers")
-    if not (folder / "tokenizer.json").is_file():
-        raise InputError(f"{folder} has no tokenizer.json; a BERT folder needs {', '.join(BERT_FILES)}")
     try:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # the Rust tokenizer raises bare Exception for a malformed file
         raise InputError(f"{folder / 'tokenizer.json'}: {error}") from error
     known = 1 + max(tokenizer.get_vocab().values(), default=-1)
-    if known > words["word"]:
-        raise InputError(f"{folder}: tokenizer.json knows {known} words, the weights only {words['word']}")
+    if known > words:
+        raise InputError(f"{folder}: tokenizer.json knows {known} words, the weights only {words}")
     return bert, tokenizer
 
 
@@ -483,78 +482,72 @@ DTYPES = {
 MAX_HEADER = 100_000_000  # bytes, the limit of the reference implementation
 
 
+def check(good: bool, words: str) -> None:
+    if not good:
+        raise ValueError(words)
+
+
 def unique_names(pairs: list[tuple[str, object]]) -> dict:
-    names = dict(pairs)
-    if len(names) < len(pairs):
-        raise ValueError("a key occurs twice")
-    return names
+    check(len(dict(pairs)) == len(pairs), "a key of the header occurs twice")
+    return dict(pairs)
 
 
-def read_header(file: BinaryIO, path: Path, size: int) -> tuple[dict, int]:
-    """The header of an open file of `size` bytes, checked as far as JSON goes, and the data's length."""
-    length = int.from_bytes(file.read(8), "little")
-    if size < 8 or length > min(MAX_HEADER, size - 8):
-        raise InputError(
-            f"{path}: the header does not fit into the file's {size:,} bytes; truncated, or not safetensors"
-        )
-    try:
-        header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=unique_names)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: the header is not valid JSON ({error})") from error
-    if not isinstance(header, dict):
-        raise InputError(f"{path}: the header is not a JSON object")
-    return header, size - 8 - length
-
-
-def check_entry(entry: object) -> tuple[int, int, torch.dtype, list[int]]:
-    """begin, end, dtype and shape of one tensor; ValueError says what is wrong with it."""
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise ValueError("needs exactly dtype, shape and data_offsets")
+def check_entry(name: str, entry: dict, position: int) -> tuple[int, torch.dtype, list[int]]:
+    """Length in bytes, dtype and shape of a tensor that must begin at `position`; ValueError says what is wrong."""
+    start = f"tensor {name[:80]!r}: "
+    fields = {"dtype", "shape", "data_offsets"}
+    check(isinstance(entry, dict) and {*entry} == fields, start + "needs exactly dtype, shape and data_offsets")
     shape, offsets = entry["shape"], entry["data_offsets"]
     for numbers in (shape, offsets):
-        if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
-            raise ValueError("shape and data_offsets must be lists of whole numbers from 0 on")
-    if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
-        raise ValueError(f"unknown dtype {str(entry['dtype'])[:20]!r}")
+        whole = isinstance(numbers, list) and all(type(n) is int and 0 <= n < 2**63 for n in numbers)
+        check(whole, start + "shape and data_offsets must be lists of whole numbers from 0 on")
+    check(isinstance(entry["dtype"], str) and entry["dtype"] in DTYPES, start + "unknown dtype")
     dtype = DTYPES[entry["dtype"]]
-    if len(offsets) != 2 or len(shape) > 16 or math.prod(shape) * dtype.itemsize != offsets[1] - offsets[0]:
-        raise ValueError("shape x dtype does not make the number of bytes between its data_offsets")
-    return offsets[0], offsets[1], dtype, shape
+    same = len(offsets) == 2 and len(shape) <= 16 and math.prod(shape) * dtype.itemsize == offsets[1] - offsets[0]
+    check(same, start + "shape x dtype does not make the number of bytes between its data_offsets")
+    check(offsets[0] == position, start + "overlaps its neighbour or leaves a hole")
+    return offsets[1] - offsets[0], dtype, shape
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, on the CPU, {name: tensor}.
+    """All tensors of a safetensors file, on the CPU, {name: tensor}. Format: github.com/huggingface/safetensors.
 
-    Raises InputError (a ValueError) of one sentence for anything that the format does not allow:
-    headers too long or not JSON, unknown dtypes, sizes that do not agree, overlaps, holes, trailing
-    bytes. Memory is bounded by the file's size. Format: github.com/huggingface/safetensors.
+    Raises InputError (a ValueError) of one sentence for anything that the format does not allow: headers too long or
+    not JSON, unknown dtypes, sizes that do not agree, overlaps, holes, trailing bytes. Memory is bounded by the file's
+    size, since everything is checked before a tensor is made.
     """
-    path = Path(path)
-    with open(path, "rb") as file:
-        header, length = read_header(file, path, os.fstat(file.fileno()).st_size)
-        metadata = header.pop("__metadata__", {})
-        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-            raise InputError(f"{path}: __metadata__ must map strings to strings")
-        entries = []
-        for name, entry in header.items():
-            try:
-                entries.append((*check_entry(entry), name))
-            except ValueError as error:
-                raise InputError(f"{path}: tensor {name[:80]!r}: {error}") from error
-        entries.sort(key=lambda entry: entry[:2])
-        position = 0
-        for begin, end, _, _, name in entries:
-            if begin != position:
-                raise InputError(f"{path}: tensor {name[:80]!r} overlaps its neighbour or leaves a hole")
-            position = end
-        if position != length:
-            raise InputError(f"{path}: tensors take {position:,} bytes, but {length:,} follow the header")
-        tensors = {}
-        for begin, end, dtype, shape, name in entries:
-            content = bytearray(file.read(end - begin))
-            raw = torch.frombuffer(content, dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
-            tensors[name] = raw.view(dtype).reshape(shape)
-    return tensors
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            fits = size >= 8 and length <= min(MAX_HEADER, size - 8)
+            check(fits, f"the header does not fit into {size:,} bytes; truncated, or not safetensors")
+            header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=unique_names)
+            check(isinstance(header, dict), "the header is not a JSON object")
+            metadata = header.pop("__metadata__", {})
+            strings = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+            check(strings, "__metadata__ must map strings to strings")
+            position, entries = 0, {}
+            for name in sorted(header, key=lambda name: offsets_of(header[name])):
+                entries[name] = check_entry(name, header[name], position)
+                position += entries[name][0]
+            after = size - 8 - length
+            check(position == after, f"tensors take {position:,} bytes, but {after:,} follow the header")
+            tensors = {}
+            for name, (count, dtype, shape) in entries.items():
+                raw = torch.frombuffer(bytearray(file.read(count)), dtype=torch.uint8) if count else torch.empty(0)
+                tensors[name] = raw.view(dtype).reshape(shape) if count else torch.empty(shape, dtype=dtype)
+            return tensors
+    except FileNotFoundError:
+        raise InputError(f"no {path}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def offsets_of(entry: object) -> tuple:
+    """What tensors are sorted by: where their bytes begin and end; malformed ones come first, to be refused."""
+    offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
+    return tuple(offsets) if isinstance(offsets, list) and all(type(n) is int for n in offsets) else ()
 
 
 def write_safetensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
@@ -581,7 +574,7 @@ def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
-        raise InputError(f"no {path}; train first: python teacher.py, then python distill.py") from None
+        raise InputError(f"no {path}") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error})") from error
     if not isinstance(content, dict):
@@ -602,31 +595,34 @@ def load_run(run: str | Path) -> tuple[PreBert, dict, dict]:
     Raises InputError if a file is missing, of another version, or does not fit the others.
     """
     run = Path(run)
+    if not (run / "model.safetensors").exists():
+        raise InputError(f"no model in {run}; train first: python teacher.py, then python distill.py")
     config, catalogue = read_json(run / "config.json"), read_json(run / "catalogue.json")
     if config.get("version") != VERSION:
         raise InputError(f"{run}: made by version {config.get('version')} of this code, which is version {VERSION}")
     tensors = read_safetensors(run / "model.safetensors")
     num_items = len(tensors.get("item_bias", []))
-    for key, kind in (("raw_ids", str), ("titles", str), ("counts", int)):
+    kinds: dict[str, type] = {"raw_ids": str, "titles": str, "counts": int}
+    for key, kind in kinds.items():
         values = catalogue.get(key)
         if not isinstance(values, list) or not all(type(value) is kind for value in values):
             raise InputError(f"{run / 'catalogue.json'}: {key} must be a list of {kind.__name__}")
         if len(values) != num_items + 1 or num_items < 1:
             raise InputError(f"{run}: catalogue.json has {len(values) - 1} {key}, model.safetensors {num_items} items")
-    if type(config.get("exclude_seen")) is not bool or not isinstance(config.get("model"), dict):
-        raise InputError(f"{run / 'config.json'}: exclude_seen must be true or false, and model an object")
+    kinds = {"exclude_seen": bool, "model": dict, "settings": dict, "seed": int}
+    for key, kind in kinds.items():
+        if type(config.get(key)) is not kind:
+            raise InputError(f"{run / 'config.json'}: {key} must be of type {kind.__name__}")
     shape = config_of(tensors, config["model"], run / "model.safetensors")
-    return fill(PreBert(shape, num_items), tensors, run / "model.safetensors"), config, catalogue
+    return with_weights(PreBert(shape, num_items), tensors, run / "model.safetensors"), config, catalogue
 
 
 def check_catalogue(run: Path, config: dict, catalogue: dict, data: Interactions) -> None:
     """InputError unless a run was trained on these interactions: on others, what it was trained on may be a target."""
     theirs, ours = set(catalogue["raw_ids"]), set(data.raw_ids)
     if theirs != ours:
-        raise InputError(
-            f"{run} was trained on another catalogue: {len(theirs - ours):,} of its {len(theirs) - 1:,} items are not in "
-            f"{data.name}, {len(ours - theirs):,} are new; pass the --data and --min-count of its training"
-        )
+        differ = f"{len(theirs - ours):,} of its {len(theirs) - 1:,} items are missing here, {len(ours - theirs):,} new"
+        raise InputError(f"{run} was trained on another catalogue ({differ}); pass its --data and --min-count")
     if catalogue["raw_ids"] != data.raw_ids or config.get("fingerprint") != data.fingerprint:
         was, now = config.get("interactions", 0), len(data.items)
         what = "in another order" if was == now else f"{was:,} of them, not {now:,}"
@@ -713,9 +709,9 @@ def cooccurrence_vectors(train: Spans, num_items: int, size: int, window: int = 
     ppmi(i, j) = max(0, log(count(i, j) * total / (count(i) * count(j)))), counted for items at most
     `window` steps apart in a training history; rows of U sqrt(S) (Levy & Goldberg 2014, section 3).
     """
-    rows_of, places = entries_of(train)
+    owner, places = entries_of(train)
     user = np.full(len(train.items), -1)  # held-out items stay at -1: they belong to nobody here
-    user[places], items = rows_of, train.items.numpy() - 1
+    user[places], items = owner, train.items.numpy() - 1
     found = []
     for step in range(1, window + 1):  # counted step by step: a step's keys are as many as the log's entries
         same = (user[step:] == user[:-step]) & (user[step:] >= 0)

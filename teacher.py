@@ -11,7 +11,8 @@ hidden (Sun et al. 2019, section 3.5; arXiv 2409.14810, section 3.2). distill.py
 with another loss. In order: loss -> optimizer and schedule -> `train` -> checkpoints -> processes -> large
 catalogues -> building the teacher -> the command.
 
-Letters: B batch (users), T sequence length, D hidden size, M asked positions in a batch, I items, C and N candidates.
+Letters: B batch (users), T sequence length, D hidden size, M asked positions of a row, Q of a batch, I items,
+W windows, C and N candidates.
 """
 
 import argparse
@@ -36,13 +37,14 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import (
     PAD, Batch, InputError, Interactions, Spans, add_data_flags, batches, grid_windows, item_counts, leave_one_out,
-    load_asked, mask_items, next_items, pad_left, positive, random_windows, run_command, write_atomic, write_json,
+    load_asked, mask_items, next_items, number, pad_left, positive, random_windows,
+    run_command, write_atomic, write_json,
 )  # fmt: skip
 from evaluate import hit_rate, ndcg, rank_targets
 from prebert import (
@@ -55,11 +57,9 @@ Loss = Callable[[PreBert, Batch], Tensor]
 # What a kind of question needs. Next items are five times as many questions an epoch, so a model overfits earlier:
 # fewer epochs, more dropout, smoothed labels.
 RECIPES: dict[str, dict[str, float]] = {
-    "next": dict(epochs=6, lr=1e-3, body_lr=3e-4, tokens=2048, dropout=0.2, label_smoothing=0.1, mask_rate=1.0,
-                 last_share=0.0),
-    "masked": dict(epochs=10, lr=1e-3, body_lr=3e-4, tokens=2048, dropout=0.1, label_smoothing=0.0, mask_rate=0.2,
-                   last_share=0.1),
-}  # fmt: skip
+    "next": dict(epochs=6, lr=1e-3, body_lr=3e-4, tokens=2048, dropout=0.2, label_smoothing=0.1),
+    "masked": dict(epochs=10, lr=1e-3, body_lr=3e-4, tokens=2048, dropout=0.1, label_smoothing=0.0),
+}
 
 
 def item_loss(model: PreBert, batch: Batch, label_smoothing: float = 0.0, sampler: "Sampler | None" = None) -> Tensor:
@@ -69,12 +69,12 @@ def item_loss(model: PreBert, batch: Batch, label_smoothing: float = 0.0, sample
     layer and this softmax are computed where something is asked and nowhere else.
     """
     asked = batch.labels != PAD  # (B, M)
-    states, columns = model(batch.tokens, batch.positions)[asked], batch.labels[asked] - 1  # (M, D), (M,)
+    states, columns = model(batch.tokens, batch.positions)[asked], batch.labels[asked] - 1  # (Q, D), (Q,)
     if sampler is None:
-        logits = model.logits(states).float()  # (M, I)
+        logits = model.logits(states).float()  # (Q, I)
     else:
         negatives, correction = draw_candidates(sampler, columns[:, None])
-        logits = candidate_logits(model, states, columns[:, None], negatives) + correction  # (M, 1 + N)
+        logits = candidate_logits(model, states, columns[:, None], negatives) + correction  # (Q, 1 + N)
         columns = torch.zeros_like(columns)
     return F.cross_entropy(logits, columns, label_smoothing=label_smoothing, reduction="sum") / max(1, len(columns))
 
@@ -127,36 +127,32 @@ def keep_freed_memory() -> None:
 # ---------------------------------------------------------------- training
 
 
-def seeded(seed: int, kind: str, count: int) -> torch.Generator:
+def seeded(seed: int, kind: str, count: int) -> Generator:
     """A generator for one purpose at one moment: resuming needs the numbers, not the random state."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + count) * 3 + ("windows", "batches", "masks").index(kind))
+    return Generator().manual_seed((seed * 1_000_003 + count) * 3 + ("windows", "batches", "masks").index(kind))
 
 
-def draw_windows(model: PreBert, part: Spans, last_share: float, generator: torch.Generator) -> tuple[Tensor, ...]:
+def draw_windows(model: PreBert, part: Spans, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
     """The windows of an epoch, as the model's kind of question needs them: starts, ends, last_only, (W,) each."""
     if not model.config.causal:
-        return random_windows(part, model.max_length, last_share, generator)
+        return random_windows(part, model.max_length, generator)
     starts, ends = grid_windows(part, model.max_length)
     return starts, ends, torch.zeros(len(starts), dtype=torch.bool)
 
 
 def draw_batch(
-    model: PreBert, part: Spans, starts: Tensor, ends: Tensor, last_only: Tensor, rate: float,
-    generator: torch.Generator,
-) -> Batch:  # fmt: skip
+    model: PreBert, part: Spans, starts: Tensor, ends: Tensor, last_only: Tensor, generator: Generator
+) -> Batch:
     """Windows (B,) as a batch with fresh questions, of the model's kind."""
     width = int((ends - starts).max())
     tokens = pad_left(part.items, starts, ends, width)  # (B, T)
-    if model.config.causal:
-        tokens, positions, labels = next_items(tokens, rate, generator)
-    else:
-        tokens, positions, labels = mask_items(tokens, last_only, model.mask_id, rate, generator)
-    return Batch(tokens, positions, labels, (ends - width)[:, None] + positions)
+    asked = next_items(tokens) if model.config.causal else mask_items(tokens, last_only, model.mask_id, generator)
+    return Batch(*asked, entries=(ends - width)[:, None] + asked[1])
 
 
 def validate(model: PreBert, valid: Spans, exclude_seen: bool, users: int) -> tuple[float, float]:
     """NDCG@10 and HR@10 on the validation part, for the same random `users` every time."""
-    chosen = torch.randperm(len(valid.targets), generator=torch.Generator().manual_seed(0))[:users]
+    chosen = torch.randperm(len(valid.targets), generator=Generator().manual_seed(0))[:users]
     rank, processes = world()
     device = model.item_bias.device
     model.eval()
@@ -170,13 +166,13 @@ def catch_signals() -> list[int]:
     """A list into which Ctrl-C and SIGTERM are written, so that training ends between two steps; two of them end it."""
     caught: list[int] = []
 
-    def remember(number: int, _frame: object) -> None:
+    def handle(received: int, _frame: object) -> None:
         if caught:
-            sys.exit(128 + number)
-        caught.append(number)
+            sys.exit(128 + received)
+        caught.append(received)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, remember)
+    for wanted in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(wanted, handle)
     return caught
 
 
@@ -197,16 +193,15 @@ def train(
 ) -> None:  # fmt: skip
     """Train until the budget (--epochs or --minutes) or the patience is used up; leaves a run folder.
 
-    The best weights by validation NDCG@10 are in model.safetensors at any time. train_state.pt, from which --resume
-    goes on bit for bit, is removed when training has ended. Every random draw is a function of the seed and the number
-    of its step or epoch, so there is no random state to save. Raises InputError when there is nothing to ask or to
-    evaluate, the run folder is taken, or the loss is not finite; leaves with code 130 or 143 after Ctrl-C or SIGTERM.
+    The best weights by validation NDCG@10 are in model.safetensors at any time; from train_state.pt --resume goes on
+    bit for bit, since every random draw is a function of the seed and its step or epoch. Raises InputError when there
+    is nothing to ask, the folder is taken, or the loss is not finite; exits with 130 or 143 after Ctrl-C or SIGTERM.
     """
     part, valid, _ = parts
     if not len(valid.targets) or (model.config.causal and not len(grid_windows(part, model.max_length)[0])):
         least = "four items that next items need" if len(valid.targets) else "three items that training needs"
         raise InputError(f"{data.name}: no user has the {least}, two of them held out; see python data.py")
-    if data.num_items <= FULL_SOFTMAX:  # kept blocks as large as a huge catalogue's would leave holes between them
+    if data.num_items <= FULL_SOFTMAX:  # with huge catalogues, keeping freed blocks fragments memory
         keep_freed_memory()
     device, seed, (rank, processes) = pick_device(args.device), args.seed, world()
     dtype = autocast_dtype(device, args.precision)
@@ -218,9 +213,10 @@ def train(
         objective: nn.Module = Objective(model, loss_of)
         objective = DistributedDataParallel(objective) if processes > 1 else objective
         caught, saved = catch_signals(), time.perf_counter()
+        # When training would have begun, had it not been interrupted.
         began, began_cpu = saved - state["seconds"], time.process_time() - state["cpu_seconds"]
 
-        def spent(steps: float = math.inf) -> float:  # share of the budget, by the clock or by epochs
+        def spent(steps: float = math.inf) -> float:  # share of the budget, by the clock or by epochs of so many steps
             if args.minutes:
                 return state["seconds"] / (60 * args.minutes)
             return (state["epoch"] + state["batch"] / steps) / args.epochs
@@ -228,7 +224,7 @@ def train(
         while spent() < 1 and state["waited"] < args.patience:
             # An epoch: fresh windows, fresh batches of similar length, fresh questions.
             epoch = state["epoch"]
-            starts, ends, last_only = draw_windows(model, part, args.last_share, seeded(seed, "windows", epoch))
+            starts, ends, last_only = draw_windows(model, part, seeded(seed, "windows", epoch))
             plan = batches(ends - starts, args.tokens, generator=seeded(seed, "batches", epoch))
             bar = tqdm(total=int((ends - starts).sum()), desc=f"epoch {epoch + 1}", unit=" items", leave=False,
                        unit_scale=True, mininterval=0.5 if sys.stderr.isatty() else 30, disable=rank > 0)  # fmt: skip
@@ -237,7 +233,7 @@ def train(
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * rate
                 generator = seeded(seed, "masks", state["step"])
-                batch = draw_batch(model, part, starts[rows], ends[rows], last_only[rows], args.mask_rate, generator)
+                batch = draw_batch(model, part, starts[rows], ends[rows], last_only[rows], generator)
                 own, weight = share_of(batch)
                 torch.manual_seed(seed * 1_000_003 + state["step"] * processes + rank)  # for dropout
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -264,25 +260,25 @@ def train(
                     save_state(run, model, optimizer, state)
                 if stop:
                     if rank == 0:
-                        print(f"\nstopped at step {state['step']}; --resume goes on with it", file=sys.stderr)
+                        print(f"\nstopped at step {state['step']}; --resume goes on", file=sys.stderr)
                     sys.exit(128 + stop)
                 if args.minutes and spent() >= 1:
                     break
             bar.close()
             # Evaluate on validation users, keep the weights if they are the best so far, log, checkpoint.
-            state["epoch"], state["batch"] = state["epoch"] + 1, 0
+            state["epoch"], state["batch"] = epoch + 1, 0
             quality, hits = validate(model, valid, not data.repeats, args.eval_users)
             best = quality > state["best"]
             state["best"], state["waited"] = max(quality, state["best"]), 0 if best else state["waited"] + 1
             state["cpu_seconds"], saved = time.process_time() - began_cpu, time.perf_counter()
-            minutes, epoch, loss_now = state["seconds"] / 60, state["epoch"], state["loss"]
-            state["log"] += f"{state['step']},{epoch},{minutes:.3f},{loss_now:.5f},{quality:.5f},{hits:.5f}\n"
+            minutes, loss_now = state["seconds"] / 60, state["loss"]
+            state["log"] += f"{state['step']},{epoch + 1},{minutes:.3f},{loss_now:.5f},{quality:.5f},{hits:.5f}\n"
             if rank == 0:
                 if best:
                     write_safetensors(run / "model.safetensors", model.state_dict())
                 write_atomic(run / "log.csv", state["log"].encode())
-                print(f"epoch {epoch:>3}  {minutes:6.1f} min  loss {loss_now:.3f}  validation NDCG@10 {quality:.4f}  "
-                      f"HR@10 {hits:.4f}  {'best' if best else ''}", flush=True)  # fmt: skip
+                scores = f"validation NDCG@10 {quality:.4f}  HR@10 {hits:.4f}  {'best' if best else ''}"
+                print(f"epoch {epoch + 1:>3}  {minutes:6.1f} min  loss {loss_now:.3f}  {scores}", flush=True)
             save_state(run, model, optimizer, state)
         if rank == 0:
             costs = {"minutes": state["seconds"] / 60, "cpu_minutes": state["cpu_seconds"] / 60}
@@ -323,40 +319,30 @@ def load_state(content: bytes, run: Path, model: PreBert, optimizer: torch.optim
 
 
 def check_same(run: Path, config: dict, data: Interactions) -> None:
-    """InputError unless a run was started with these settings on these interactions; it names the first that differs."""
+    """InputError unless a run was started with these settings on these interactions; names the first that differs."""
     before = read_json(run / "config.json")
     check_catalogue(run, before, read_json(run / "catalogue.json"), data)
-    for key in ("version", "model", "teachers"):
-        if before.get(key) != config[key]:
-            raise InputError(f"--resume {run}: {key} is another one; use the same flags, or --overwrite")
-    then, now = before.get("settings", {}), config["settings"]
+    then, now = ({**c.get("settings", {}), "version": c.get("version"), "teachers": c.get("teachers"),
+                  "model": c.get("model")} for c in (before, config))  # fmt: skip
     for key in now:
         if then.get(key) != now[key]:
-            raise InputError(f"--resume {run}: {key} was {then.get(key)}, now {now[key]}; use the same, or --overwrite")
+            was, is_now = str(then.get(key))[:40], str(now[key])[:40]
+            raise InputError(f"--resume {run}: {key} was {was}, now {is_now}; use the same, or --overwrite")
 
 
-ENDED = b"ended"
-
-
-def find_state(run: Path, data: Interactions, counts: Tensor, args: argparse.Namespace, config: dict) -> bytes:
-    """What to go on from: a checkpoint's bytes, nothing for a fresh start (which prepares the folder), or ENDED."""
-    begun, saved = (run / "config.json").exists(), run / "train_state.pt"
-    if args.resume and begun:
-        if saved.exists() or (run / "metrics.json").exists():
-            check_same(run, config, data)
-        if saved.exists():
-            return saved.read_bytes()
-        if (run / "metrics.json").exists():
-            print(f"the training of {run} has ended; --overwrite starts it again")
-            return ENDED
-        if (run / "model.safetensors").exists():
-            raise InputError(f"{run} has weights but no checkpoint to go on from; --overwrite starts again")
-        print(f"nothing was saved in {run} yet: starting from the beginning")
-    if begun and not args.overwrite and not args.resume:
+def find_state(run: Path, data: Interactions, args: argparse.Namespace, config: dict) -> bytes | None:
+    """A checkpoint's bytes to go on from, b"" for a fresh start, or None where the training has ended."""
+    if args.overwrite or not (run / "config.json").exists():
+        return b""
+    if not args.resume:
         raise InputError(f"{run} exists; --resume goes on with it, --overwrite starts again, --name makes another")
-    for name in ("model.safetensors", "log.csv", "metrics.json", "train_state.pt"):
-        (run / name).unlink(missing_ok=True)
-    save_run(run, config, data, counts)
+    check_same(run, config, data)
+    if (run / "train_state.pt").exists():
+        return (run / "train_state.pt").read_bytes()
+    if (run / "metrics.json").exists():
+        return None
+    if (run / "model.safetensors").exists():
+        raise InputError(f"{run} has weights but no checkpoint to go on from; --overwrite starts again")
     return b""
 
 
@@ -366,19 +352,23 @@ def open_run(
 ) -> dict | None:  # fmt: skip
     """The state to start or to go on from, or None if the run has ended. The first process decides for all."""
     rank, processes = world()
-    box = [find_state(run, data, counts, args, config) if rank == 0 else b""]
+    box = [find_state(run, data, args, config) if rank == 0 else None]
     if processes > 1:
         dist.broadcast_object_list(box)
-    if box[0] == ENDED:
+    if box[0] is None:
+        print(f"the training of {run} has ended; --overwrite starts it again")
         return None
     state = load_state(box[0], run, model, optimizer) if box[0] else dict(FRESH)
     if rank == 0:
-        if state["step"]:  # a crash may have come between a row and its checkpoint
-            write_atomic(run / "log.csv", state["log"].encode())
+        if not box[0]:
+            for name in ("model.safetensors", "log.csv", "metrics.json", "train_state.pt"):
+                (run / name).unlink(missing_ok=True)
+            save_run(run, config, data, counts)
+        write_atomic(run / "log.csv", state["log"].encode())  # a crash may have come between a row and its checkpoint
         params = sum(parameter.numel() for parameter in model.parameters())
         where = f"{autocast_dtype(model.item_bias.device, args.precision)} on {model.item_bias.device}"
-        print(f"training {run}: {params:,} parameters, {where}, {processes} process" + "es" * (processes > 1), flush=True)
-    if not state["step"]:  # from here on, weights without a checkpoint are no interrupted training
+        print(f"training {run}: {params:,} parameters, {where}" + f" x {processes}" * (processes > 1), flush=True)
+    if not box[0]:  # from here on, weights without a checkpoint are no interrupted training
         save_state(run, model, optimizer, state)
     return state
 
@@ -453,17 +443,17 @@ class Sampler(NamedTuple):
 
 
 def draw_candidates(sampler: Sampler, certain: Tensor) -> tuple[Tensor, Tensor]:
-    """What stands for the catalogue at M positions: `certain` columns (M, C) of their own, and shared negatives.
+    """Candidates instead of the catalogue at Q positions: `certain` columns (Q, C) of each, and shared negatives.
 
-    Returns the negatives' columns (N,) and what to add to the scores of both, (M, C + N): log(times drawn / times
+    Returns the negatives' columns (N,) and what to add to the scores of both, (Q, C + N): log(times drawn / times
     expected) for a negative, so that the sum of exponentials estimates that over the catalogue without bias
     (Bengio & Senecal 2008); nothing for a certain column, except that what stands in a row twice counts once.
     """
     drawn = torch.multinomial(sampler.chance, sampler.draws, replacement=True)
     columns, times = drawn.unique(return_counts=True)  # ascending
     weights = torch.log(times / (sampler.draws * sampler.chance[columns]))
-    again = F.pad(certain[:, 1:] == certain[:, :1], (1, 0))  # (M, C) the label among the teacher's top items
-    correction = torch.cat([NEVER * again, weights.expand(len(certain), -1)], dim=1)  # (M, C + N)
+    again = F.pad(certain[:, 1:] == certain[:, :1], (1, 0))  # (Q, C) the label among the teacher's top items
+    correction = torch.cat([NEVER * again, weights.expand(len(certain), -1)], dim=1)  # (Q, C + N)
     place = torch.searchsorted(columns, certain).clamp(max=len(columns) - 1)
     row, column = (columns[place] == certain).nonzero(as_tuple=True)
     correction[row, certain.shape[1] + place[row, column]] = NEVER
@@ -471,10 +461,10 @@ def draw_candidates(sampler: Sampler, certain: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def candidate_logits(model: PreBert, states: Tensor, certain: Tensor, negatives: Tensor) -> Tensor:
-    """Scores at states (M, D) of certain columns (M, C) and of shared ones (N,), (M, C + N)."""
+    """Scores at states (Q, D) of certain columns (Q, C) and of shared ones (N,), (Q, C + N)."""
     table = model.item_embedding.weight
-    near = (F.embedding(1 + certain, table) @ states.to(table.dtype)[:, :, None])[..., 0]  # (M, C)
-    far = F.linear(states, F.embedding(1 + negatives, table), model.item_bias[negatives])  # (M, N)
+    near = (F.embedding(1 + certain, table) @ states.to(table.dtype)[:, :, None])[..., 0]  # (Q, C)
+    far = F.linear(states, F.embedding(1 + negatives, table), model.item_bias[negatives])  # (Q, N)
     return torch.cat([near + model.item_bias[certain], far.to(table.dtype)], dim=1)
 
 
@@ -490,22 +480,6 @@ def make_sampler(args: argparse.Namespace, train_part: Spans, num_items: int) ->
 
 
 # ---------------------------------------------------------------- the command
-
-
-def number(least: float, most: float = math.inf, above: bool = False) -> Callable[[str], float]:
-    """An argparse type: a number from `least`, or above it, to `most`."""
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not least <= value <= most or (above and value == least):
-            limits = f"{'above' if above else 'at least'} {least:g}" + f" and at most {most:g}" * (most < math.inf)
-            raise argparse.ArgumentTypeError(f"{text!r} must be a number {limits}")
-        return value
-
-    return parse
 
 
 def add_training_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict[str, float]]) -> None:
@@ -525,8 +499,6 @@ def add_training_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict[
     add("--dropout", type=number(0, 0.9), help=f"share of activations zeroed {by_recipe('dropout')}")
     add("--label-smoothing", type=number(0, 0.9),
         help=f"share of a label given to all items alike {by_recipe('label_smoothing')}")  # fmt: skip
-    add("--mask-rate", type=number(0, 1, above=True), help=f"share of items asked for {by_recipe('mask_rate')}")
-    add("--last-share", type=number(0, 1), help=f"windows with just the last one hidden {by_recipe('last_share')}")
     add("--warmup", type=number(0, 0.99), default=0.05, help="share of the budget in which the rate rises")
     add("--weight-decay", type=number(0), default=0.01, help="(default: %(default)s)")
     add("--max-length", type=positive, help="items the model reads (default: 200; a student as its teacher)")
@@ -537,15 +509,14 @@ def add_training_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict[
     add("--seed", type=int, default=0, help="(default: %(default)s)")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where the hardware has it")
-    add("--resume", action="store_true", help="go on with an interrupted run, or start it")
-    add("--overwrite", action="store_true", help="start again in an existing run folder")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on with an interrupted run, or start it")
+    again.add_argument("--overwrite", action="store_true", help="start again in an existing run folder")
 
 
 def settle(args: argparse.Namespace, recipes: dict[str, dict[str, float]], data: Interactions) -> None:
     """Fill in what the flags left open, so that config.json tells all; InputError for what makes no sense."""
     recipe = recipes[args.objective]
-    if args.objective == "next" and args.last_share:
-        raise InputError("--last-share is for --objective masked; next asks at every position")
     args.max_length = args.max_length or 200
     if args.max_length < 3 or not 0 <= args.seed < 2**32:
         raise InputError("--max-length must be 3 or more, --seed from 0 to 2^32 - 1")

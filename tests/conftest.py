@@ -1,9 +1,22 @@
-"""A made-up dataset in RecBole's format: 50 users who walk around a ring of 60 films."""
+"""A made-up dataset in RecBole's format, 50 users who walk around a ring of 60 films, and how tests run commands."""
 
+import contextlib
+import importlib
+import io
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from data import InputError, Interactions
+
+ROOT = Path(__file__).parent.parent
+HEAD = "user_id:token\titem_id:token\ttimestamp:float\n"
+TINY = ["--epochs", "2", "--max-length", "16", "--tokens", "256", "--eval-users", "20"]
 
 
 def write_ring(folder: Path, users: int = 50, items: int = 60) -> Path:
@@ -22,3 +35,39 @@ def write_ring(folder: Path, users: int = 50, items: int = 60) -> Path:
 @pytest.fixture(scope="session")
 def ring(tmp_path_factory) -> Path:
     return write_ring(tmp_path_factory.mktemp("ring"))
+
+
+def hand_log(*rows: list[int]) -> Interactions:
+    """Histories of item numbers as a log."""
+    items = np.array([item for row in rows for item in row])
+    names = ["", *(str(i) for i in range(1, items.max() + 1))]
+    offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
+    repeats = any(len(set(row)) < len(row) for row in rows)
+    return Interactions("hand", items, offsets, names, list(names), repeats, {})
+
+
+def command(script: str, *arguments: object, cwd: Path, expect: int = 0, **env: str) -> str:
+    """Run a script as a user would; returns stdout, or, where failure is expected, stderr, which must be short."""
+    line = [sys.executable, ROOT / script, *map(str, arguments)]
+    result = subprocess.run(line, cwd=cwd, capture_output=True, text=True, env={**os.environ, **env})
+    assert result.returncode == expect, result.stderr
+    assert "Traceback" not in result.stderr
+    return result.stderr if expect else result.stdout
+
+
+def inside(script: str, *arguments: object, cwd: Path, expect: int = 0) -> str:
+    """The same within this process, which saves the seconds of the imports."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    before, sys.argv = sys.argv, [script, *map(str, arguments)]
+    try:
+        with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            importlib.import_module(script.removesuffix(".py")).main()
+    except InputError as error:
+        err.write(f"error: {error}")
+        code = 2
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    finally:
+        sys.argv = before
+    assert code == expect, err.getvalue()
+    return err.getvalue() if expect else out.getvalue()

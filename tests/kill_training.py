@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data import load_dataset
+from data import leave_one_out, load_dataset
 from student import MiniBert
-from teacher import add_training_flags, check_flags, describe, masked_item_loss, train
+from teacher import RECIPES, add_training_flags, describe, item_loss, settle, train
 
 
 def child(log_file: str, folder: Path, name: str, seconds: float | None, by: int = signal.SIGKILL) -> int:
@@ -31,19 +31,20 @@ def child(log_file: str, folder: Path, name: str, seconds: float | None, by: int
 
         def loss(model, batch):
             os.write(tell, b".")
-            return masked_item_loss(model, batch)
+            return item_loss(model, batch)
 
         os.dup2(os.open(folder / "out.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND), 1)
         torch.set_num_threads(1)
         parser = argparse.ArgumentParser()
+        add_training_flags(parser, RECIPES)
         flags = {"objective": "masked", "lr": 1e-3, "epochs": 4, "name": name, "max_length": 16, "tokens": 24}
-        add_training_flags(parser, **flags, device="cpu", eval_users=20, patience=99)
+        parser.set_defaults(**flags, device="cpu", eval_users=20, patience=99)
         args = parser.parse_args(["--resume"])
-        check_flags(parser, args)
         data = load_dataset(log_file)
+        settle(args, RECIPES, data)
         torch.manual_seed(5)
         model = MiniBert("tiny", data.num_items, 16)
-        train(model, loss, data, folder / name, args, describe(data, model, args))
+        train(model, loss, data, leave_one_out(data), folder / name, args, describe(data, model, args))
         os._exit(0)
     os.close(tell)
     os.read(steps, 1)  # waits for the first step, or for the end if there is none

@@ -1,18 +1,16 @@
 """Metrics against loops, baselines against counting by hand."""
 
 import math
-from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import torch
-from test_data import hand_log
+from conftest import hand_log
 
-from data import leave_one_out, pad_left
+from data import Spans, leave_one_out, pad_left
 from evaluate import (
-    Markov, Popularity, bootstrap, compare, evaluate, hit_rate, metrics, ndcg, paired_p, plot_svg, sample_negatives,
-    step_flops, target_ranks,
+    DRAWS, Markov, Popularity, compare, hit_rate, metrics, ndcg, rank_targets, resampled, target_ranks, two_sided,
 )  # fmt: skip
-from student import MiniBert
 
 
 def loop_rank(scores: list[float], target: int, seen: set[int]) -> int:
@@ -54,12 +52,12 @@ def test_known_places():
     assert ndcg(torch.tensor([3]), 10).item() == pytest.approx(0.5)
 
 
-def test_evaluate_gives_each_user_the_rank_of_the_whole_history():
+def test_rank_targets_gives_each_user_the_rank_of_the_whole_history():
     log = hand_log(*[[(u + t) % 40 + 1 for t in range(3 + u % 20)] for u in range(60)])
     _, _, test = leave_one_out(log)
     scores = torch.randn(41, 40, generator=torch.Generator().manual_seed(0))
     score = lambda history: scores[history[:, -1]]  # noqa: E731
-    ranks = evaluate(score, test, True, max_length=4)  # the model reads 4 items, the exclusion all of them
+    ranks = rank_targets(score, test, True, max_length=4)  # the model reads 4 items, the exclusion all of them
     for row in range(len(test.targets)):
         history = test.items[test.starts[row] : test.ends[row]]
         expected = loop_rank(scores[history[-1]].tolist(), int(test.targets[row]), set(history.tolist()))
@@ -76,55 +74,71 @@ def test_popularity_and_transitions_by_hand():
     assert scores[1].argmax() == 1  # 9 was held out and has no successor: popularity decides
 
 
-def test_sampled_negatives_are_unseen_distinct_and_follow_the_weights():
-    weights = torch.ones(50)
-    weights[:10] = 20.0
-    draw = sample_negatives(weights, 20, seed=1)
-    seen = pad_left(torch.arange(1, 12), torch.tensor([0] * 500), torch.tensor([5] * 500), 6)
-    sample = draw(torch.full((500,), 50), seen)
-    assert sample.shape == (500, 20) and all(len(set(row)) == 20 for row in sample.tolist())
-    assert not torch.isin(sample, torch.tensor([0, 1, 2, 3, 4, 5, 50])).any()
-    counts = torch.bincount(sample.flatten(), minlength=51).float()
-    assert counts[6:11].min() > 1.5 * counts[11:50].max()  # the popular ones come more often
+def test_ranking_in_chunks_gives_the_same_ranks():
+    torch.manual_seed(0)
+    items, sizes = 2**21, torch.arange(3, 40)  # so many items that 32 users are scored at once
+    ends = sizes.cumsum(0)
+    log = torch.randint(1, items, (int(ends[-1]),))
+    log[0] = items
+    part = Spans(log, ends - sizes, ends, torch.randint(1, 100, (len(sizes),)))
+    widths = []
+
+    def score(history: torch.Tensor) -> torch.Tensor:
+        widths.append(len(history))
+        return (history.sum(1, keepdim=True) * torch.arange(1, 101) % 101).float()
+
+    whole = target_ranks(score(pad_left(log, part.starts, part.ends, 39)), part.targets)
+    assert torch.equal(rank_targets(score, part, False, 200), whole) and max(widths[1:]) <= 32
 
 
-def test_bootstrap_interval_is_the_normal_one():
-    values = torch.rand(4000, generator=torch.Generator().manual_seed(0)).double()
-    means = bootstrap(values)
-    assert means.std() == pytest.approx(values.std().item() / 4000**0.5, rel=0.1)
-    assert paired_p(values, values) == 1.0 and paired_p(values + 0.1, values) <= 0.001
+# ---------------------------------------------------------------- bootstrap
 
 
-def test_students_are_compared_with_teachers_and_their_equals_seeds_being_averaged(capsys):
-    places = {"teacher": [1, 3], "student-s1": [1, 1], "student-s2": [3, 11], "student-tiny": [1, 1],
-              "student-long": [3, 1], "student-no-kd": [1, 20]}  # fmt: skip
-    rows = [{"name": name, "params": 5 if name == "student-tiny" else 9} for name in places]
-    found, seeds = compare({name: torch.tensor(ranks) for name, ranks in places.items()}, rows)
-    gains = {(pair["better"], pair["worse"]): pair["gain"] for pair in found}
-    # NDCG@10 is 1 at place 1, 1/2 at place 3, 0 beyond 10: teacher 0.75, student (1 + 0.25) / 2, control 0.5
-    assert gains == pytest.approx({
-        ("teacher", "student-no-kd"): 0.5, ("student", "teacher"): -1 / 6, ("student-tiny", "teacher"): 1 / 3,
-        ("student-long", "teacher"): 0, ("student", "student-no-kd"): 0.25, ("student-long", "student-no-kd"): 0.5,
-        ("student", "student-long"): -1 / 6,
-    })  # fmt: skip
+def test_bootstrap_of_one_seed_is_that_of_a_mean():
+    values = torch.rand(1, 2000, generator=torch.Generator().manual_seed(0)).double()
+    means = resampled(values)
+    assert means.mean() == pytest.approx(values.mean().item(), rel=0.002)
+    assert means.std() == pytest.approx(values.std().item() / 2000**0.5, rel=0.1)
+    assert np.allclose(resampled(values + 0.1, 7) - means, 0.1)  # the same users each time
+
+
+def test_bootstrap_of_several_seeds_adds_their_spread():
+    generator = torch.Generator().manual_seed(0)
+    seeds = torch.tensor([0.0, 0.05, 0.3, 0.12, 0.2])
+    values = (torch.rand(5, 1000, generator=generator) + seeds[:, None]).double()
+    wide, narrow = resampled(values).std(), resampled(values.mean(0, keepdim=True)).std()
+    of_seeds = values.mean(1).numpy().std() / 5**0.5  # of a mean of five draws out of these five
+    assert wide == pytest.approx((narrow**2 + of_seeds**2) ** 0.5, rel=0.1) and wide > 5 * narrow
+
+
+def test_p_values_have_a_floor_and_are_uniform_without_a_difference():
+    assert two_sided(np.full(DRAWS, 0.3)) == two_sided(np.full(DRAWS, -0.3)) == 2 / DRAWS
+    assert two_sided(np.zeros(DRAWS)) == 1.0
+    assert two_sided(np.arange(-100, 300) + 0.5) == pytest.approx(0.5)  # a quarter of the draws is below 0
+    generator = torch.Generator().manual_seed(0)
+    for gap, least, most in ((0.0, 0.05, 1.0), (0.3, 0.0, 0.001)):
+        one, other = (torch.rand(1, 3000, generator=generator).double() for _ in range(2))
+        p = two_sided(resampled(one + gap, 0) - resampled(other, 1))
+        assert least <= p <= most
+
+
+def test_every_pair_is_compared_seeds_being_averaged(capsys):
+    values = {"teacher": [[1.0, 0.5]], "student": [[1.0, 1.0], [0.5, 0.0]], "none": [[0.0, 0.0]], "nil": [[0.0, 0.0]]}
+    tensors = {name: [torch.tensor(row).double() for row in rows] for name, rows in values.items()}
+    pairs, seeds = compare(tensors)
+    gains = {frozenset((pair["better"], pair["worse"])): pair["gain"] for pair in pairs}
+    assert len(pairs) == 6 and gains[frozenset(("teacher", "student"))] == pytest.approx(0.75 / 0.625 - 1)
+    assert gains[frozenset(("teacher", "none"))] is None and gains[frozenset(("none", "nil"))] is None  # not NaN
+    assert all(2 / DRAWS <= pair["p"] <= 1 for pair in pairs)
     assert seeds == {"student": {"seeds": 2, "mean": pytest.approx(0.625), "std": pytest.approx(0.75 / 2**0.5)}}
-    assert "student over student-long: -16.67% NDCG@10" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "teacher over student: +20.00% NDCG@10" in printed and "nan" not in printed.lower()
 
 
-def test_a_steps_flops_are_those_counted_by_hand():
-    size, length, items, batch = 64, 16, 100, 3
-    model = MiniBert("tiny", items, length, causal=True)
-    layer = 2 * length * size * (3 + 1 + 4 + 4) * size + 4 * length**2 * size  # projections, then attention
-    forward = 2 * layer + 2 * length * size**2 + 2 * length * size * items  # two layers, head, catalogue
-    assert step_flops(model, batch * length, 1.0, None) == pytest.approx(3 * batch * forward)
-
-
-def test_a_picture_puts_points_where_they_belong_and_draws_seeds_alike():
-    lines = {f"run<{i}>-s{seed}": [(1.0, 0.0), (10.0, seed), (100.0, 4.0)] for i in range(9) for seed in (1, 2)}
-    picture = ElementTree.fromstring(plot_svg(lines, "picture", "x", "y", log_y=False))
-    drawn = picture.findall("{http://www.w3.org/2000/svg}polyline")
-    assert drawn[0].get("points") == "70.0,330.0 270.0,262.5 470.0,60.0"  # x: two decades; y: 0 to 4
-    looks = [(line.get("stroke"), line.get("stroke-dasharray")) for line in drawn]
-    assert looks[0::2] == looks[1::2] and len(set(looks)) == 9
-    names = [text.text for text in picture.findall("{http://www.w3.org/2000/svg}text")]
-    assert [name for name in names if name and name.startswith("run")] == [f"run<{i}>" for i in range(9)]
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_p_at_the_floor_is_printed_as_at_most(capsys, sign):
+    better, worse = torch.full((400,), 0.5).double(), torch.full((400,), 0.25).double()
+    values = {"a": [better], "b": [worse]} if sign > 0 else {"b": [worse], "a": [better]}
+    (pair,), _ = compare(values)
+    assert (pair["better"], pair["p"]) == ("a", 2 / DRAWS)
+    assert "p <= 0.001" in capsys.readouterr().out.replace("≤", "<=")

@@ -3,7 +3,12 @@
 import json
 import os
 import random
+import re
 import resource
+import shlex
+import shutil
+import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,27 +20,26 @@ import numpy as np
 import pytest
 import safetensors
 import torch
+from conftest import HEAD, ROOT, TINY, command, hand_log, inside
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_prebert import container, entry
-from test_training import ROOT, TINY, command
 
 from data import (
     PAD,
     InputError,
-    Interactions,
-    Split,
     batches,
     leave_one_out,
     load_dataset,
     mask_items,
     pad_left,
-    windows,
+    random_windows,
     write_atomic,
-)  # fmt: skip
-from evaluate import hit_rate, ndcg, peak_memory_gb, target_ranks
-from prebert import read_safetensors, write_safetensors
-from student import Recommender, load_run
+    write_json,
+)
+from evaluate import hit_rate, ndcg, target_ranks
+from prebert import VERSION, load_run, peak_memory_gb, read_safetensors, write_safetensors
+from student import Recommender
 
 KILLS = int(os.environ.get("KILLS", "5"))  # the README's figure: KILLS=50 MUTANTS=100000
 MUTANTS = int(os.environ.get("MUTANTS", "10000"))
@@ -54,7 +58,7 @@ def test_kill_9_at_random_moments_loses_nothing(ring, tmp_path):
 
 def test_a_full_disk_keeps_the_last_good_files(ring, tmp_path):
     flags = ["--data", ring, "--no-kd", "--size", "tiny", *TINY]
-    command("distill.py", *flags, cwd=tmp_path)
+    inside("distill.py", *flags, cwd=tmp_path)
     run = tmp_path / "runs/ring/student-no-kd"
     before = (run / "model.safetensors").read_bytes()
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # noqa: E731
@@ -65,15 +69,34 @@ def test_a_full_disk_keeps_the_last_good_files(ring, tmp_path):
     assert result.returncode == 2 and "cannot write" in result.stderr and "untouched" in result.stderr
     assert not list((tmp_path / "runs/ring/full").glob("*.partial"))
     with pytest.raises(InputError, match="cannot write"):
-        write_atomic(Path("/proc/nowhere/x"), lambda path: path.write_text(""))
+        write_atomic(Path("/proc/nowhere/x"), b"")
     assert (run / "model.safetensors").read_bytes() == before
 
 
-def test_a_reader_that_has_enough_is_no_error(ring, tmp_path):
-    for script in ("data.py", "evaluate.py"):
-        shell = f"set -o pipefail; {sys.executable} {ROOT / script} --data {ring} | true"
-        result = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, text=True)
-        assert result.returncode == 141 and "rror" not in result.stderr, result.stderr
+# ---------------------------------------------------------------- several processes
+
+EXACT = ["--dropout", 0, "--precision", "fp32", "--device", "cpu", *TINY]
+APART = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import data, distill, teacher
+if os.environ["RANK"] == "1":
+    os.makedirs("other-machine", exist_ok=True)
+    os.chdir("other-machine")  # which has no checkpoint of its own
+    if sys.argv[1] == "fails":
+        def fail(*_):
+            raise data.InputError("the second machine has lost its disk")
+        teacher.draw_batch = fail
+sys.argv[1:2] = []
+data.run_command(distill.main)
+"""
+
+
+@pytest.fixture
+def apart(tmp_path) -> Path:
+    """distill.py, whose second process runs on a disk of its own."""
+    (tmp_path / "apart.py").write_text(APART)
+    return tmp_path / "apart.py"
 
 
 def two_processes(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
@@ -83,6 +106,20 @@ def two_processes(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
         [*launch, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
+
+
+def start_two(*arguments: object, cwd: Path) -> list[subprocess.Popen]:
+    """The same two without torchrun, so that each can be signalled and its exit code seen."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, *map(str, arguments)]
+    return [
+        subprocess.Popen(line, cwd=cwd, env={**os.environ, **env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                         stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]  # fmt: skip
 
 
 def same_curve(folder: Path, names: tuple[str, str], epochs: int) -> None:
@@ -98,46 +135,34 @@ def same_curve(folder: Path, names: tuple[str, str], epochs: int) -> None:
         assert float(a[4]) == pytest.approx(float(b[4]), abs=0.05)
 
 
-EXACT = ["--dropout", 0, "--precision", "fp32", "--device", "cpu", *TINY]
-
-
 def test_two_processes_give_the_loss_curve_of_one(ring, tmp_path):
-    flags = ["--data", ring, "--bert", "none", *EXACT]
-    command("teacher.py", *flags, "--name", "one", cwd=tmp_path)
+    flags = ["--data", ring, "--bert", "none", *EXACT, "--tokens", 64]  # some batches are one history
+    inside("teacher.py", *flags, "--name", "one", cwd=tmp_path)
     result = two_processes(ROOT / "teacher.py", *flags, "--name", "two", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     same_curve(tmp_path, ("one", "two"), 2)
 
 
-def test_two_processes_go_on_where_one_was_stopped(ring, tmp_path):
+def test_two_machines_stop_together_and_go_on_from_the_checkpoint_of_the_first(ring, tmp_path, apart):
     flags = ["--data", ring, "--no-kd", "--size", "tiny", *EXACT, "--epochs", 60, "--patience", 99]
-    command("distill.py", *flags, "--name", "whole", cwd=tmp_path)
-    arguments = [sys.executable, ROOT / "distill.py", *flags, "--name", "parts"]
-    first = subprocess.Popen(list(map(str, arguments)), cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    inside("distill.py", *flags, "--name", "whole", cwd=tmp_path)
+    both = start_two(apart, "works", *flags, "--name", "parts", cwd=tmp_path)
     log = tmp_path / "runs/ring/parts/log.csv"
-    while first.poll() is None and (not log.exists() or log.read_text().count("\n") < 6):
+    while both[0].poll() is None and (not log.exists() or log.read_text().count("\n") < 6):
         time.sleep(0.05)
-    first.terminate()
-    assert "--resume goes on" in first.communicate()[1] and first.returncode == 143
-    assert log.read_text().count("\n") < 60  # it was stopped before its end
-    result = two_processes(ROOT / "distill.py", *flags, "--name", "parts", "--resume", cwd=tmp_path)
+    both[1].send_signal(signal.SIGTERM)  # one is asked, both end
+    said = [process.communicate(timeout=60)[1] for process in both]
+    assert [process.returncode for process in both] == [143, 143] and "--resume goes on" in said[0]
+    assert log.read_text().count("\n") < 60  # they were stopped before the end
+    assert not list((tmp_path / "other-machine").rglob("*.pt"))
+    result = two_processes(apart, "works", *flags, "--name", "parts", "--resume", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     same_curve(tmp_path, ("whole", "parts"), 60)
 
 
-def test_the_end_of_one_process_is_the_end_of_all(ring, tmp_path):
-    script = tmp_path / "second_one_fails.py"
-    script.write_text(f"""
-import os, sys
-sys.path.insert(0, {str(ROOT)!r})
-import data, distill, teacher
-if os.environ["RANK"] == "1":
-    def fail(*_):
-        raise data.InputError("the second machine has lost its disk")
-    teacher.draw_batch = fail
-data.run_command(distill.main)
-""")
-    result = two_processes(script, "--data", ring, "--no-kd", "--size", "tiny", *EXACT, cwd=tmp_path)
+def test_the_end_of_one_process_is_the_end_of_all(ring, tmp_path, apart):
+    flags = ["--data", ring, "--no-kd", "--size", "tiny", *EXACT]
+    result = two_processes(apart, "fails", *flags, cwd=tmp_path)
     assert result.returncode != 0 and "error: the second machine has lost its disk" in result.stderr
 
 
@@ -147,14 +172,98 @@ def test_histories_of_1_to_2000_items_in_one_run(tmp_path):
     rows = [f"u{user}\ti{chance.randrange(300)}\t{when}" for user, size in enumerate(sizes) for when in range(size)]
     path.write_text("\n".join(["user_id:token\titem_id:token\ttimestamp:float", *rows]) + "\n")
     flags = ["--data", path, "--min-count", 1, "--no-kd", "--size", "tiny", "--epochs", 1, "--max-length", 50]
-    command("distill.py", *flags, cwd=tmp_path)
-    assert "student-no-kd" in command("evaluate.py", "--data", path, "--min-count", 1, cwd=tmp_path)
-    data = load_dataset(str(path), min_count=1)
+    inside("distill.py", *flags, cwd=tmp_path)
+    assert "student-no-kd" in inside("evaluate.py", "--data", path, "--min-count", 1, cwd=tmp_path)
+    data = load_dataset(str(path), min_items=1, min_length=1)
     assert sorted(np.diff(data.offsets)) == sorted(sizes)
-    split, _, _ = leave_one_out(data)
-    starts, ends, _ = windows(split, 50, 0.1, torch.Generator().manual_seed(0))
-    padded = sum(len(rows) * int((ends - starts)[rows].max()) for rows in batches(starts, ends, 1024))
+    part, _, _ = leave_one_out(data)
+    starts, ends, _ = random_windows(part, 50, 0.1, torch.Generator().manual_seed(0))
+    padded = sum(len(rows) * int((ends - starts)[rows].max()) for rows in batches(ends - starts, 1024))
     assert int((ends - starts).sum()) > 0.9 * padded
+
+
+# ---------------------------------------------------------------- terminals and pipes
+
+
+def shell(line: str, cwd: Path, **env: str) -> subprocess.CompletedProcess:
+    line = line.replace("data.py", f"{sys.executable} {ROOT / 'data.py'}")
+    return subprocess.run(["bash", "-c", line], cwd=cwd, capture_output=True, text=True, env={**os.environ, **env})
+
+
+def test_a_reader_that_has_enough_is_no_error(ring, tmp_path):
+    result = shell(f"set -o pipefail; data.py --data {ring} | true", tmp_path)
+    assert result.returncode == 141 and "rror" not in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("streams", "code"), [(">&-", 0), ("2>&-", 0), (">&- 2>&-", 0), (">/dev/full", 2), (">/dev/full 2>/dev/full", 2)]
+)
+def test_closed_and_full_streams_end_quietly(ring, tmp_path, streams, code):
+    result = shell(f"data.py --data {ring} {streams}; exit $?", tmp_path)
+    assert result.returncode == code
+    assert result.stderr.count("\n") <= (streams == ">/dev/full") and "Traceback" not in result.stderr
+    assert "Exception ignored" not in result.stderr
+
+
+def test_a_terminal_that_knows_ascii_only(tmp_path):
+    (tmp_path / "übung.inter").write_text(HEAD + "u\tp\t1\nu\tq\t2\n", "utf-8")
+    (tmp_path / "übung.item").write_text("item_id\ttitle\np\tAmélie\nq\t猫\n", "utf-8")
+    card = command("data.py", "--data", "übung.inter", "--min-count", 1, cwd=tmp_path, PYTHONIOENCODING="ascii")
+    assert re.search(r"1  Am\?lie\n", card) and "\n      2  ?\n" in card
+    text = command("data.py", "--data", "né.inter", cwd=tmp_path, expect=2, PYTHONIOENCODING="ascii")
+    assert text.startswith("error: no file") and text.count("\n") == 1
+
+
+def test_printed_commands_can_be_pasted(tmp_path):
+    log = tmp_path / "it's a $(touch pwned) `touch pwned`.inter"
+    log.write_text(HEAD + "".join(f"u{u}\ti{(u + t) % 9}\t{t}\n" for u in range(9) for t in range(7)))
+    titles = "".join(f"i{n}\tFilm \"{n}\"; touch pwned $(touch pwned) `touch pwned` it's\n" for n in range(9))
+    log.with_suffix(".item").write_text("item_id\ttitle\n" + titles)
+    small = ["--bert", "none", *TINY, "--epochs", "1"]
+    printed = inside("data.py", "--data", log, cwd=tmp_path)
+    for extra in (small, ["--size", "tiny", *TINY], [], []):  # data.py names teacher.py, and so on to student.py
+        following = re.findall("(?:next|then): python (.*)", printed)[-1 if "evaluate.py --" in printed else 0]
+        script, *arguments = shlex.split(following)
+        printed = inside(script, *arguments, *extra, cwd=tmp_path)
+        seen = subprocess.run(["bash", "-c", f"printf '%s\\0' {following}"], cwd=tmp_path, capture_output=True, text=True)
+        assert seen.stdout.split("\0")[:-1] == [script, *arguments]  # a shell reads what was meant
+        if script == "student.py":
+            break
+    assert script == "student.py" and re.search(r"after Film \"\d\"; touch pwned", printed)
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_json_is_strict_and_goes_through_what_is_no_file(ring, tmp_path):
+    # Items of the test part that nobody was trained on: no baseline and no student finds them.
+    rows = "".join(f"u{u}\ti{t}\t{t}\n" for u in range(9) for t in range(3)) + "".join(f"u{u}\tz{u}\t9\n" for u in range(9))
+    (tmp_path / "z.inter").write_text(HEAD + rows)
+    flags = ["--data", tmp_path / "z.inter", "--min-count", 1]
+    for name in ("a", "b"):
+        inside("distill.py", *flags, "--no-kd", "--size", "tiny", *TINY, "--epochs", 1, "--name", name, cwd=tmp_path)
+    with pytest.raises(ValueError):
+        write_json(tmp_path / "x.json", {"a": float("nan")})
+
+    def strict(text: str) -> dict:
+        def fail(constant: str) -> None:
+            raise AssertionError(f"{constant} is not JSON")
+
+        return json.loads(text, parse_constant=fail)
+
+    (tmp_path / "real.json").write_text("old")
+    (tmp_path / "link.json").symlink_to(tmp_path / "real.json")
+    inside("evaluate.py", *flags, "--json", "link.json", cwd=tmp_path)
+    report = strict((tmp_path / "real.json").read_text())
+    assert all(row["NDCG@10"] == 0 for row in report["rows"][:2])
+    assert (tmp_path / "link.json").is_symlink() and not list(tmp_path.glob(".*partial"))
+    os.mkfifo(tmp_path / "pipe")
+    read: list[str] = []
+    reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_text()), daemon=True)
+    reader.start()
+    inside("evaluate.py", *flags, "--json", "pipe", cwd=tmp_path)
+    reader.join(10)
+    assert (tmp_path / "pipe").is_fifo() and strict(read[0])["rows"] == report["rows"]
+    said = command("evaluate.py", *flags, "--json", "/dev/full", cwd=tmp_path, expect=2)
+    assert "No space left" in said and said.strip().count("\n") == 0 and Path("/dev/full").is_char_device()
 
 
 # ---------------------------------------------------------------- files from strangers
@@ -226,7 +335,7 @@ def test_same_verdict_as_the_safetensors_package(tmp_path, name):
 @pytest.fixture(scope="module")
 def run(ring, tmp_path_factory):
     folder = tmp_path_factory.mktemp("serving")
-    command("distill.py", "--data", ring, "--no-kd", "--size", "tiny", *TINY, cwd=folder)
+    inside("distill.py", "--data", ring, "--no-kd", "--size", "tiny", *TINY, cwd=folder)
     return folder / "runs/ring/student-no-kd"
 
 
@@ -258,7 +367,7 @@ def test_a_hostile_checkpoint_is_refused(ring, run, tmp_path, damage):
         (folder / file).write_bytes((run / file).read_bytes())
     (folder / "train_state.pt").write_bytes(damage)
     flags = ["--data", ring, "--no-kd", "--size", "tiny", "--name", "x", *TINY, "--resume"]
-    assert "cannot be read" in command("distill.py", *flags, cwd=tmp_path, expect=2)
+    assert "cannot be read" in inside("distill.py", *flags, cwd=tmp_path, expect=2)
     assert not Path("/tmp/pwned").exists()
 
 
@@ -266,9 +375,11 @@ def test_runs_of_another_version_are_refused(run, tmp_path):
     for file in ("config.json", "catalogue.json", "model.safetensors"):
         (tmp_path / file).write_bytes((run / file).read_bytes())
     config = json.loads((run / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "version": 99}))
-    with pytest.raises(InputError, match="version 99"):
-        load_run(tmp_path)
+    for version in (1, 99, None):
+        assert version != VERSION
+        (tmp_path / "config.json").write_text(json.dumps({**config, "version": version}))
+        with pytest.raises(InputError, match=f"version {version} "):
+            load_run(tmp_path)
 
 
 # ---------------------------------------------------------------- serving
@@ -276,7 +387,7 @@ def test_runs_of_another_version_are_refused(run, tmp_path):
 
 def test_eight_threads_get_the_answers_of_one(run):
     recommender, chance = Recommender(run, k=5, compile=False), random.Random(0)
-    histories = [[chance.randint(1, 60) for _ in range(chance.choice([1, 3, 15, 40]))] for _ in range(50)]
+    histories = [[chance.randint(100, 159) for _ in range(chance.choice([1, 3, 15, 40]))] for _ in range(50)]
     alone = [recommender([history]) for history in histories]
     memory, wrong, stop = peak_memory_gb(), [], threading.Event()
 
@@ -286,12 +397,9 @@ def test_eight_threads_get_the_answers_of_one(run):
             stop.set()
 
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(ask, range(10_000)))
+        list(pool.map(ask, range(5_000)))
     assert not wrong and not stop.is_set()
     assert peak_memory_gb() - memory < 0.2
-    for bad in ([[]], [[0]], [[61]], [["no such film"]]):
-        with pytest.raises(InputError):
-            recommender(bad)
 
 
 # ---------------------------------------------------------------- odd data
@@ -307,27 +415,14 @@ def test_eight_threads_get_the_answers_of_one(run):
 )
 def test_small_and_odd_logs_give_the_right_result(tmp_path, rows, counts):
     path = tmp_path / "x.inter"
-    path.write_text("user_id:token\titem_id:token\ttimestamp:float\n" + rows)
-    data = load_dataset(str(path), min_count=1)
+    path.write_text(HEAD + rows)
+    data = load_dataset(str(path), min_items=1, min_length=1)
     assert (data.num_users, data.num_items) == counts
     train, valid, test = leave_one_out(data)
     assert not len(valid.targets) and not len(test.targets) and len(train.starts) == counts[0]
-    message = command("teacher.py", "--data", path, "--min-count", 1, "--bert", "none", cwd=tmp_path, expect=2)
-    assert "no user has the three items" in message
-
-
-def test_one_malformed_line_in_a_hundred_is_reported_and_two_are_an_error(tmp_path, capsys):
-    path, lines = tmp_path / "x.inter", [f"u{n % 9}\ti{n % 7}\t{n}" for n in range(300)]
-    lines[150] = "broken"
-    path.write_text("\n".join(["user_id:token\titem_id:token\ttimestamp:float", *lines]))
-    data = load_dataset(str(path), min_count=1)
-    assert data.counts["malformed"] == 1 and data.counts["kept"] == 299 and data.counts["read"] == 300
-    assert "x.inter:152: expected 3 or more fields" in capsys.readouterr().err
-    for place in (10, 20, 30):
-        lines[place] = "a\tb\tsoon"
-    path.write_text("\n".join(["user_id:token\titem_id:token\ttimestamp:float", *lines]))
-    with pytest.raises(InputError, match=r"x.inter:12: 'soon' is not a timestamp.*4 of 300 lines"):
-        load_dataset(str(path), min_count=1)
+    for script in (["teacher.py", "--bert", "none"], ["distill.py", "--no-kd"], ["evaluate.py"]):
+        message = inside(*script, "--data", path, "--min-count", 1, cwd=tmp_path, expect=2)
+        assert "no user has" in message and "three items" in message
 
 
 # ---------------------------------------------------------------- invariants on random inputs
@@ -335,16 +430,9 @@ def test_one_malformed_line_in_a_hundred_is_reported_and_two_are_an_error(tmp_pa
 HISTORIES = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=12), min_size=1, max_size=8)
 
 
-def as_log(histories: list[list[int]]) -> Interactions:
-    items = np.array([item for history in histories for item in history])
-    offsets = np.cumsum([0, *map(len, histories)])
-    names = [str(i) for i in range(10)]
-    return Interactions("random", items, offsets, names, names, False, True, {})
-
-
 @given(HISTORIES)
 def test_leave_one_out_takes_the_last_two(histories):
-    train, valid, test = leave_one_out(as_log(histories))
+    train, valid, test = leave_one_out(hand_log(*histories))
     for (a, b), history in zip(zip(train.starts, train.ends, strict=True), histories, strict=True):
         assert train.items[a:b].tolist() == (history[:-2] if len(history) >= 3 else history)
     long = [history for history in histories if len(history) >= 3]
@@ -354,7 +442,7 @@ def test_leave_one_out_takes_the_last_two(histories):
 
 @given(HISTORIES, st.integers(1, 15))
 def test_pad_left_is_the_newest_behind_zeros(histories, length):
-    log = as_log(histories)
+    log = hand_log(*histories)
     offsets = torch.from_numpy(log.offsets)
     rows = pad_left(torch.from_numpy(log.items), offsets[:-1], offsets[1:], length).tolist()
     assert rows == [[PAD] * (length - len(h)) + h[-length:] for h in histories]
@@ -377,12 +465,12 @@ def test_mask_items_hides_what_it_asks_for(histories, rate, seed):
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(1, 200), st.integers(0, 10**6))
 def test_batches_hold_every_row_once_within_the_budget(sizes, tokens, seed):
-    ends = torch.tensor(sizes).cumsum(0)
-    starts = ends - torch.tensor(sizes)
-    for generator in (None, torch.Generator().manual_seed(seed)):
-        groups = batches(starts, ends, tokens, generator)
+    every = torch.tensor(sizes)
+    for generator, rows in ((None, None), (torch.Generator().manual_seed(seed), None), (None, 3)):
+        groups = batches(every, tokens, rows, generator)
         assert sorted(torch.cat(groups).tolist()) == list(range(len(sizes)))
-        assert all(len(g) == 1 or len(g) * int((ends - starts)[g].max()) <= tokens for g in groups)
+        assert all(len(g) == 1 or len(g) * int(every[g].max()) <= tokens for g in groups)
+        assert rows is None or max(map(len, groups)) <= rows
 
 
 @settings(max_examples=200)
@@ -399,32 +487,15 @@ def test_ranks_and_metrics_against_sorting(scores, data):
         assert ndcg(torch.tensor([rank]), 3).item() == pytest.approx(1 / np.log2(rank + 1) if rank <= 3 else 0)
 
 
-def test_written_files_are_whole_or_absent(tmp_path):
-    def fail(path: Path) -> None:
-        path.write_text("half")
-        raise RuntimeError
-
+def test_written_files_are_whole_or_absent(tmp_path, monkeypatch):
     write_safetensors(tmp_path / "x", {"a": torch.ones(3)})
     before = (tmp_path / "x").read_bytes()
-    with pytest.raises(RuntimeError):
-        write_atomic(tmp_path / "x", fail)
-    assert (tmp_path / "x").read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["x"]
 
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
 
-def test_evaluation_in_chunks_gives_the_same_ranks():
-    from evaluate import evaluate
-
-    torch.manual_seed(0)
-    items, sizes = 2**21, torch.arange(3, 40)  # so many items that 32 users are scored at once
-    ends = sizes.cumsum(0)
-    log = torch.randint(1, items, (int(ends[-1]),))
-    log[0] = items
-    split = Split(log, ends - sizes, ends, torch.randint(1, 100, (len(sizes),)))
-    widths = []
-
-    def score(history: torch.Tensor) -> torch.Tensor:
-        widths.append(len(history))
-        return (history.sum(1, keepdim=True) * torch.arange(1, 101) % 101).float()
-
-    whole = target_ranks(score(pad_left(log, split.starts, split.ends, 39)), split.targets)
-    assert torch.equal(evaluate(score, split, False), whole) and max(widths[1:]) <= 32
+    for step in ("fsync", "replace"):  # the machine ends before, or after, the bytes are on the disk
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(os, step, fail)
+            write_atomic(tmp_path / "x", b"half")
+        assert (tmp_path / "x").read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["x"]

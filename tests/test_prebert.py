@@ -1,33 +1,43 @@
 """prebert.py against bytes written by hand, PyTorch's own encoder, and Hugging Face's BERT."""
 
+import functools
+import hashlib
 import json
+import os
+import re
+import subprocess
+import sys
+import threading
 from dataclasses import asdict
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models
+from conftest import ROOT, TINY, hand_log, inside
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
-import data
-from data import PAD, InputError
+from data import PAD, InputError, leave_one_out
 from prebert import (
     BERT_FILES,
     Bert,
     BertConfig,
+    Dropout,
     Encoder,
     PreBert,
     cooccurrence_vectors,
-    encode_titles,
+    encode_texts,
     load_bert,
     prebert_from_bert,
     read_safetensors,
     rename_bert_weights,
     set_item_table,
+    text_vectors,
     write_safetensors,
-)  # fmt: skip
+)
 
-SMALL = BertConfig(16, 2, 4, 32, 12, 30, 2, hidden_dropout_prob=0.0)
+SMALL, WORDS = BertConfig(16, 2, 4, 32, 12, hidden_dropout_prob=0.0), 30
 NUMBERS = b"\x00\x00\x80\x3f\x00\x00\x00\xc0"  # 1.0 and -2.0 in little-endian float32
 
 
@@ -135,6 +145,16 @@ def reference_encoder(encoder: Encoder, config: BertConfig) -> nn.TransformerEnc
     return reference.train()  # train: the slow path, which is the plain formula; dropout is 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_keeps_the_mean_in_every_precision(dtype):
+    torch.manual_seed(0)
+    dropout, x = Dropout(0.1).train(), torch.rand(4_000_001).to(dtype)
+    out = dropout(x)
+    assert out.dtype == dtype and dropout.eval()(x) is x
+    assert (out == 0).double().mean().item() == pytest.approx(26 / 256, abs=0.002)
+    assert (out.double().sum() / x.double().sum()).item() == pytest.approx(1, abs=1e-3)  # a rounded scale is 0.3 % off
+
+
 def shaken(model: nn.Module) -> nn.Module:
     """Random values in every parameter, so that no weight is at a default that hides a mistake."""
     torch.manual_seed(3)
@@ -145,7 +165,7 @@ def shaken(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_encoder_equals_pytorchs(causal):
-    config = BertConfig(16, 3, 4, 32, 12, 30, hidden_dropout_prob=0.0, causal=causal)
+    config = BertConfig(16, 3, 4, 32, 12, hidden_dropout_prob=0.0, causal=causal)
     encoder = shaken(Encoder(config))
     x, real = torch.randn(3, 10, 16), torch.arange(10) >= torch.tensor([[0], [4], [9]])
     future = torch.ones(10, 10, dtype=torch.bool).triu(1) if causal else None
@@ -202,7 +222,7 @@ def test_causal_states_do_not_see_the_future():
 # ---------------------------------------------------------------- BERT folders
 
 
-def hugging_face_names(bert: Bert, prefix: str, old: bool) -> dict:
+def hugging_face_names(bert: Bert, prefix: str = "", old: bool = False) -> dict[str, torch.Tensor]:
     """Our weights under the names that transformers gives them, written out independently of RENAMES."""
     size, theirs = bert.config.hidden_size, {}
     for table, name in (("word", "word"), ("position", "position"), ("segment", "token_type")):
@@ -226,53 +246,131 @@ def hugging_face_names(bert: Bert, prefix: str, old: bool) -> dict:
     return {prefix + name: tensor.detach().clone() for name, tensor in theirs.items()}
 
 
-def bert_folder(tmp_path, prefix="", old=False, **changes) -> tuple[Path, Bert]:
-    bert = shaken(Bert(SMALL))
-    tensors = hugging_face_names(bert, prefix, old) | {"cls.predictions.bias": torch.zeros(30)}
-    write_safetensors(tmp_path / "model.safetensors", tensors)
+HEADS = ("cls.predictions.bias", "bert.pooler.dense.weight", "classifier.weight", "qa_outputs.bias", "embeddings.position_ids")
+
+
+def write_bert(folder: Path, tensors: dict[str, torch.Tensor], **changes: object) -> None:
+    """A folder with these weights, the configuration of SMALL, and a tokenizer that knows five words."""
+    write_safetensors(folder / "model.safetensors", tensors)
     config = {name: value for name, value in asdict(SMALL).items() if name != "causal"}
-    config |= {"model_type": "bert", "unknown": 1, **changes}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[MASK]", "toy", "story"])}
-    Tokenizer(models.WordLevel(vocabulary, "[UNK]")).save(str(tmp_path / "tokenizer.json"))
-    return tmp_path, bert
+    config |= {"model_type": "bert", "vocab_size": WORDS, "type_vocab_size": 2, "unknown": 1, **changes}
+    (folder / "config.json").write_text(json.dumps(config))
+    write_tokenizer(folder, ["[PAD]", "[UNK]", "[MASK]", "toy", "story"])
 
 
-@pytest.mark.parametrize(("prefix", "old"), [("", False), ("bert.", True)])
-def test_every_weight_of_a_bert_folder_is_consumed(tmp_path, capsys, prefix, old):
-    folder, original = bert_folder(tmp_path, prefix, old)
+def write_tokenizer(folder: Path, words: list[str]) -> None:
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def bert_folder(folder: Path, prefix: str = "", old: bool = False, **changes: object) -> tuple[Path, Bert]:
+    bert = shaken(Bert(SMALL, WORDS))
+    write_bert(folder, hugging_face_names(bert, prefix, old) | {name: torch.zeros(3) for name in HEADS}, **changes)
+    return folder, bert
+
+
+def same_weights(folder: Path, original: Bert) -> None:
     loaded, _ = load_bert(str(folder))
+    assert loaded.state_dict().keys() == original.state_dict().keys()
     for name, tensor in original.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
-    assert "cls.predictions.bias (BERT's own word-prediction head)" in capsys.readouterr().out  # ignored aloud
 
 
-def test_rename_leaves_nothing_behind():
-    ours, ignored = rename_bert_weights(
-        hugging_face_names(Bert(SMALL), "bert.", False) | {"bert.pooler.dense.bias": torch.zeros(1)}
-    )
-    assert set(ours) == set(Bert(SMALL).state_dict()) and len(ignored) == 1
+PREFIXES = ["", "bert.", "module.bert.", "_orig_mod.bert.", "_orig_mod.module.", "0.auto_model.", "model.bert."]
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_every_weight_of_a_bert_folder_is_consumed_or_named(tmp_path, capsys, prefix, old):
+    same_weights(*bert_folder(tmp_path, prefix, old))
+    said = capsys.readouterr().out
+    assert all(name in said for name in HEADS) and "5 ignored" in said  # ignored aloud
+
+
+def test_weights_in_shards_are_read(tmp_path):
+    folder, bert = bert_folder(tmp_path)
+    tensors = hugging_face_names(bert)
+    names = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    weight_map = {name: names[place % 2] for place, name in enumerate(tensors)}
+    for file in names:
+        write_safetensors(folder / file, {name: tensors[name] for name in tensors if weight_map[name] == file})
+    (folder / "model.safetensors").unlink()
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+    same_weights(folder, bert)
+    for broken in ({}, {"weight_map": []}, {"weight_map": {"x": "../model.safetensors"}}, {"weight_map": {"x": 7}}):
+        index.write_text(json.dumps(broken))
+        with pytest.raises((InputError, FileNotFoundError)):
+            load_bert(str(folder))
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_the_two_lines_that_convert_a_pickle_work(tmp_path, shards):
+    folder, bert = bert_folder(tmp_path)
+    (folder / "model.safetensors").unlink()
+    tensors = list(hugging_face_names(bert).items())
+    for shard in range(shards):
+        torch.save(dict(tensors[shard::shards]), folder / f"pytorch_model{f'-{shard}' if shards > 1 else ''}.bin")
+    with pytest.raises(InputError, match="only pytorch_model.bin") as caught:
+        load_bert(str(folder))
+    advice = re.search("import glob.*", str(caught.value))[0]
+    subprocess.run([sys.executable, "-c", advice], check=True, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    same_weights(folder, bert)
+
+
+def test_rename_leaves_nothing_behind_and_takes_one_encoder_only():
+    tensors = hugging_face_names(Bert(SMALL, WORDS), "bert.")
+    ours, ignored = rename_bert_weights(tensors | {"bert.pooler.dense.bias": torch.zeros(1)}, Path("x"))
+    assert set(ours) == set(Bert(SMALL, WORDS).state_dict()) and ignored == ["bert.pooler.dense.bias"]
+    with pytest.raises(InputError, match="more than one encoder"):
+        rename_bert_weights(tensors | hugging_face_names(Bert(SMALL, WORDS), "other.bert."), Path("x"))
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "roberta"}, "model type 'roberta' is not supported"),
+        ({"model_type": "roberta"}, "model_type 'roberta' is not supported"),
+        ({"model_type": None}, "model_type None"),
+        ({"is_decoder": True}, "is_decoder True is not supported"),
         ({"position_embedding_type": "relative_key"}, "relative_key"),
         ({"hidden_act": "swish"}, "swish"),
+        ({"hidden_act": ["gelu"]}, "hidden_act"),
         ({"num_attention_heads": 3}, "no multiple"),
-        ({"hidden_size": "big"}, "expected int"),
-        ({"num_hidden_layers": 0}, "out of range"),
-        ({"num_hidden_layers": 3}, "lacks"),
-        ({"num_hidden_layers": 1}, "unknown"),
-        ({"intermediate_size": 64}, "has shape"),
-        ({"vocab_size": 31}, "31 words"),
+        ({"num_attention_heads": 0}, "no multiple"),
+        ({"num_attention_heads": True}, "no multiple"),
+        ({"num_attention_heads": "4"}, "heads"),
+        ({"layer_norm_eps": "small"}, "layer_norm_eps"),
+        ({"hidden_dropout_prob": -1}, "dropout"),
     ],
 )
 def test_unsuitable_bert_folders_are_refused(tmp_path, changes, words):
     folder, _ = bert_folder(tmp_path, **changes)
     with pytest.raises(InputError, match=words):
         load_bert(str(folder))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda tensors: tensors.pop("encoder.layer.1.output.dense.bias"),
+        lambda tensors: tensors.pop("embeddings.word_embeddings.weight"),
+        lambda tensors: tensors.pop("embeddings.position_embeddings.weight"),
+        lambda tensors: tensors.pop("encoder.layer.0.attention.self.key.weight"),
+        lambda tensors: tensors.update({"encoder.layer.0.crossattention.self.key.weight": torch.zeros(16, 16)}),
+        lambda tensors: tensors.update({"encoder.layer.0.intermediate.dense.weight": torch.zeros(31, 16)}),
+        lambda tensors: tensors.update({"embeddings.position_embeddings.weight": torch.zeros(12)}),
+        lambda tensors: tensors.update({"embeddings.word_embeddings.weight": torch.zeros(30, 17)}),
+        lambda tensors: tensors.clear(),
+    ],
+)
+def test_weights_that_make_no_bert_are_refused_in_a_sentence(tmp_path, damage):
+    tensors = hugging_face_names(shaken(Bert(SMALL, WORDS)))
+    damage(tensors)
+    write_bert(tmp_path, tensors)
+    with pytest.raises(InputError, match="model.safetensors: ") as caught:
+        load_bert(str(tmp_path))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
 
 def test_incomplete_bert_folders_are_refused(tmp_path):
@@ -283,11 +381,20 @@ def test_incomplete_bert_folders_are_refused(tmp_path):
         with pytest.raises(InputError, match=name):
             load_bert(str(folder))
         (folder / name).unlink()
-        with pytest.raises(InputError, match=f"has no {name}"):
+        with pytest.raises(InputError, match=f"no .*{name}"):
             load_bert(str(folder))
         (folder / name).write_bytes(content)
     with pytest.raises(InputError, match="no BERT 'gpt2'"):
         load_bert("gpt2")
+
+
+def test_a_tokenizer_with_more_words_than_the_weights_is_refused(tmp_path):
+    folder, _ = bert_folder(tmp_path)
+    write_tokenizer(folder, ["[UNK]", "[MASK]", *(f"w{n}" for n in range(WORDS - 2))])
+    load_bert(str(folder))
+    write_tokenizer(folder, ["[UNK]", "[MASK]", *(f"w{n}" for n in range(WORDS - 1))])
+    with pytest.raises(InputError, match="tokenizer.json knows 31 words, the weights.* 30"):
+        load_bert(str(folder))
 
 
 def test_prebert_keeps_berts_body_mask_and_positions(tmp_path):
@@ -304,6 +411,58 @@ def test_prebert_keeps_berts_body_mask_and_positions(tmp_path):
         prebert_from_bert(bert, tokenizer, 20, 13)
 
 
+class Hub(SimpleHTTPRequestHandler):
+    """What huggingface_hub asks for: /ORG/NAME/resolve/REVISION/FILE, with an ETag and a commit."""
+
+    def do_GET(self) -> None:
+        path = Path(self.directory) / self.path.partition("?")[0].rpartition("/")[2]
+        if "/resolve/" not in self.path or not self.path.startswith("/some-org/bert_tiny.v2/") or not path.is_file():
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound")
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
+        content = path.read_bytes()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        self.send_header("X-Repo-Commit", "0123456789abcdef0123456789abcdef01234567")
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_any_bert_of_the_hub_can_be_named(tmp_path, shards):
+    (tmp_path / "hub").mkdir()
+    folder, _ = bert_folder(tmp_path / "hub", "bert.")
+    if shards:
+        tensors = read_safetensors(folder / "model.safetensors")
+        (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+        weight_map = dict.fromkeys(tensors, "model-00001-of-00001.safetensors")
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Hub, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home")}
+    script = "import sys, prebert; prebert.load_bert(sys.argv[1])"
+
+    def load(name: str) -> subprocess.CompletedProcess:
+        line = [sys.executable, "-c", script, name]
+        return subprocess.run(line, cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True, timeout=60)
+
+    result = load("some-org/bert_tiny.v2")
+    assert result.returncode == 0 and re.search("BERT: 29 weights from .*; 5 ignored", result.stdout), result.stderr
+    result = load("some-org/other")
+    assert "InputError: no some-org/other from http://127.0.0.1" in result.stderr
+    server.shutdown()
+    server.server_close()
+    assert load("some-org/bert_tiny.v2").returncode == 0  # without the hub, from the cache
+
+
 # ---------------------------------------------------------------- item tables
 
 
@@ -316,19 +475,49 @@ def test_item_table_has_the_norm_that_is_asked_for():
     assert rows.mean(0).abs().max() < 1e-6 and torch.equal(model.item_embedding.weight[21], mask)
 
 
-def test_title_vectors_do_not_depend_on_their_neighbours(tmp_path):
+def test_title_vectors_are_means_over_words_whatever_their_neighbours(tmp_path):
     bert, tokenizer = load_bert(str(bert_folder(tmp_path)[0]))
-    both = encode_titles(bert, tokenizer, ["toy", "toy story"])
-    words = torch.tensor([[3]])
-    assert torch.allclose(both[0], bert(words, words > 0)[0, 0], atol=1e-5)  # the mean over one word is that word
-    assert both.shape == (2, 16)
+    texts = ["toy", "", "toy story", "story " * 40, "toy", " "]
+    vectors = encode_texts(bert, tokenizer, texts)
+    assert vectors.shape == (6, 16)
+    for row, words in ((0, [3]), (2, [3, 4]), (3, [4] * 12), (4, [3])):  # BERT reads 12 words at most
+        tokens = torch.tensor([words])
+        assert torch.allclose(vectors[row], bert(tokens, tokens > 0)[0].mean(0), atol=1e-5)
+    mean = vectors[[0, 2, 3, 4]].mean(0)  # a title without words says nothing
+    assert torch.allclose(vectors[1], mean, atol=1e-5) and torch.allclose(vectors[5], mean, atol=1e-5)
+    assert encode_texts(bert, tokenizer, ["", ""]).tolist() == [[0.0] * 16] * 2
+
+
+def test_title_vectors_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    bert, tokenizer = load_bert(str(bert_folder(tmp_path)[0]))
+    log = hand_log([1, 2, 3])
+    log.titles[1:] = ["toy", "2", "toy story"]  # the second has no title, so its raw id stands there
+    first = text_vectors(bert, tokenizer, log)
+    assert torch.allclose(first, encode_texts(bert, tokenizer, ["toy", "", "toy story"]))
+    with monkeypatch.context() as patch:
+        patch.setattr(Bert, "forward", lambda *_: pytest.fail("BERT was asked again"))
+        assert torch.equal(text_vectors(bert, tokenizer, log), first)
+    log.titles[1] = "story"
+    assert not torch.equal(text_vectors(bert, tokenizer, log)[0], first[0])
+
+
+def test_a_teacher_starts_from_titles_one_of_which_has_no_words(tmp_path):
+    (tmp_path / "bert").mkdir()
+    bert_folder(tmp_path / "bert", "bert.")
+    rows = [f"u{u}\ti{(u + t) % 9}\t{t}" for u in range(9) for t in range(6)]
+    (tmp_path / "x.inter").write_text("user_id\titem_id\ttimestamp\n" + "\n".join(rows))
+    titles = [f"i{n}\t{'!!!' if n == 4 else 'toy ' * n}" for n in range(9)]
+    (tmp_path / "x.item").write_text("item_id\ttitle\n" + "\n".join(titles))
+    flags = [*TINY, "--max-length", 12, "--bert", tmp_path / "bert", "--item-init", "text"]
+    assert "classifier.weight" in inside("teacher.py", "--data", tmp_path / "x.inter", *flags, cwd=tmp_path)
+    weights = read_safetensors(tmp_path / "runs/x/teacher/model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
 def test_cooccurrence_factors_give_the_ppmi_matrix_back():
-    from test_data import hand_log
-
     log = hand_log([1, 2, 3, 1, 5, 4], [2, 3, 2, 4, 5])  # the last two of each are held out
-    train, _, _ = data.leave_one_out(log)
+    train, _, _ = leave_one_out(log)
     counts = torch.zeros(5, 5)
     for row in ([1, 2, 3, 1], [2, 3, 2]):
         for i, a in enumerate(row):

@@ -1,69 +1,64 @@
-"""The two losses against formulas, the loop against interruption, and every command by subprocess."""
+"""The two losses against formulas, the loop against interruption, and every command."""
 
 import argparse
 import json
 import math
 import os
 import re
+import shutil
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_data import hand_log
+from conftest import HEAD, TINY, command, hand_log, inside
 
-from data import InputError, leave_one_out, load_dataset, mask_items
+import distill
+import evaluate
+import teacher
+from data import PAD, Batch, InputError, Interactions, batches, leave_one_out, load_dataset, mask_items
 from distill import ask, distillation_loss, mean_of, principal_components, remember, student_loss
-from evaluate import target_ranks
+from evaluate import benchmark, target_ranks
 from prebert import BertConfig, PreBert, read_safetensors
 from student import MiniBert
 from teacher import (
-    Sampler, add_training_flags, check_flags, describe, draw_batch, draw_candidates, fill_epochs, fill_recipe, locked,
-    make_optimizer, masked_item_loss, schedule, train, validate,
+    RECIPES, Sampler, add_training_flags, describe, draw_batch, draw_candidates, draw_windows, item_loss, locked,
+    make_optimizer, schedule, settle, train, validate,
 )  # fmt: skip
-
-ROOT = Path(__file__).parent.parent
-TINY = ["--epochs", "2", "--max-length", "16", "--tokens", "256", "--eval-users", "20"]
-
-
-def command(script: str, *arguments: object, cwd: Path, expect: int = 0) -> str:
-    """Run a script as a user would; returns stdout, or stderr where failure is expected."""
-    result = subprocess.run(
-        [sys.executable, ROOT / script, *map(str, arguments)], cwd=cwd, capture_output=True, text=True
-    )
-    assert result.returncode == expect, result.stderr
-    assert "Traceback" not in result.stderr
-    return result.stderr if expect else result.stdout
-
 
 # ---------------------------------------------------------------- losses
 
 
-def test_masked_item_loss_is_the_mean_over_hidden_positions():
+def masked_batch(items: int, rows: int = 5, seed: int = 0) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    whole = torch.randint(1, items + 1, (rows, 12), generator=generator)
+    tokens, positions, labels = mask_items(whole, torch.zeros(rows, dtype=torch.bool), items + 1, 0.3, generator)
+    return Batch(tokens, positions, labels, positions)
+
+
+def random_weights(*models: PreBert, std: float) -> None:
+    for parameter in (parameter for model in models for parameter in model.parameters()):
+        parameter.data.normal_(0.0, std)
+
+
+def test_item_loss_is_the_mean_over_asked_positions():
     torch.manual_seed(0)
-    model = MiniBert("tiny", 30, 12).eval()
-    tokens, positions, labels = mask_items(
-        torch.randint(1, 31, (5, 12)), torch.zeros(5, dtype=torch.bool), 31, 0.3, torch.Generator()
-    )
+    model, batch = MiniBert("tiny", 30, 12).eval(), masked_batch(30)
     everywhere = torch.arange(12).expand(5, 12)
-    log_p = model.logits(model(tokens, everywhere)).log_softmax(-1)
+    log_p = model.logits(model(batch.tokens, everywhere)).log_softmax(-1)
     terms = [
         -log_p[b, p, label - 1]
         for b in range(5)
-        for p, label in zip(positions[b].tolist(), labels[b].tolist(), strict=True)
+        for p, label in zip(batch.positions[b].tolist(), batch.labels[b].tolist(), strict=True)
         if label
     ]
-    assert masked_item_loss(model, (tokens, positions, labels, positions)).item() == pytest.approx(
-        sum(terms).item() / len(terms), rel=1e-5
-    )
+    assert item_loss(model, batch).item() == pytest.approx(sum(terms).item() / len(terms), rel=1e-5)
 
 
 def test_distillation_is_zero_for_equal_logits():
@@ -112,48 +107,63 @@ def test_distillation_gradient_by_finite_differences():
 
 def test_teacher_gets_no_gradient_and_no_dropout():
     teacher, student = MiniBert("tiny", 30, 12).eval(), MiniBert("tiny", 30, 12).train()
-    batch = mask_items(torch.randint(1, 31, (5, 12)), torch.zeros(5, dtype=torch.bool), 31, 0.3, torch.Generator())
-    student_loss(student, (*batch, batch[1]), [teacher], ask([teacher]), 2.0, 0.5).backward()
+    student_loss(student, masked_batch(30), [teacher], ask([teacher]), 2.0, 0.5).backward()
     assert all(p.grad is None for p in teacher.parameters()) and student.item_bias.grad is not None
 
 
 def test_sampled_softmax_estimates_the_full_one():
     torch.manual_seed(0)
-    model = MiniBert("tiny", 30, 12).eval()
-    for parameter in model.parameters():
-        parameter.data.normal_(0.0, 0.3)
-    batch = mask_items(torch.randint(1, 31, (5, 12)), torch.zeros(5, dtype=torch.bool), 31, 0.3, torch.Generator())
-    batch = (*batch, batch[1])
+    model, batch = MiniBert("tiny", 30, 12).eval(), masked_batch(30)
+    random_weights(model, std=0.3)
     chance = torch.arange(1.0, 31.0) / 465  # far from uniform, so that a missing correction shows
-    full = masked_item_loss(model, batch).item()
-    assert masked_item_loss(model, batch, sampler=Sampler(chance, 300_000)).item() == pytest.approx(full, rel=0.01)
-    assert masked_item_loss(model, batch, sampler=Sampler(chance, 5)).item() > 0
+    full = item_loss(model, batch).item()
+    assert item_loss(model, batch, sampler=Sampler(chance, 300_000)).item() == pytest.approx(full, rel=0.01)
+    assert item_loss(model, batch, sampler=Sampler(chance, 5)).item() > 0
 
 
-def test_cached_answers_are_the_live_ones_and_several_teachers_are_averaged(ring):
+@pytest.mark.parametrize("length", [7, 40])
+def test_cached_answers_are_the_live_ones_in_every_window(ring, length):
     torch.manual_seed(0)
-    split, _, _ = leave_one_out(load_dataset(str(ring)))
-    teachers = [MiniBert("tiny", 60, 40, causal=True).eval() for _ in range(2)]
-    for parameter in (p for teacher in teachers for p in teacher.parameters()):
-        parameter.data.normal_(0.0, 0.2)
-    rows = torch.tensor([3, 11, 20])
-    windows = (split.starts[rows], split.ends[rows], torch.zeros(3, dtype=torch.bool))
-    batch = draw_batch(teachers[0], split, windows, 0.7, torch.Generator().manual_seed(0))
-    asked = batch[2] != 0
-    for cached, live in zip(remember(teachers, split, torch.float32)(batch), ask(teachers)(batch), strict=True):
-        assert cached.shape == (int(asked.sum()), 64) and torch.allclose(cached, live, atol=1e-4)
-    each = [teacher.logits(teacher(batch[0], batch[1])[asked]) for teacher in teachers]
-    both = (each[0].softmax(-1) + each[1].softmax(-1)) / 2
-    assert torch.allclose(mean_of(each).exp(), both, atol=1e-5)
+    part, _, _ = leave_one_out(load_dataset(str(ring)))
+    teachers = [MiniBert("tiny", 60, length, causal=True).eval() for _ in range(2)]
+    random_weights(*teachers, std=0.2)
+    assert (part.sizes > 2 * 7).any() and (part.sizes < 40).all()  # histories longer and shorter than the model reads
+    cached, live, asked = remember(teachers, part, torch.float32), ask(teachers), []
+    for epoch in range(2):  # questions are drawn anew, contexts are not
+        generator = torch.Generator().manual_seed(epoch)
+        starts, ends, last_only = draw_windows(teachers[0], part, 0.0, generator)
+        for rows in batches(ends - starts, 100, generator=generator):
+            batch = draw_batch(teachers[0], part, starts[rows], ends[rows], last_only[rows], 0.7, generator)
+            for kept, said in zip(cached(batch), live(batch), strict=True):
+                assert kept.shape == (int((batch.labels != PAD).sum()), 64) and torch.allclose(kept, said, atol=1e-4)
+            asked += batch.entries[batch.labels != PAD].tolist()
+    assert len(set(asked)) > 0.8 * (part.sizes - 1).sum()  # most of what can be asked was compared
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_batch_knows_where_its_items_stand_in_the_log(ring, causal):
+    part, _, _ = leave_one_out(load_dataset(str(ring)))
+    model, generator = MiniBert("tiny", 60, 7, causal), torch.Generator().manual_seed(0)
+    starts, ends, last_only = draw_windows(model, part, 0.1, generator)
+    batch = draw_batch(model, part, starts, ends, last_only, 0.5, generator)
+    asked = batch.labels != PAD
+    entries = batch.entries[asked] + causal  # a causal model is asked at the item before
+    assert torch.equal(part.items[entries], batch.labels[asked])
+
+
+def test_several_teachers_are_averaged_as_distributions():
+    teachers = [MiniBert("tiny", 60, 12).eval() for _ in range(3)]
+    random_weights(*teachers, std=0.2)
+    batch = masked_batch(60)
+    each = [teacher.logits(teacher(batch.tokens, batch.positions)) for teacher in teachers]
+    assert torch.allclose(mean_of(each).exp(), torch.stack(each).softmax(-1).mean(0), atol=1e-5)
 
 
 def test_distillation_over_candidates_estimates_the_full_one():
     torch.manual_seed(0)
     student, *teachers = (MiniBert("tiny", 90, 12).eval() for _ in range(3))
-    for parameter in (p for model in (student, *teachers) for p in model.parameters()):
-        parameter.data.normal_(0.0, 0.3)
-    batch = mask_items(torch.randint(1, 91, (5, 12)), torch.zeros(5, dtype=torch.bool), 91, 0.3, torch.Generator())
-    batch = (*batch, batch[1])
+    random_weights(student, *teachers, std=0.3)
+    batch = masked_batch(90)
     chance = torch.arange(1.0, 91.0) / 4095  # far from uniform, so that a missing correction shows
     for kinds, temperature in ((teachers[:1], 1.0), (teachers, 1.0), (teachers, 3.0)):
         loss = partial(student_loss, student, batch, kinds, ask(kinds), temperature, 0.6)
@@ -172,18 +182,18 @@ def test_candidates_count_every_item_once():
         [False, False, True, True, False, False],
         [False, True, True, False, False, True],
     ]
-    assert correction[0, 4:].tolist() == pytest.approx([0, 0], abs=1e-5)  # 64 draws leave out none of these
+    three, six, seven = 32 * correction[1, 3].exp(), 16 * correction[0, 4].exp(), 16 * correction[0, 5].exp()
+    assert (three + six + seven).item() == pytest.approx(64)  # times drawn over times expected
 
 
 def test_negatives_stand_for_the_whole_catalogue():
     torch.manual_seed(0)
-    sampler, values = Sampler(torch.arange(1.0, 201.0) / 20_100, 100), torch.rand(200)
-    draws = [sampler.draw() for _ in range(3000)]
-    sums = torch.tensor([(values[columns] * weights.exp()).sum() for columns, weights in draws])
-    assert sums.mean().item() == pytest.approx(values.sum().item(), rel=0.02)
-    always = Sampler(torch.tensor([0.5, 0.5]), 2)  # each is there in 3 of 4 draws of two
-    weights = torch.cat([always.draw()[1].exp() for _ in range(50)])
-    assert torch.allclose(weights, torch.full_like(weights, 4 / 3))
+    chance, values = torch.arange(0.0, 201.0) / 20_100, torch.rand(201)
+    sums = []
+    for _ in range(3000):
+        columns, correction = draw_candidates(Sampler(chance, 100), torch.tensor([[0]]))  # 0 is never drawn
+        sums.append((values[columns] * correction[0, 1:].exp()).sum())
+    assert torch.stack(sums).mean().item() == pytest.approx(values[1:].sum().item(), rel=0.02)
 
 
 def test_principal_components_keep_the_distances_of_a_flat_cloud():
@@ -209,42 +219,38 @@ def test_schedule_and_optimizer_groups():
 
 def test_one_batch_can_be_learnt_by_heart():
     torch.manual_seed(0)
-    model = PreBert(BertConfig(64, 2, 4, 128, 12, hidden_dropout_prob=0.0), 50)
-    batch = mask_items(
-        torch.randint(1, 51, (8, 12)), torch.zeros(8, dtype=torch.bool), 51, 0.3, torch.Generator().manual_seed(0)
-    )
+    model, batch = PreBert(BertConfig(64, 2, 4, 128, 12, hidden_dropout_prob=0.0), 50), masked_batch(50, 8)
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     for _ in range(150):
         optimizer.zero_grad()
-        masked_item_loss(model, (*batch, batch[1])).backward()
+        item_loss(model, batch).backward()
         optimizer.step()
-    asked = batch[2] > 0
-    ranks = target_ranks(model.logits(model(batch[0], batch[1])[asked]), batch[2][asked])
+    asked = batch.labels != PAD
+    ranks = target_ranks(model.logits(model(batch.tokens, batch.positions)[asked]), batch.labels[asked])
     assert (ranks == 1).all()  # HR@1 = 1
 
 
 # ---------------------------------------------------------------- the loop
 
 
-def options(*arguments: str, **defaults: object) -> argparse.Namespace:
+def options(log: Interactions, *arguments: str, **defaults: object) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    add_training_flags(
-        parser,
-        **{
-            "objective": "masked",
-            "lr": 1e-3,
-            "epochs": 3,
-            "patience": 5,
-            "name": "x",
-            "max_length": 16,
-            "tokens": 256,
-            "device": "cpu",
-            **defaults,
-        },
-    )
+    add_training_flags(parser, RECIPES)
+    known = {"objective": "masked", "lr": 1e-3, "epochs": 3, "patience": 5, "name": "x", "max_length": 16,
+             "tokens": 256, "device": "cpu"}  # fmt: skip
+    parser.set_defaults(**{**known, **defaults})
     args = parser.parse_args(arguments)
-    check_flags(parser, args)
+    settle(args, RECIPES, log)
     return args
+
+
+def go(log: Interactions, run: Path, loss: Callable, *flags: str, **defaults: object) -> MiniBert:
+    """Train a tiny student, from the same first weights each time."""
+    args = options(log, *flags, **defaults)
+    torch.manual_seed(5)
+    model = MiniBert("tiny", log.num_items, 16, args.objective == "next")
+    train(model, loss, log, leave_one_out(log), run, args, describe(log, model, args))
+    return model
 
 
 class StopAt:
@@ -257,73 +263,103 @@ class StopAt:
         self.calls += 1
         if self.calls == self.at:
             os.kill(os.getpid(), self.number)
-        return masked_item_loss(model, batch)
+        return item_loss(model, batch)
 
 
 @pytest.mark.parametrize("objective", ["masked", "next"])
 def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(ring, tmp_path, objective, capsys):
     log = load_dataset(str(ring))
-
-    def go(run: str, loss, *flags: str):
-        args = options(*flags, objective=objective, epochs=3, tokens=64)  # more steps in an epoch than epochs
-        torch.manual_seed(5)
-        model = MiniBert("tiny", log.num_items, 16, objective == "next")
-        train(model, loss, log, tmp_path / run, args, describe(log, model, args))
-
-    go("whole", masked_item_loss)
+    same = {"objective": objective, "tokens": 64}  # more steps in an epoch than epochs
+    go(log, tmp_path / "whole", item_loss, **same)
     for at, number, code, flags in ((7, signal.SIGINT, 130, []), (4, signal.SIGTERM, 143, ["--resume"])):
         with pytest.raises(SystemExit) as stopped:
-            go("parts", StopAt(at, number), *flags)
+            go(log, tmp_path / "parts", StopAt(at, number), *flags, **same)
         assert stopped.value.code == code and "--resume" in capsys.readouterr().err
-    go("parts", masked_item_loss, "--resume")
+    go(log, tmp_path / "parts", item_loss, "--resume", **same)
     whole, parts = ((tmp_path / run / "model.safetensors").read_bytes() for run in ("whole", "parts"))
     assert whole == parts
     lines = [(tmp_path / run / "log.csv").read_text().splitlines() for run in ("whole", "parts")]
     assert [len(rows) for rows in lines] == [4, 4]  # a header and a row an epoch
     assert int(lines[0][1].split(",")[0]) > 14  # steps: both interruptions were in the first epoch
     assert not (tmp_path / "parts" / "train_state.pt").exists()
-    go("parts", StopAt(1, signal.SIGINT), "--resume")  # nothing is left to do, so no step is computed
+    go(log, tmp_path / "parts", StopAt(1, signal.SIGINT), "--resume", **same)  # nothing is left, so no step is computed
     assert "has ended" in capsys.readouterr().out
+    with pytest.raises(InputError, match="tokens was 64, now 32"):  # other flags after the end are no wish to be ignored
+        go(log, tmp_path / "parts", item_loss, "--resume", **{**same, "tokens": 32})
     (tmp_path / "parts" / "metrics.json").unlink()  # weights alone, such as a copy of someone's: they must survive
     with pytest.raises(InputError, match="no checkpoint to go on from"):
-        go("parts", masked_item_loss, "--resume")
+        go(log, tmp_path / "parts", item_loss, "--resume", **same)
     assert (tmp_path / "parts" / "model.safetensors").read_bytes() == parts
     with pytest.raises(InputError, match="--overwrite"):
-        go("parts", masked_item_loss)
+        go(log, tmp_path / "parts", item_loss, **same)
 
 
 def test_two_trainings_in_one_folder_are_refused(ring, tmp_path):
-    log, run = load_dataset(str(ring)), tmp_path / "run"
-    args = options()
-    model = MiniBert("tiny", log.num_items, 16)
-    with locked(run), pytest.raises(InputError, match="another training is writing"):
-        train(model, masked_item_loss, log, run, args, describe(log, model, args))
+    with locked(tmp_path / "run"), pytest.raises(InputError, match="another training is writing"):
+        go(load_dataset(str(ring)), tmp_path / "run", item_loss)
 
 
-def test_resume_refuses_other_settings_and_broken_files(ring, tmp_path):
-    log, run = load_dataset(str(ring)), tmp_path / "run"
-
-    def go(loss, *flags):
-        args = options(*flags)
-        model = MiniBert("tiny", log.num_items, 16)
-        train(model, loss, log, run, args, describe(log, model, args))
-
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--lr", "0.5"], "lr was 0.001, now 0.5"),
+        (["--tokens", "1024"], "tokens was 256, now 1024"),
+        (["--seed", "7"], "seed was 0, now 7"),
+        (["--objective", "next"], "--resume .* another|objective was masked, now next"),
+    ],
+)
+def test_resume_names_the_setting_that_differs(ring, tmp_path, flags, words):
+    log = load_dataset(str(ring))
     with pytest.raises(SystemExit):
-        go(StopAt(3, signal.SIGINT))
-    with pytest.raises(InputError, match="settings was"):
-        go(masked_item_loss, "--resume", "--lr", "0.5")
-    (run / "train_state.pt").write_bytes(b"PK\x03\x04 not a checkpoint")
+        go(log, tmp_path / "run", StopAt(3, signal.SIGINT))
+    with pytest.raises(InputError, match=words) as caught:
+        go(log, tmp_path / "run", item_loss, "--resume", *flags)
+    assert len(str(caught.value)) < 200 + len(str(tmp_path)) and "\n" not in str(caught.value)
+    (tmp_path / "run/train_state.pt").write_bytes(b"PK\x03\x04 not a checkpoint")
     with pytest.raises(InputError, match="cannot be read"):
-        go(masked_item_loss, "--resume")
+        go(log, tmp_path / "run", item_loss, "--resume")
 
 
-def test_a_loss_that_is_not_finite_stops_with_advice(ring, tmp_path):
-    log, args = load_dataset(str(ring)), options()
-    model = MiniBert("tiny", log.num_items, 16)
-    broken = lambda model, batch: masked_item_loss(model, batch) * math.nan  # noqa: E731
-    with pytest.raises(InputError, match=r"step 0, learning rate .* try a smaller --lr"):
-        train(model, broken, log, tmp_path / "run", args, describe(log, model, args))
-    assert all(parameter.isfinite().all() for parameter in model.parameters())
+def test_resume_refuses_another_log(ring, tmp_path):
+    log, run = load_dataset(str(ring)), tmp_path / "run"
+    with pytest.raises(SystemExit):
+        go(log, run, StopAt(3, signal.SIGINT))
+    before = {path: path.read_bytes() for path in run.iterdir()}
+    last, *others = log.items[::-1].tolist()
+    swapped = np.array([*others[::-1], last % 60 + 1])
+    renamed = ["", *log.raw_ids[:0:-1]]
+    for other, words in (
+        (replace(log, raw_ids=renamed), "other interactions|another catalogue"),  # a re-exported log, items in another order
+        (replace(log, items=swapped), "other interactions"),
+        (replace(log, raw_ids=[*log.raw_ids[:-1], "new"]), "another catalogue: 1 of"),
+    ):
+        with pytest.raises(InputError, match=words):
+            go(other, run, item_loss, "--resume")
+    assert {path: path.read_bytes() for path in run.iterdir()} == before
+    go(log, run, item_loss, "--resume")  # and the right one goes on
+
+
+@pytest.mark.parametrize("at", [1, 9])
+@pytest.mark.parametrize("broken", ["loss", "gradient"])
+def test_what_is_not_finite_stops_with_advice_and_good_weights(ring, tmp_path, broken, at):
+    calls = []
+
+    def loss(model: PreBert, batch: Batch) -> torch.Tensor:
+        calls.append(item_loss(model, batch))
+        if len(calls) == at and broken == "loss":
+            return calls[-1] * math.nan
+        if len(calls) == at:  # the loss stays as it is
+            calls[-1].register_hook(lambda gradient: gradient * math.inf)
+        return calls[-1]
+
+    log, models = load_dataset(str(ring)), []
+    watched = lambda model, batch: models.append(model) or loss(model, batch)  # noqa: E731
+    with pytest.raises(InputError, match=rf"step {at - 1}, .*try a smaller --lr") as caught:
+        go(log, tmp_path / "run", watched)
+    assert len(calls) == at and re.search("loss is nan" if broken == "loss" else "norm (inf|nan)", str(caught.value))
+    assert all(parameter.isfinite().all() for parameter in models[-1].parameters())
+    state = torch.load(tmp_path / "run/train_state.pt", weights_only=True)
+    assert all(tensor.isfinite().all() for tensor in state["model"].values())
 
 
 def test_validation_reads_as_much_as_the_model_does():
@@ -348,23 +384,34 @@ def test_less_data_gets_more_passes_unless_told(ring):
         (tenth, [], 32, 10), (twice, [], 10, 5), (tenth, ["--epochs", "7"], 7, 5),
         (tenth, ["--epochs", "40", "--patience", "3"], 40, 3),
     ):  # fmt: skip
-        args = options(*given, epochs=None, patience=None)
-        fill_epochs(args, data, 10)
+        args = options(data, *given, epochs=None, patience=None)
         assert (args.epochs, args.patience) == (epochs, patience)
 
 
-def test_a_teacher_of_next_items_gets_the_recipe_of_the_readme_unless_told(ring):
+def test_recipes_fill_in_what_the_flags_left_open_and_help_shows_them(ring, tmp_path):
     log = replace(load_dataset(str(ring)), items=np.ones(1_000_000, np.int64))
-    left = {"epochs": None, "patience": None, "dropout": None, "label_smoothing": None}
-    few = Sampler(torch.ones(9) / 9, 4)
-    for given, sampler, recipe in (
-        ([], None, (10, 0.1, 0.0)), (["--objective", "next"], None, (6, 0.2, 0.1)),
-        (["--objective", "next"], few, (6, 0.2, 0.0)),  # smoothing needs the whole catalogue
-        (["--objective", "next", "--dropout", "0", "--label-smoothing", "0"], None, (6, 0.0, 0.0)),
+    open_ = {**dict.fromkeys(RECIPES["next"]), "max_length": None, "patience": None}
+    for given, recipe in (
+        (["--objective", "masked"], (10, 0.1, 0.0)), (["--objective", "next"], (6, 0.2, 0.1)),
+        (["--objective", "next", "--negatives", "4"], (6, 0.2, 0.0)),  # smoothing needs the whole catalogue
+        (["--objective", "next", "--dropout", "0", "--label-smoothing", "0"], (6, 0.0, 0.0)),
     ):  # fmt: skip
-        args = options(*given, **left)
-        fill_recipe(args, log, sampler)
-        assert (args.epochs, args.dropout, args.label_smoothing) == recipe
+        args = options(log, *given, **open_)
+        assert (args.epochs, args.dropout, args.label_smoothing) == recipe and args.max_length == 200
+    names = [str(n) for n in range(20_002)]
+    assert options(replace(log, raw_ids=names[:-1])).negatives is None and options(replace(log, raw_ids=names)).negatives
+    for given, words in (
+        (["--negatives", "4", "--label-smoothing", "0.1"], "--label-smoothing"),
+        (["--objective", "next", "--last-share", "0.5"], "--last-share"), (["--max-length", "2"], "--max-length"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=words):
+            options(log, *given)
+    for script, recipes in (("teacher.py", RECIPES), ("distill.py", distill.RECIPES)):
+        shown = inside(script, "--help", cwd=tmp_path)
+        for key in recipes["next"]:
+            flag = "--" + key.replace("_", "-")
+            words = " ".join(re.search(rf"\n  {flag} .*?(?=\n  --|\Z)", shown, re.DOTALL)[0].split())
+            assert all(re.search(rf"(?<![\d.]){recipe[key]:g}(?![\d.]*\d)", words) for recipe in recipes.values()), words
 
 
 def test_minutes_budget_follows_the_clock_and_patience_ends_early(ring, tmp_path):
@@ -373,12 +420,102 @@ def test_minutes_budget_follows_the_clock_and_patience_ends_early(ring, tmp_path
         (["--minutes", "0.05", "--patience", "999"], 20),
         (["--epochs", "500", "--patience", "2", "--lr", "1e-9"], 60),
     ):
-        args, began = options(*flags), time.perf_counter()
-        model = MiniBert("tiny", log.num_items, 16)
-        train(model, partial(masked_item_loss), log, tmp_path / flags[0], args, describe(log, model, args))
+        began = time.perf_counter()
+        go(log, tmp_path / flags[0], item_loss, *flags)
         assert time.perf_counter() - began < limit
         report = json.loads((tmp_path / flags[0] / "metrics.json").read_text())
         assert report["minutes"] >= 0.05 if "--minutes" in flags else report["epochs"] < 20
+
+
+# ---------------------------------------------------------------- held out is held out
+
+
+@pytest.mark.parametrize("objective", ["next", "masked"])
+def test_nothing_of_a_last_item_leaks_into_teacher_or_student(ring, tmp_path, objective, monkeypatch):
+    log = load_dataset(str(ring))
+    last, second = log.offsets[1:] - 1, log.offsets[:-1] + 1  # each user's last item, and the second, which is trained on
+    logs = {"one": log}
+    for name, places in (("held out", last), ("trained on", second)):
+        items = log.items.copy()
+        items[places] = (items[places] + 29) % 60 + 1
+        assert set(items.tolist()) == set(log.items.tolist())  # the catalogue is the same
+        logs[name] = replace(log, items=items)
+    weights: dict[str, list[bytes]] = {}
+    for name, data in logs.items():
+        (tmp_path / name).mkdir()
+        for module in (teacher, distill):
+            monkeypatch.setattr(module, "load_asked", lambda _, data=data: data)
+        flags = [*TINY, "--epochs", 1, "--objective", objective]
+        inside("teacher.py", "--bert", "none", *flags, cwd=tmp_path / name)
+        inside("distill.py", "--size", "tiny", *flags, cwd=tmp_path / name)
+        inside("distill.py", "--size", "tiny", "--no-kd", "--negatives", 20, *flags, cwd=tmp_path / name)
+        runs = [tmp_path / name / "runs/ring" / run for run in ("teacher", "student", "student-no-kd")]
+        weights[name] = [(run / "model.safetensors").read_bytes() for run in runs]
+    assert weights["one"] == weights["held out"]
+    assert all(a != b for a, b in zip(weights["one"], weights["trained on"], strict=True))
+
+
+def longer(text: str) -> str:
+    return text + "u3\t111\t3\t99999\n"
+
+
+def shorter(text: str) -> str:
+    return "\n".join(text.splitlines()[:-1]) + "\n"
+
+
+def reordered(text: str) -> str:
+    head, *lines = text.splitlines()
+    return "\n".join([head, *lines[::-1]]) + "\n"
+
+
+def other_users_first(text: str) -> str:
+    """The last user's lines before those of the last but one, when all items were met: numbers of items stay."""
+    head, *lines = text.splitlines()
+    users = [line.split("\t")[0] for line in lines]
+    tail = [line for user in (users[-1], "u48") for line, name in zip(lines, users, strict=True) if name == user]
+    return "\n".join([head, *(line for line in lines if line not in tail), *tail]) + "\n"
+
+
+def test_a_run_is_evaluated_on_its_own_log_only(ring, tmp_path):
+    log = tmp_path / "ring.inter"
+    shutil.copy(ring, log)
+    for seed in (1, 2):
+        inside("distill.py", "--data", log, "--no-kd", "--size", "tiny", *TINY, "--seed", seed, "--name", f"s{seed}",
+               cwd=tmp_path)  # fmt: skip
+    # The same file under another name, and what was written in other words, is the same log.
+    assert "over 2 seeds" in inside("evaluate.py", "--data", "./ring.inter", cwd=tmp_path)
+    flags = ["--no-kd", "--size", "tiny", *TINY, "--seed", 1, "--name", "s1", "--resume"]
+    assert "has ended" in inside("distill.py", "--data", "./ring.inter", *flags, cwd=tmp_path)
+    whole = log.read_text()
+    for change in (longer, shorter, reordered, other_users_first):
+        log.write_text(change(whole))
+        assert log.read_text() != whole
+        for script, arguments in (
+            ("evaluate.py", []), ("distill.py", flags), ("distill.py", ["--teacher", "runs/ring/s1", *TINY]),
+        ):  # fmt: skip
+            text = inside(script, "--data", log, *arguments, cwd=tmp_path, expect=2)
+            assert re.search("was trained on (other interactions|another catalogue)", text) and "\n" not in text.strip()
+    log.write_text(whole.replace("\t130\t", "\t999\t"))
+    assert "another catalogue: 1 of" in inside("evaluate.py", "--data", log, cwd=tmp_path, expect=2)
+
+
+# ---------------------------------------------------------------- short histories
+
+
+def short_log(folder: Path, sizes: list[int]) -> Path:
+    rows = [f"u{user}\ti{(user + when) % 9}\t{when}" for user, size in enumerate(sizes) for when in range(size)]
+    (folder / "short.inter").write_text(HEAD + "\n".join(rows) + "\n")
+    return folder / "short.inter"
+
+
+@pytest.mark.parametrize("objective", ["next", "masked"])
+@pytest.mark.parametrize("sizes", [[3] * 40 + [4], [3] * 30 + [1] * 9 + [2] * 9 + [5], [3] * 40])
+def test_histories_with_one_training_item_do_not_crash(tmp_path, objective, sizes):
+    path = short_log(tmp_path, sizes)
+    flags = ["--data", path, "--min-count", 1, "--no-kd", "--size", "tiny", *TINY, "--objective", objective]
+    asks = objective == "masked" or max(sizes) > 3
+    text = inside("distill.py", *flags, "--tokens", 2, cwd=tmp_path, expect=0 if asks else 2)
+    assert "epoch   2" in text if asks else re.search("no user has the four items", text)
 
 
 # ---------------------------------------------------------------- the commands
@@ -389,79 +526,86 @@ def test_every_command_from_data_to_recommendation(ring, tmp_path):
     assert re.search(r"ring: 50 users, 60 items, [\d,]+ interactions", card) and "Film " in card
     assert "distill.py" in command("teacher.py", "--data", ring, "--bert", "none", *TINY, cwd=tmp_path)
     assert "evaluate.py" in command("distill.py", "--data", ring, "--size", "tiny", *TINY, cwd=tmp_path)
-    command("distill.py", "--data", ring, "--size", "tiny", "--no-kd", *TINY, cwd=tmp_path)
+    inside("distill.py", "--data", ring, "--size", "tiny", "--no-kd", *TINY, cwd=tmp_path)
+    inside("distill.py", "--data", ring, "--size", "tiny", *TINY, "--seed", 1, "--name", "again", cwd=tmp_path)
     table = command("evaluate.py", "--data", ring, "--json", "out.json", cwd=tmp_path)
     report = json.loads((tmp_path / "out.json").read_text())
-    assert [row["name"] for row in report["rows"]] == ["popularity", "markov", "teacher", "student", "student-no-kd"]
+    rows = {row["name"]: row for row in report["rows"]}
+    assert [*rows][:3] == ["popularity", "markov", "teacher"]  # then the students
+    assert set(rows) == {"popularity", "markov", "teacher", "student", "student-no-kd", "again"}
     assert {"HR@1", "HR@5", "HR@10", "HR@20", "NDCG@5", "NDCG@10", "NDCG@20", "MRR", "ci95", "params"} <= set(
-        report["rows"][2]
+        rows["teacher"]
     )
-    assert {"command", "seed", "commit", "machine", "minutes"} <= set(report["rows"][3])
-    assert report["rows"][1]["NDCG@10"] > 0.9  # on a ring, the step from one film to the next is all there is
-    assert "student over teacher" in table and "student over student-no-kd" in table
-    text = command("evaluate.py", "--data", ring, "--sampled", "uniform", cwd=tmp_path, expect=2)
-    assert "fewer than 100" in text
+    assert {"command", "seed", "commit", "machine", "minutes"} <= set(rows["student"])
+    assert rows["markov"]["NDCG@10"] > 0.9  # on a ring, the step from one film to the next is all there is
+    # Two seeds of one recipe are one model; the teacher and the control are others.
+    ((first, seeds),) = report["seeds"].items()
+    assert first in ("student", "again") and seeds["seeds"] == 2 and "over 2 seeds" in table
+    pairs = {frozenset((pair["better"], pair["worse"])) for pair in report["comparisons"]}
+    assert pairs == {frozenset(pair) for pair in ((first, "teacher"), (first, "student-no-kd"), ("teacher", "student-no-kd"))}
+    mean = (rows["student"]["NDCG@10"] + rows["again"]["NDCG@10"]) / 2
+    assert seeds["mean"] == pytest.approx(mean)
     answer = command(
         "student.py", "--run", "runs/ring/student", "film 3 (1953)", "Film 4 (1954)", "-k", 3, cwd=tmp_path
     )
-    assert len(re.findall(r"Film \d+ \(\d+\)$", answer, re.M)) == 3 and " ms, eager" in answer
-    assert "did you mean" in command(
-        "student.py", "--run", "runs/ring/student", "Film 3 (1853)", cwd=tmp_path, expect=2
-    )
+    assert len(re.findall(r"Film \d+ \(\d+\)", answer)) == 2 + 3 and " ms, eager" in answer
+    said = command("student.py", "--run", "runs/ring/student", "Film 3 (1853)", cwd=tmp_path, expect=2)
+    assert "did you mean" in said and said.count("\n") == 1
 
 
-def test_next_item_teacher_and_student(ring, tmp_path):
-    command("teacher.py", "--data", ring, "--bert", "none", "--objective", "next", *TINY, cwd=tmp_path)
-    command("distill.py", "--data", ring, "--size", "tiny", *TINY, cwd=tmp_path)
-    model = json.loads((tmp_path / "runs/ring/student/config.json").read_text())["model"]
-    assert model["causal"]
-    assert "--objective next" in command(
-        "distill.py",
-        "--data",
-        ring,
-        "--size",
-        "tiny",
-        "--objective",
-        "masked",
-        "--name",
-        "x",
-        *TINY,
-        cwd=tmp_path,
-        expect=2,
-    )
+def test_student_takes_objective_and_length_from_its_teacher(ring, tmp_path):
+    for objective in ("next", "masked"):
+        inside("teacher.py", "--data", ring, "--bert", "none", *TINY, "--epochs", 1, "--objective", objective, "--name",
+               objective, cwd=tmp_path)  # fmt: skip
+        flags = ["--data", ring, "--size", "tiny", *TINY[:2], *TINY[4:], "--teacher", f"runs/ring/{objective}"]
+        inside("distill.py", *flags, "--name", "s-" + objective, cwd=tmp_path)
+        model = json.loads((tmp_path / f"runs/ring/s-{objective}/config.json").read_text())["model"]
+        assert model["causal"] == (objective == "next") and model["max_position_embeddings"] == 16
+    other = ["--objective", "next", "--name", "x"]
+    assert "--objective masked" in inside("distill.py", *flags, *other, cwd=tmp_path, expect=2)
+    assert "same questions" in inside("distill.py", *flags, "--max-length", 9, cwd=tmp_path, expect=2)
+    both = ["--teacher", "runs/ring/next", "runs/ring/masked"]
+    assert "same questions" in inside("distill.py", *flags, *both, cwd=tmp_path, expect=2)
 
 
-def test_bench_reports_every_field(ring, tmp_path):
-    command("teacher.py", "--data", ring, "--bert", "none", *TINY, cwd=tmp_path)
-    command("distill.py", "--data", ring, "--size", "tiny", *TINY, cwd=tmp_path)
-    text = command(
-        "evaluate.py", "--data", ring, "--runs", "runs/ring/student", "--bench", "--json", "b.json", cwd=tmp_path
-    )
-    report = json.loads((tmp_path / "b.json").read_text())
-    assert "users/s" in text and report["peak_gflops"] > 0
-    assert len(report["bench"]) == 2 * 4 * 2  # modes, batch sizes; 15 items, which is all it reads, and real lengths
-    assert {(row["mode"], row["batch_size"]) for row in report["bench"]} == {
-        (mode, size) for mode in ("eager", "compiled") for size in (1, 8, 64, 256)
+def test_teachers_answers_are_cached_where_that_is_exact_and_fits(ring, tmp_path, monkeypatch):
+    inside("teacher.py", "--data", ring, "--bert", "none", *TINY, cwd=tmp_path)
+    flags, asked = ["--data", ring, "--size", "tiny", *TINY, "--precision", "fp32"], []
+    monkeypatch.setattr(distill, "ask", lambda teachers: asked.append(1) or ask(teachers))
+    inside("distill.py", *flags, "--name", "cached", cwd=tmp_path)
+    assert not asked
+    inside("distill.py", *flags, "--name", "live", "--no-cache", cwd=tmp_path)
+    assert asked == [1]
+    cached, live = (read_safetensors(tmp_path / "runs/ring" / name / "model.safetensors") for name in ("cached", "live"))
+    assert all(torch.allclose(cached[name], live[name], atol=1e-3) for name in live)
+    monkeypatch.setattr(distill, "CACHE_AT_MOST", 100)
+    inside("distill.py", *flags, "--name", "large", cwd=tmp_path)
+    assert asked == [1, 1]
+
+
+def test_bench_reports_every_field(ring, tmp_path, monkeypatch):
+    inside("distill.py", "--data", ring, "--no-kd", "--size", "tiny", *TINY, cwd=tmp_path)
+    monkeypatch.setattr(evaluate, "benchmark", partial(benchmark, sizes=(1, 8), rounds=1))
+    text = inside("evaluate.py", "--data", ring, "--bench", "--json", "b.json", cwd=tmp_path)
+    bench = json.loads((tmp_path / "b.json").read_text())["bench"]
+    assert "users/s" in text and len(bench) == 2 * 2 * 2  # modes, sizes; all 16 items that it reads, and real lengths
+    assert {(row["mode"], row["batch_size"]) for row in bench} == {
+        (mode, size) for mode in ("eager", "compiled") for size in (1, 8)
     }
-    picture = ElementTree.parse(tmp_path / "b-latency.svg").getroot()
-    assert len(picture.findall("{http://www.w3.org/2000/svg}polyline")) == 1  # a line a fixed length
-    for name, points in (("trade", 1), ("curves", 2)):  # a point a model; a point an epoch
-        picture = ElementTree.parse(tmp_path / f"b-{name}.svg").getroot()
-        assert len(picture.findall("{http://www.w3.org/2000/svg}circle")) == points
-    fields = {
-        "name",
-        "mode",
-        "batch_size",
-        "length",
-        "p50_ms",
-        "p95_ms",
-        "p99_ms",
-        "users_per_s",
-        "flops_per_user",
-        "fraction_of_peak",
-        "extra_memory_gb",
-    }
-    assert all(fields <= set(row) and row["p50_ms"] <= row["p95_ms"] <= row["p99_ms"] for row in report["bench"])
+    for row in bench:
+        assert 0 < row["p50_ms"] <= row["p95_ms"] <= row["p99_ms"] and row["name"] == "student-no-kd"
+        assert row["users_per_s"] == pytest.approx(1000 * row["batch_size"] / row["p50_ms"], rel=0.9)
+        assert (row["compile_and_load_s"] > 0) == (row["mode"] == "compiled")
+
+
+def test_the_released_student_is_evaluated_where_nothing_is_trained(ring, tmp_path, monkeypatch):
+    inside("distill.py", "--data", ring, "--no-kd", "--size", "tiny", *TINY, cwd=tmp_path)
+    (tmp_path / "project/results/ring").mkdir(parents=True)
+    (tmp_path / "runs/ring/student-no-kd").rename(tmp_path / "project/results/ring/student")
+    monkeypatch.setattr(evaluate, "__file__", str(tmp_path / "project/evaluate.py"))
+    (tmp_path / "elsewhere").mkdir()
+    text = inside("evaluate.py", "--data", ring, cwd=tmp_path / "elsewhere")
+    assert "released student" in text and re.search(r"\nstudent +\d", text)
 
 
 @pytest.mark.parametrize(
@@ -471,36 +615,34 @@ def test_bench_reports_every_field(ring, tmp_path):
         (["data.py", "--unknown"], "unrecognized"),
         (["data.py", "--min-count", "0"], "whole number"),
         (["teacher.py", "--data", "RING", "--lr", "-1"], "--lr: '-1' must be a number above 0"),
+        (["teacher.py", "--data", "RING", "--dropout", "-1"], "--dropout: '-1' must be a number at least 0"),
         (["teacher.py", "--data", "RING", "--bert", "none", "--item-init", "text"], "needs a BERT"),
         (["teacher.py", "--data", "RING", "--bert", "no-such-folder"], "no BERT"),
         (["teacher.py", "--data", "RING", "--bert", "none", "--device", "warp"], "--device warp"),
         (["teacher.py", "--data", "RING", "--seed", "10000000000000"], "--seed from 0"),
         (["distill.py", "--data", "RING"], "train first"),
         (["distill.py", "--data", "RING", "--temperature", "0"], "--temperature"),
+        (["distill.py", "--data", "RING", "--no-kd", "--alpha", "0.5"], "--no-kd"),
         (["evaluate.py", "--data", "RING", "--runs", "nowhere"], "train first"),
-        (["evaluate.py", "--data", "RING", "--bench-items", "1000"], "--bench-items is for --bench"),
+        (["evaluate.py", "--data", "RING", "--sampled", "uniform"], "unrecognized"),
         (["student.py", "--run", "nowhere", "Film 1 (1951)"], "train first"),
     ],
 )
 def test_bad_input_gets_one_clear_line_and_code_2(ring, tmp_path, arguments, words):
     script, *rest = [str(ring) if argument == "RING" else argument for argument in arguments]
-    assert words in command(script, *rest, cwd=tmp_path, expect=2)
+    assert words in inside(script, *rest, cwd=tmp_path, expect=2)
 
 
-def test_a_run_of_another_catalogue_is_refused(ring, tmp_path):
-    command("distill.py", "--data", ring, "--no-kd", "--size", "tiny", *TINY, cwd=tmp_path)
-    path = tmp_path / "runs/ring/student-no-kd/catalogue.json"
-    catalogue = json.loads(path.read_text())
-    path.write_text(json.dumps({**catalogue, "raw_ids": ["", *catalogue["raw_ids"][:0:-1]]}))
-    text = command("evaluate.py", "--data", ring, "--runs", "runs/ring/student-no-kd", cwd=tmp_path, expect=2)
-    assert "another catalogue" in text
-    path.write_text(json.dumps(catalogue))
-    (path.parent / "metrics.json").write_text("{")
-    text = command("evaluate.py", "--data", ring, "--runs", "runs/ring/student-no-kd", cwd=tmp_path, expect=2)
+def test_run_folders_are_plain_files(ring, tmp_path):
+    inside("distill.py", "--data", ring, "--no-kd", "--size", "tiny", *TINY, cwd=tmp_path)
+    run = tmp_path / "runs/ring/student-no-kd"
+    assert set(read_safetensors(run / "model.safetensors")) == set(MiniBert("tiny", 60, 16).state_dict())
+    catalogue = json.loads((run / "catalogue.json").read_text())
+    counts = dict(zip(catalogue["raw_ids"], catalogue["counts"], strict=True))
+    lines = [line.split("\t") for line in ring.read_text().splitlines()[1:]]
+    of_users = {user: [item for name, item, *_ in lines if name == user] for user, *_ in lines}
+    trained = [item for items in of_users.values() for item in items[:-2]]
+    assert counts == {"": 0, **{item: trained.count(item) for item in catalogue["raw_ids"][1:]}}
+    (run / "metrics.json").write_text("{")
+    text = inside("evaluate.py", "--data", ring, "--runs", run, cwd=tmp_path, expect=2)
     assert "metrics.json: not JSON" in text
-
-
-def test_teacher_weights_are_plain_safetensors(ring, tmp_path):
-    command("distill.py", "--data", ring, "--no-kd", "--size", "tiny", *TINY, cwd=tmp_path)
-    names = set(read_safetensors(tmp_path / "runs/ring/student-no-kd/model.safetensors"))
-    assert names == set(MiniBert("tiny", 60, 16).state_dict())

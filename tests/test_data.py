@@ -454,10 +454,11 @@ def test_pad_left_keeps_the_newest_at_the_right():
     assert rows.tolist() == [[0, 0, 1, 2], [4, 5, 6, 7], [0, 0, 0, 0]]
 
 
-def test_random_windows_and_batches_cover_the_training_part():
+def test_random_windows_and_batches_cover_the_training_part(monkeypatch):
+    monkeypatch.setattr(data, "LAST_SHARE", 0.0)
     train, _, _ = leave_one_out(hand_log(list(range(1, 60)), [1, 2, 3], [7], list(range(1, 12))))
     generator = torch.Generator().manual_seed(1)
-    starts, ends, last_only = random_windows(train, 10, 0.0, generator)
+    starts, ends, last_only = random_windows(train, 10, generator)
     assert len(starts) == 6 + 1 + 1 + 1 and not last_only.any()
     assert ((ends - starts) <= 10).all() and (starts >= 0).all()
     newest = {(int(s), int(e)) for s, e in zip(starts, ends, strict=True)}
@@ -467,11 +468,12 @@ def test_random_windows_and_batches_cover_the_training_part():
     assert all(len(rows) * int((ends - starts)[rows].max()) <= 20 for rows in groups)
 
 
-def test_last_only_windows_end_anywhere_but_have_a_past():
+def test_last_only_windows_end_anywhere_but_have_a_past(monkeypatch):
+    monkeypatch.setattr(data, "LAST_SHARE", 1.0)
     train, _, _ = leave_one_out(hand_log(list(range(1, 60)), [7]))
     ends = set()
     for seed in range(300):
-        starts, stops, last_only = random_windows(train, 10, 1.0, torch.Generator().manual_seed(seed))
+        starts, stops, last_only = random_windows(train, 10, torch.Generator().manual_seed(seed))
         assert last_only[:-1].all() and not last_only[-1]  # a lone item has no past
         assert (stops - starts)[:-1].min() >= 2 and (stops - starts).max() <= 10 and stops[:-1].max() <= 57
         ends |= set(stops[:-1].tolist())
@@ -498,11 +500,11 @@ def test_mask_items_rate_labels_and_last_only():
     tokens = torch.randint(1, 50, (400, 30), generator=generator)
     tokens[:, :10] = PAD
     last_only = torch.arange(400) < 100
-    masked, positions, labels = mask_items(tokens, last_only, 50, 0.3, generator)
+    masked, positions, labels = mask_items(tokens, last_only, 50, generator)
     hidden = masked == 50
     assert not hidden[:, :10].any() and (masked == tokens)[~hidden].all()
     assert hidden[:100].sum() == 100 and hidden[:100, -1].all()
-    assert abs(hidden[100:].float().sum().item() / (300 * 20) - 0.3) < 0.02
+    assert abs(hidden[100:].float().sum().item() / (300 * 20) - data.MASK_RATE) < 0.02
     assert (hidden.sum(1) == (labels != PAD).sum(1)).all() and hidden.any(1).all()
     for row in (0, 150, 399):
         pairs = {(p, t) for p, t in zip(positions[row].tolist(), labels[row].tolist(), strict=True) if t != PAD}
@@ -511,10 +513,10 @@ def test_mask_items_rate_labels_and_last_only():
 
 def test_next_items_by_hand():
     tokens = torch.tensor([[0, 0, 3, 1, 2], [5, 4, 3, 2, 1]])
-    history, positions, labels = next_items(tokens, 1.0, torch.Generator())
+    history, positions, labels = next_items(tokens)
     assert history.tolist() == [[0, 0, 3, 1], [5, 4, 3, 2]] and positions.tolist() == [[0, 1, 2, 3]] * 2
     assert labels.tolist() == [[0, 0, 1, 2], [4, 3, 2, 1]]
-    assert [tensor.shape for tensor in next_items(tokens[:, -1:], 1.0, torch.Generator())] == [(2, 0)] * 3
+    assert [tensor.shape for tensor in next_items(tokens[:, -1:])] == [(2, 0)] * 3
 
 
 # ---------------------------------------------------------------- downloads

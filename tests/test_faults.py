@@ -15,6 +15,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -136,7 +137,7 @@ def same_curve(folder: Path, names: tuple[str, str], epochs: int) -> None:
 
 
 def test_two_processes_give_the_loss_curve_of_one(ring, tmp_path):
-    flags = ["--data", ring, "--bert", "none", *EXACT, "--tokens", 64]  # some batches are one history
+    flags = ["--data", ring, "--bert", "none", *EXACT]
     inside("teacher.py", *flags, "--name", "one", cwd=tmp_path)
     result = two_processes(ROOT / "teacher.py", *flags, "--name", "two", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -144,7 +145,8 @@ def test_two_processes_give_the_loss_curve_of_one(ring, tmp_path):
 
 
 def test_two_machines_stop_together_and_go_on_from_the_checkpoint_of_the_first(ring, tmp_path, apart):
-    flags = ["--data", ring, "--no-kd", "--size", "tiny", *EXACT, "--epochs", 60, "--patience", 99]
+    flags = ["--data", ring, "--no-kd", "--size", "tiny", *EXACT, "--epochs", 30, "--patience", 99]
+    flags += ["--tokens", 40]  # some batches are one history, at which the second has nothing to ask
     inside("distill.py", *flags, "--name", "whole", cwd=tmp_path)
     both = start_two(apart, "works", *flags, "--name", "parts", cwd=tmp_path)
     log = tmp_path / "runs/ring/parts/log.csv"
@@ -153,11 +155,11 @@ def test_two_machines_stop_together_and_go_on_from_the_checkpoint_of_the_first(r
     both[1].send_signal(signal.SIGTERM)  # one is asked, both end
     said = [process.communicate(timeout=60)[1] for process in both]
     assert [process.returncode for process in both] == [143, 143] and "--resume goes on" in said[0]
-    assert log.read_text().count("\n") < 60  # they were stopped before the end
+    assert log.read_text().count("\n") < 30  # they were stopped before the end
     assert not list((tmp_path / "other-machine").rglob("*.pt"))
     result = two_processes(apart, "works", *flags, "--name", "parts", "--resume", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    same_curve(tmp_path, ("whole", "parts"), 60)
+    same_curve(tmp_path, ("whole", "parts"), 30)
 
 
 def test_the_end_of_one_process_is_the_end_of_all(ring, tmp_path, apart):
@@ -177,7 +179,7 @@ def test_histories_of_1_to_2000_items_in_one_run(tmp_path):
     data = load_dataset(str(path), min_items=1, min_length=1)
     assert sorted(np.diff(data.offsets)) == sorted(sizes)
     part, _, _ = leave_one_out(data)
-    starts, ends, _ = random_windows(part, 50, 0.1, torch.Generator().manual_seed(0))
+    starts, ends, _ = random_windows(part, 50, torch.Generator().manual_seed(0))
     padded = sum(len(rows) * int((ends - starts)[rows].max()) for rows in batches(ends - starts, 1024))
     assert int((ends - starts).sum()) > 0.9 * padded
 
@@ -196,7 +198,7 @@ def test_a_reader_that_has_enough_is_no_error(ring, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("streams", "code"), [(">&-", 0), ("2>&-", 0), (">&- 2>&-", 0), (">/dev/full", 2), (">/dev/full 2>/dev/full", 2)]
+    ("streams", "code"), [(">&-", 0), ("2>&-", 0), (">&- 2>&-", 0), (">/dev/full", 2)]
 )
 def test_closed_and_full_streams_end_quietly(ring, tmp_path, streams, code):
     result = shell(f"data.py --data {ring} {streams}; exit $?", tmp_path)
@@ -235,8 +237,8 @@ def test_printed_commands_can_be_pasted(tmp_path):
 
 def test_json_is_strict_and_goes_through_what_is_no_file(ring, tmp_path):
     # Items of the test part that nobody was trained on: no baseline and no student finds them.
-    rows = "".join(f"u{u}\ti{t}\t{t}\n" for u in range(9) for t in range(3)) + "".join(f"u{u}\tz{u}\t9\n" for u in range(9))
-    (tmp_path / "z.inter").write_text(HEAD + rows)
+    rows = [f"u{u}\t{'z' + str(u) if t == 3 else 'i' + str(t)}\t{t}" for u in range(30) for t in range(4)]
+    (tmp_path / "z.inter").write_text(HEAD + "\n".join(rows) + "\n")
     flags = ["--data", tmp_path / "z.inter", "--min-count", 1]
     for name in ("a", "b"):
         inside("distill.py", *flags, "--no-kd", "--size", "tiny", *TINY, "--epochs", 1, "--name", name, cwd=tmp_path)
@@ -361,12 +363,12 @@ def test_mutated_run_files_are_read_or_refused(run, tmp_path, name):
 
 @pytest.mark.parametrize("damage", [b"", b"PK\x03\x04", b"\x80\x04cos\nsystem\n(S'echo pwned > /tmp/pwned'\ntR."])
 def test_a_hostile_checkpoint_is_refused(ring, run, tmp_path, damage):
-    folder = tmp_path / "runs/ring/x"
+    folder = tmp_path / "runs/ring/student-no-kd"
     folder.mkdir(parents=True)
     for file in ("config.json", "catalogue.json"):
         (folder / file).write_bytes((run / file).read_bytes())
     (folder / "train_state.pt").write_bytes(damage)
-    flags = ["--data", ring, "--no-kd", "--size", "tiny", "--name", "x", *TINY, "--resume"]
+    flags = ["--data", ring, "--no-kd", "--size", "tiny", *TINY, "--resume"]
     assert "cannot be read" in inside("distill.py", *flags, cwd=tmp_path, expect=2)
     assert not Path("/tmp/pwned").exists()
 
@@ -453,7 +455,8 @@ def test_mask_items_hides_what_it_asks_for(histories, rate, seed):
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.tensor([[PAD] * (12 - len(h)) + h for h in histories])
     last_only = torch.rand(len(tokens), generator=generator) < 0.3
-    masked, positions, labels = mask_items(tokens, last_only, 10, rate, generator)
+    with patch("data.MASK_RATE", rate):
+        masked, positions, labels = mask_items(tokens, last_only, 10, generator)
     hidden = masked == 10
     assert (hidden.sum(1) == (labels != PAD).sum(1)).all() and (hidden.sum(1) >= 1).all()
     assert torch.equal(torch.where(hidden, PAD, masked), torch.where(hidden, PAD, tokens))
@@ -495,7 +498,7 @@ def test_written_files_are_whole_or_absent(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     for step in ("fsync", "replace"):  # the machine ends before, or after, the bytes are on the disk
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(os, step, fail)
+        with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
+            broken.setattr(os, step, fail)
             write_atomic(tmp_path / "x", b"half")
         assert (tmp_path / "x").read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["x"]

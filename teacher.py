@@ -338,7 +338,7 @@ def find_state(run: Path, data: Interactions, args: argparse.Namespace, config: 
         raise InputError(f"{run} exists; --resume goes on with it, --overwrite starts again, --name makes another")
     check_same(run, config, data)
     if (run / "train_state.pt").exists():
-        return (run / "train_state.pt").read_bytes()
+        return (run / "train_state.pt").read_bytes() or b"an empty file, which load_state refuses"
     if (run / "metrics.json").exists():
         return None
     if (run / "model.safetensors").exists():

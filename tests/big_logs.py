@@ -21,10 +21,10 @@ MEASURE = """
 import sys, time
 sys.path.insert(0, {root!r})
 from data import load_dataset
-from evaluate import peak_memory_gb
+from prebert import peak_memory_gb
 began = time.perf_counter()
 data = load_dataset({name!r}, {folder!r})
-print(f"{name}: {{data.counts['read']:,}} lines, {{data.num_users:,}} users, {{data.num_items:,}} items: "
+print(f"{name}: {{data.taken['interactions']}}, {{data.num_users:,}} users, {{data.num_items:,}} items: "
       f"{{time.perf_counter() - began:.1f}} s, peak {{peak_memory_gb():.1f}} GiB")
 """
 

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+# Before torch is imported: on a busy machine, threads that wait by spinning starve those that compute.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from data import InputError, Interactions
 
 ROOT = Path(__file__).parent.parent

@@ -17,7 +17,7 @@ import numpy as np
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from evaluate import machine  # noqa: E402
+from prebert import machine  # noqa: E402
 
 GROUPS = {  # what differs: (users, items, items a user)
     "users": [(5_000, 10_000, 50), (80_000, 10_000, 50)],
@@ -28,9 +28,9 @@ MEASURE = """
 import sys, time
 sys.path.insert(0, {root!r})
 from data import load_dataset
-from evaluate import peak_memory_gb
+from prebert import peak_memory_gb
 began = time.perf_counter()
-data = load_dataset({path!r}, min_count=1)
+data = load_dataset({path!r}, min_items=1, min_length=1)
 print(time.perf_counter() - began, peak_memory_gb(), data.num_items)
 """
 

@@ -7,7 +7,6 @@ The forms with rounded weights compute in float32: no kernel can do better with 
 
 import argparse
 import copy
-import json
 import shlex
 import sys
 import tempfile
@@ -21,10 +20,10 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from data import Split, histories, leave_one_out, load_dataset, write_atomic  # noqa: E402
-from evaluate import machine, ndcg  # noqa: E402
-from prebert import PreBert  # noqa: E402
-from student import MiniBert, TopK, compile_ahead, load_run  # noqa: E402
+from data import Spans, batches, leave_one_out, load_dataset, pad_left, write_json  # noqa: E402
+from evaluate import ndcg  # noqa: E402
+from prebert import PreBert, load_run, machine  # noqa: E402
+from student import MiniBert, TopK, compile_ahead  # noqa: E402
 
 
 class Autocast(nn.Module):
@@ -67,22 +66,23 @@ def forms(model: PreBert, exclude_seen: bool) -> dict[str, nn.Module]:
 
 
 @torch.inference_mode()
-def agreement(graphs: dict[str, nn.Module], model: PreBert, split: Split, count: int | None) -> dict[str, dict]:
+def agreement(graphs: dict[str, nn.Module], model: PreBert, part: Spans, count: int | None) -> dict[str, dict]:
     """Share of the first `count` users who get the same ten as in float32, and NDCG@10 of both."""
     same, quality = dict.fromkeys(graphs, 0), dict.fromkeys(graphs, 0.0)
-    starts, ends, targets = split.starts[:count], split.ends[:count], split.targets[:count]
-    bar = tqdm(total=len(targets), desc="answers")
-    for rows, history in histories(split.items, starts, ends, model.max_length, 2048, 64):
+    part = part[torch.arange(len(part.targets))[:count]]
+    bar = tqdm(total=len(part.targets), desc="answers")
+    for rows in batches(part.sizes.clamp(max=model.max_length), 2048, 64):
+        history = pad_left(part.items, part.starts[rows], part.ends[rows], int(part.sizes[rows].max()))
         tokens, want = model.question(history), None
         for name, graph in graphs.items():
             found = graph(tokens, history)[1]  # (B, 10)
             want = found if want is None else want
             same[name] += int((found.sort(1).values == want.sort(1).values).all(1).sum())
-            hit = found == targets[rows, None]
+            hit = found == part.targets[rows, None]
             quality[name] += ndcg(torch.where(hit.any(1), 1 + hit.int().argmax(1), 11), 10).sum().item()
         bar.update(len(rows))
     bar.close()
-    users = len(targets)
+    users = len(part.targets)
     return {name: {"same_ten": same[name] / users, "NDCG@10": quality[name] / users} for name in graphs}
 
 
@@ -129,7 +129,7 @@ def main() -> None:
             "command": shlex.join(["python", "tests/narrow.py", *sys.argv[1:]]),
             "forms": report,
         }
-        write_atomic(args.json, lambda path: path.write_text(json.dumps(content, indent=1) + "\n"))
+        write_json(args.json, content)
         print(f"written to {args.json}")
 
 

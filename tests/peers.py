@@ -219,11 +219,12 @@ def training(model: nn.Module, loss_of: Callable, optimizer: torch.optim.Optimiz
 
 
 def train_ours(_: dict) -> Callable[[int], None]:
-    from teacher import keep_freed_memory, make_optimizer, masked_item_loss
+    from data import Batch
+    from teacher import item_loss, keep_freed_memory, make_optimizer
 
     keep_freed_memory()
     model = our_student(DROPOUT)
-    loss = lambda rows: masked_item_loss(model, (*rows, rows[1]))  # noqa: E731
+    loss = lambda rows: item_loss(model, Batch(*rows, rows[1]))  # noqa: E731
     return training(model, loss, make_optimizer(model, 1e-3, 1e-3, 0.01))
 
 
@@ -347,7 +348,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.worker:
         return work(*args.worker, args.threads)
-    from evaluate import machine
+    from prebert import machine
 
     report = compare(args.venvs.resolve(), args.rounds, args.threads)
     report = {"machine": machine(), "threads": args.threads, "shape": f"{HIDDEN} x {LAYERS}, length {LENGTH}", **report}

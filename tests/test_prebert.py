@@ -246,7 +246,9 @@ def hugging_face_names(bert: Bert, prefix: str = "", old: bool = False) -> dict[
     return {prefix + name: tensor.detach().clone() for name, tensor in theirs.items()}
 
 
-HEADS = ("cls.predictions.bias", "bert.pooler.dense.weight", "classifier.weight", "qa_outputs.bias", "embeddings.position_ids")
+HEADS = (
+    "cls.predictions.bias", "bert.pooler.dense.weight", "classifier.weight", "qa_outputs.bias", "embeddings.position_ids"
+)  # fmt: skip
 
 
 def write_bert(folder: Path, tensors: dict[str, torch.Tensor], **changes: object) -> None:
@@ -312,7 +314,7 @@ def test_the_two_lines_that_convert_a_pickle_work(tmp_path, shards):
     tensors = list(hugging_face_names(bert).items())
     for shard in range(shards):
         torch.save(dict(tensors[shard::shards]), folder / f"pytorch_model{f'-{shard}' if shards > 1 else ''}.bin")
-    with pytest.raises(InputError, match="only pytorch_model.bin") as caught:
+    with pytest.raises(InputError, match=r"only pytorch_model.bin") as caught:
         load_bert(str(folder))
     advice = re.search("import glob.*", str(caught.value))[0]
     subprocess.run([sys.executable, "-c", advice], check=True, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)})
@@ -336,9 +338,9 @@ def test_rename_leaves_nothing_behind_and_takes_one_encoder_only():
         ({"position_embedding_type": "relative_key"}, "relative_key"),
         ({"hidden_act": "swish"}, "swish"),
         ({"hidden_act": ["gelu"]}, "hidden_act"),
-        ({"num_attention_heads": 3}, "no multiple"),
-        ({"num_attention_heads": 0}, "no multiple"),
-        ({"num_attention_heads": True}, "no multiple"),
+        ({"num_attention_heads": 3}, "heads"),
+        ({"num_attention_heads": 0}, "heads"),
+        ({"num_attention_heads": True}, "heads"),
         ({"num_attention_heads": "4"}, "heads"),
         ({"layer_norm_eps": "small"}, "layer_norm_eps"),
         ({"hidden_dropout_prob": -1}, "dropout"),
@@ -368,7 +370,7 @@ def test_weights_that_make_no_bert_are_refused_in_a_sentence(tmp_path, damage):
     tensors = hugging_face_names(shaken(Bert(SMALL, WORDS)))
     damage(tensors)
     write_bert(tmp_path, tensors)
-    with pytest.raises(InputError, match="model.safetensors: ") as caught:
+    with pytest.raises(InputError, match=r"model.safetensors: ") as caught:
         load_bert(str(tmp_path))
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
@@ -381,7 +383,7 @@ def test_incomplete_bert_folders_are_refused(tmp_path):
         with pytest.raises(InputError, match=name):
             load_bert(str(folder))
         (folder / name).unlink()
-        with pytest.raises(InputError, match=f"no .*{name}"):
+        with pytest.raises(InputError, match=f"no .*{name}|{name}: No such file"):
             load_bert(str(folder))
         (folder / name).write_bytes(content)
     with pytest.raises(InputError, match="no BERT 'gpt2'"):
@@ -393,7 +395,7 @@ def test_a_tokenizer_with_more_words_than_the_weights_is_refused(tmp_path):
     write_tokenizer(folder, ["[UNK]", "[MASK]", *(f"w{n}" for n in range(WORDS - 2))])
     load_bert(str(folder))
     write_tokenizer(folder, ["[UNK]", "[MASK]", *(f"w{n}" for n in range(WORDS - 1))])
-    with pytest.raises(InputError, match="tokenizer.json knows 31 words, the weights.* 30"):
+    with pytest.raises(InputError, match=r"tokenizer.json knows 31 words, the weights.* 30"):
         load_bert(str(folder))
 
 
@@ -430,7 +432,7 @@ class Hub(SimpleHTTPRequestHandler):
         if self.command == "GET":
             self.wfile.write(content)
 
-    do_HEAD = do_GET  # noqa: N815
+    do_HEAD = do_GET
 
     def log_message(self, *_: object) -> None:
         pass
@@ -497,9 +499,9 @@ def test_title_vectors_are_kept(tmp_path, monkeypatch):
     assert torch.allclose(first, encode_texts(bert, tokenizer, ["toy", "", "toy story"]))
     with monkeypatch.context() as patch:
         patch.setattr(Bert, "forward", lambda *_: pytest.fail("BERT was asked again"))
-        assert torch.equal(text_vectors(bert, tokenizer, log), first)
+        assert torch.equal(text_vectors(*load_bert(str(tmp_path)), log), first)
     log.titles[1] = "story"
-    assert not torch.equal(text_vectors(bert, tokenizer, log)[0], first[0])
+    assert not torch.equal(text_vectors(*load_bert(str(tmp_path)), log)[0], first[0])
 
 
 def test_a_teacher_starts_from_titles_one_of_which_has_no_words(tmp_path):

@@ -30,7 +30,7 @@ def write_run(folder: Path, raw_ids: list[str], titles: list[str], causal: bool)
     for parameter in model.parameters():
         parameter.data.normal_(0.05, 0.2)
     write_safetensors(folder / "model.safetensors", model.state_dict())
-    config = {"version": VERSION, "model": asdict(model.config), "exclude_seen": True}
+    config = {"version": VERSION, "model": asdict(model.config), "exclude_seen": True, "settings": {}, "seed": 0}
     (folder / "config.json").write_text(json.dumps(config))
     counts = [0, *(7 * item % 61 for item in range(1, len(raw_ids)))]
     (folder / "catalogue.json").write_text(json.dumps({"raw_ids": raw_ids, "titles": titles, "counts": counts}))
@@ -47,7 +47,7 @@ def run(request, ring, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def cache(run, tmp_path_factory) -> Path:
     """A cache folder that holds the compiled graph of `run`."""
-    folder, before = tmp_path_factory.mktemp("cache"), os.environ.get("XDG_CACHE_HOME")
+    folder, before = tmp_path_factory.mktemp("my cache"), os.environ.get("XDG_CACHE_HOME")
     os.environ["XDG_CACHE_HOME"] = str(folder)
     try:
         assert Recommender(run, compile=True).compiled
@@ -100,9 +100,8 @@ def test_compiled_equals_eager_for_any_length_and_number_of_users(run, cache, mo
             for a, b in zip(ours, native, strict=True):
                 assert a[0] == b[0] and a[2] == pytest.approx(b[2], abs=1e-4)
     assert not list(run.glob("*.pt2"))  # native code is never kept where strangers' files are
-    start = f"import sys, student; assert student.Recommender({str(run)!r}).compiled; assert 'torch._dynamo' not in sys.modules"
-    # A service that restarts does not wait for the compiler.
-    subprocess.run([sys.executable, "-c", start], check=True, cwd=ROOT)
+    start = "import sys, student; assert student.Recommender(sys.argv[1]).compiled; assert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", start, run], check=True, cwd=ROOT)  # a restart does not wait for the compiler
 
 
 def test_compiled_answers_are_the_same_from_eight_threads(run, cache, monkeypatch):
@@ -164,8 +163,9 @@ def test_without_a_compiler_only_compile_fails(ring, tmp_path, monkeypatch, caps
 
     monkeypatch.setattr(student, "compile_ahead", fail)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    eager = Recommender(run, compile=False)
     recommender = Recommender(run, compile=True)  # what a service asks for falls back and says so
-    assert not recommender.compiled and recommender([ids(3, run=run)]) == Recommender(run, compile=False)([ids(3, run=run)])
+    assert not recommender.compiled and recommender([ids(3, run=run)]) == eager([ids(3, run=run)])
     assert "no compiler here" in capsys.readouterr().err
 
 
@@ -265,8 +265,8 @@ def test_spelling(tmp_path):
         recommender.item("amelie")
     assert caught.value.args[0].count("did you mean") == 1 and "any case" not in caught.value.args[0]
     # On the command line an unknown item is reported and skipped, unless it is the only one.
-    result = subprocess.run([sys.executable, ROOT / "student.py", "--run", tmp_path, "-k", "2", "zzz", nfc],
-                            capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "utf-8"})  # fmt: skip
+    line = [sys.executable, ROOT / "student.py", "--run", tmp_path, "-k", "2", "zzz", nfc]
+    result = subprocess.run(line, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "utf-8"})
     assert result.returncode == 0 and result.stderr.startswith("skipped: no item 'zzz'")
     assert "after " + nfd in result.stdout and "zzz" not in result.stdout
     for unknown in (["zzz"], ["zzz", "yyy"], ["alien"]):

@@ -246,9 +246,8 @@ def hugging_face_names(bert: Bert, prefix: str = "", old: bool = False) -> dict[
     return {prefix + name: tensor.detach().clone() for name, tensor in theirs.items()}
 
 
-HEADS = (
-    "cls.predictions.bias", "bert.pooler.dense.weight", "classifier.weight", "qa_outputs.bias", "embeddings.position_ids"
-)  # fmt: skip
+HEADS = ("cls.predictions.bias", "bert.pooler.dense.weight", "classifier.weight", "qa_outputs.bias",
+         "embeddings.position_ids")  # fmt: skip
 
 
 def write_bert(folder: Path, tensors: dict[str, torch.Tensor], **changes: object) -> None:

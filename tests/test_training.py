@@ -287,7 +287,7 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(ring, tmp_path
     assert not (tmp_path / "parts" / "train_state.pt").exists()
     go(log, tmp_path / "parts", StopAt(1, signal.SIGINT), "--resume", **same)  # nothing is left, so no step is computed
     assert "has ended" in capsys.readouterr().out
-    with pytest.raises(InputError, match="tokens was 64, now 32"):  # other flags after the end are no wish to be ignored
+    with pytest.raises(InputError, match="tokens was 64, now 32"):  # flags after the end are not ignored
         go(log, tmp_path / "parts", item_loss, "--resume", **{**same, "tokens": 32})
     (tmp_path / "parts" / "metrics.json").unlink()  # weights alone, such as a copy of someone's: they must survive
     with pytest.raises(InputError, match="no checkpoint to go on from"):
@@ -332,7 +332,7 @@ def test_resume_refuses_another_log(ring, tmp_path):
     swapped = np.array([*others[::-1], last % 60 + 1])
     renamed = ["", *log.raw_ids[:0:-1]]
     for other, words in (
-        (replace(log, raw_ids=renamed), "other interactions|another catalogue"),  # a re-exported log, items in another order
+        (replace(log, raw_ids=renamed), "other interactions|another catalogue"),  # items in another order
         (replace(log, items=swapped), "other interactions"),
         (replace(log, raw_ids=[*log.raw_ids[:-1], "new"]), "another catalogue.*1 of"),
     ):
@@ -402,7 +402,8 @@ def test_recipes_fill_in_what_the_flags_left_open_and_help_shows_them(ring, tmp_
         args = options(log, *given, **open_)
         assert (args.epochs, args.dropout, args.label_smoothing) == recipe and args.max_length == 200
     names = [str(n) for n in range(20_002)]
-    assert options(replace(log, raw_ids=names[:-1])).negatives is None and options(replace(log, raw_ids=names)).negatives
+    assert options(replace(log, raw_ids=names[:-1])).negatives is None
+    assert options(replace(log, raw_ids=names)).negatives > 1000
     for given, words in (
         (["--negatives", "4", "--label-smoothing", "0.1"], "--label-smoothing"),
         (["--max-length", "2"], "--max-length"), (["--seed", "-1"], "--seed"),
@@ -414,7 +415,8 @@ def test_recipes_fill_in_what_the_flags_left_open_and_help_shows_them(ring, tmp_
         for key in recipes["next"]:
             flag = "--" + key.replace("_", "-")
             words = " ".join(re.search(rf"\n  {flag} .*?(?=\n  --|\Z)", shown, re.DOTALL)[0].split())
-            assert all(re.search(rf"(?<![\d.]){recipe[key]:g}(?![\d.]*\d)", words) for recipe in recipes.values()), words
+            for recipe in recipes.values():
+                assert re.search(rf"(?<![\d.]){recipe[key]:g}(?![\d.]*\d)", words), words
 
 
 def test_minutes_budget_follows_the_clock_and_patience_ends_early(ring, tmp_path):
@@ -436,7 +438,7 @@ def test_minutes_budget_follows_the_clock_and_patience_ends_early(ring, tmp_path
 @pytest.mark.parametrize("objective", ["next", "masked"])
 def test_nothing_of_a_last_item_leaks_into_teacher_or_student(ring, tmp_path, objective, monkeypatch):
     log = load_dataset(str(ring))
-    last, second = log.offsets[1:] - 1, log.offsets[:-1] + 1  # each user's last item, and the second, which is trained on
+    last, second = log.offsets[1:] - 1, log.offsets[:-1] + 1  # of each user; the second is trained on
     logs = {"one": log}
     for name, places in (("held out", last), ("trained on", second)):
         items = log.items.copy()
@@ -545,7 +547,8 @@ def test_every_command_from_data_to_recommendation(ring, tmp_path):
     ((first, seeds),) = report["seeds"].items()
     assert first in ("student", "again") and seeds["seeds"] == 2 and "over 2 seeds" in table
     pairs = {frozenset((pair["better"], pair["worse"])) for pair in report["comparisons"]}
-    assert pairs == {frozenset(pair) for pair in ((first, "teacher"), (first, "student-no-kd"), ("teacher", "student-no-kd"))}
+    models = (first, "teacher", "student-no-kd")
+    assert pairs == {frozenset((a, b)) for a in models for b in models if a != b}
     mean = (rows["student"]["NDCG@10"] + rows["again"]["NDCG@10"]) / 2
     assert seeds["mean"] == pytest.approx(mean)
     answer = command(
@@ -576,7 +579,8 @@ def test_teachers_answers_are_cached_where_that_is_exact_and_fits(ring, tmp_path
     states_of = distill.states_of
     monkeypatch.setattr(distill, "states_of", lambda *args: read.append("log") or states_of(*args))
     for objective in ("masked", "next"):
-        inside("teacher.py", "--data", ring, "--bert", "none", *TINY, "--objective", objective, "--overwrite", cwd=tmp_path)
+        first = ["--bert", "none", *TINY, "--objective", objective, "--overwrite"]
+        inside("teacher.py", "--data", ring, *first, cwd=tmp_path)
         flags = ["--data", ring, "--size", "tiny", *TINY, "--precision", "fp32"]
         inside("distill.py", *flags, "--name", objective, cwd=tmp_path)
         assert read == ["log"] * (objective == "next")

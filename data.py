@@ -17,6 +17,7 @@ import ast
 import csv
 import gzip
 import hashlib
+import http.client
 import io
 import itertools
 import json
@@ -400,6 +401,11 @@ class Form(NamedTuple):
     names: list[str]
 
 
+def plain(names: list[str]) -> list[str]:
+    """Names of columns as they are compared: without case, blanks and underscores."""
+    return [re.sub(r"[\W_]", "", name).lower() for name in names]
+
+
 def split_at(separator: str) -> Callable[[str], list[str]]:
     """Takes quotes around a field off, by the rules of CSV; others, such as inches, belong to the text."""
 
@@ -416,9 +422,9 @@ def form_of(path: Path, header: str) -> Form:
     """From the first line; RecBole's types, `user_id:token`, are taken off. InputError if a column occurs twice."""
     split = split_at(max("\t,;|", key=header.count))
     names = [re.sub(r":(token|float)(_seq)?$", "", name).strip() for name in split(header)]
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(f"{path}:1: column {name!r} occurs twice; rename one")
+    for name in plain(names):
+        if name and plain(names).count(name) > 1:
+            raise InputError(f"{path}:1: column {names[plain(names).index(name)]!r} occurs twice; rename one")
     return Form(split, names)
 
 
@@ -433,15 +439,14 @@ COLUMNS = {
     "reviewtime createdat createdtime clicktime viewtime purchasedate orderdate invoicedate transactiondate tdat",
     "label": "label click clicked isclick isclicked",
 }
-NO = {"0", "0.0", "false", "False"}  # a label that says: shown, but not clicked
+NO = {"0", "0.0", "false", "no"}  # a label that says: shown, but not clicked
 LOOKS_LIKE_TIME = re.compile(r"time|date|stamp|epoch|when|(^|_)(ts|at|on|day)$", re.IGNORECASE)
 DATED = re.compile(r"\d{9,19}(\.\d+)?|\d{4}[-/]\d\d?[-/]\d\d?.*")  # the value of what may be a time
 
 
 def place_of(names: list[str], known: str) -> int | None:
     """Where the first of the known spellings stands among the names of columns, if any."""
-    plain = [re.sub(r"[\W_]", "", name).lower() for name in names]
-    return next((plain.index(word) for word in known.split() if word in plain), None)
+    return next((plain(names).index(word) for word in known.split() if word in plain(names)), None)
 
 
 def find_columns(path: Path, names: list[str], first: list[str], given: dict[str, str]) -> dict[str, int | None]:
@@ -485,7 +490,7 @@ def read_log(path: Path, form: Form | None, given: dict[str, str]) -> tuple[Clic
         row = fields[user], fields[item], 0.0 if when is None else moment(fields[when])  # type: ignore[index]
         if not (row[0] and row[1]) or "\0" in line:
             raise ValueError("user and item must be there, without NUL bytes")
-        return () if label is not None and fields[label] in NO else row
+        return () if label is not None and fields[label].strip().lower() in NO else row
 
     for row in rows_of(path, itertools.chain([first], lines), parse, 1 if form else 2):
         if row:
@@ -685,10 +690,11 @@ def fetch(name: str, folder: Path) -> None:
                 size = int(response.headers.get("Content-Length") or 0)
                 with tqdm.wrapattr(response, "read", total=size, desc=zipped.name) as bar:
                     content = b"".join(iter(lambda: bar.read(1 << 16), b""))
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
+            problem = f"{public.source} did not answer ({' '.join(str(error).split())})"
             if name != "ml-100k":
-                raise InputError(f"{public.source} did not answer ({error}); {advice}") from error
-            print(f"{public.source} did not answer ({error})", file=sys.stderr)
+                raise InputError(f"{problem}; {advice}") from error
+            print(problem, file=sys.stderr)
             inside = "recbole/dataset_example/ml-100k/ml-100k"
             return unpack_wheel(*RECBOLE, {inside + end: folder / f"ml-100k{end}" for end in (".inter", ".item")})
         if hashlib.sha256(content).hexdigest() != public.sha256:

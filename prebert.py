@@ -678,7 +678,8 @@ def encode_texts(bert: Bert, tokenizer: Tokenizer, texts: list[str]) -> Tensor:
     """
     tokenizer.no_padding()
     tokenizer.enable_truncation(min(64, bert.config.max_position_embeddings))
-    words = [entry.ids for entry in tokenizer.encode_batch(texts)]
+    encoded = tokenizer.encode_batch(texts)
+    words = [entry.ids if 0 in entry.special_tokens_mask else [] for entry in encoded]  # more than [CLS] [SEP]
     vectors = torch.full((len(texts), bert.config.hidden_size), torch.nan)
     sizes = torch.tensor([len(ids) for ids in words])
     with tqdm(total=len(texts), desc="BERT reads titles", leave=False, delay=1) as bar:

@@ -152,6 +152,18 @@ def test_bad_tables_end_in_one_clear_line(tmp_path, text, words):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("no", ["FALSE", "no", " 0"])
+def test_other_spellings_of_no(tmp_path, no):
+    log = atomic(tmp_path, f"user_id,item_id,label,timestamp\nu,a,1,1\nu,b,{no},2\nu,c,1,3\n")
+    assert histories(log) == [["a", "c"]]
+
+
+@pytest.mark.parametrize("header", ["user_id,item_id,Item_ID", "user_id,userId,item_id", "user_id,itemid,item_id"])
+def test_columns_that_differ_in_case_alone_are_refused(tmp_path, header):
+    with pytest.raises(InputError, match="twice"):
+        atomic(tmp_path, header + "\nu,a,b\n")
+
+
 def test_what_was_shown_and_not_clicked_is_left_out(tmp_path):
     text = "user_id,item_id,label,timestamp\nu,a,1,1\nu,b,0,2\nu,c,1.0,3\nu,d,0.0,4\nu,e,True,5\nu,f,False,6\n"
     log = atomic(tmp_path, text)
@@ -535,6 +547,8 @@ class Server(BaseHTTPRequestHandler):
             self.send_response(302)
             self.send_header("Location", "/moved")
             return self.end_headers()
+        if self.mode == "garbage":
+            return self.wfile.write(b"no HTTP\r\n")
         self.send_response(200)
         self.send_header("Content-Length", str(len(self.content)))
         body = self.content[: len(self.content) // 2] if self.mode == "truncated" else self.content
@@ -588,7 +602,7 @@ def test_download_unpacks_only_what_we_read(serve, tmp_path, mode):
     assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["ml-1m.zip", "movies.dat", "ratings.dat"]
 
 
-@pytest.mark.parametrize("mode", ["truncated", "wrong", "missing", "stalled"])
+@pytest.mark.parametrize("mode", ["truncated", "wrong", "missing", "stalled", "garbage"])
 def test_bad_downloads_are_never_taken_for_data(serve, tmp_path, monkeypatch, mode):
     monkeypatch.setattr(data, "TIMEOUT", 0.5)
     serve(mode)

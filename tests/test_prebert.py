@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TINY, hand_log, inside
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 
 from data import PAD, InputError, leave_one_out
@@ -487,6 +487,15 @@ def test_title_vectors_are_means_over_words_whatever_their_neighbours(tmp_path):
     mean = vectors[[0, 2, 3, 4]].mean(0)  # a title without words says nothing
     assert torch.allclose(vectors[1], mean, atol=1e-5) and torch.allclose(vectors[5], mean, atol=1e-5)
     assert encode_texts(bert, tokenizer, ["", ""]).tolist() == [[0.0] * 16] * 2
+
+
+def test_a_title_without_words_gets_the_mean_whatever_the_tokenizer_adds(tmp_path):
+    bert, tokenizer = load_bert(str(bert_folder(tmp_path)[0]))
+    tokenizer.add_special_tokens(["[CLS]", "[SEP]"])
+    ids = [(word, tokenizer.token_to_id(word)) for word in ("[CLS]", "[SEP]")]
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ids)
+    vectors = encode_texts(bert, tokenizer, ["toy", "", "toy story"])
+    assert torch.allclose(vectors[1], vectors[[0, 2]].mean(0), atol=1e-5)
 
 
 def test_title_vectors_are_kept(tmp_path, monkeypatch):

@@ -138,6 +138,10 @@ def test_a_compiled_copy_that_cannot_be_loaded_costs_a_note(run, cache, monkeypa
         serve("cannot be loaded")
         with pytest.raises(InputError, match="cannot be loaded"):
             Recommender(run, compile=None, fallback=False)
+    with monkeypatch.context() as patch:  # asked to compile, it makes the broken copy anew
+        found: list[bool] = []
+        patch.setattr(student, "compile_ahead", lambda graph, package: found.append(package.exists()) or graph)
+        assert Recommender(run, compile=True).compiled and found == [False]
     assert Recommender(run, k=3, compile=None).compiled is False and not capsys.readouterr().err  # k has its own copy
     # Without a home folder there is no place for a copy, and none is needed.
     monkeypatch.delenv("XDG_CACHE_HOME")

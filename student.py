@@ -4,8 +4,8 @@
     python student.py --run results/ml-1m/student 1 2571                 # the released one knows raw ids
 
 prints what to watch next, with scores and the milliseconds that it took. Mini-BERT is a BERT4Rec
-(Sun et al. 2019) with the anatomy of its teacher, `PreBert`, and a tenth of its size or less;
-distill.py trains it. In order: the model -> top k -> native code -> `Recommender` -> the command.
+(Sun et al. 2019) with the anatomy of its teacher, `PreBert`, and a tenth of its weights or less, the item table
+apart; distill.py trains it. In order: the model -> top k -> native code -> `Recommender` -> the command.
 
 Letters: B batch (users), T sequence length, S whole history, V catalogue (items + PAD + MASK), k how many.
 """

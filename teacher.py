@@ -357,7 +357,8 @@ def open_run(
     if processes > 1:
         dist.broadcast_object_list(box)
     if box[0] is None:
-        print(f"the training of {run} has ended; --overwrite starts it again")
+        if rank == 0:
+            print(f"the training of {run} has ended; --overwrite starts it again")
         return None
     state = load_state(box[0], run, model, optimizer) if box[0] else dict(FRESH)
     if rank == 0:

@@ -383,7 +383,7 @@ def moment(text: str) -> float:
     Seconds, milliseconds and nanoseconds order alike, so the unit does not matter. ValueError for anything else.
     """
     if len(text) > 9 and text[4] in "-/":
-        when = datetime.fromisoformat(text if text[4] == "-" else text.replace("/", "-"))
+        when = datetime.fromisoformat(text.removesuffix(" UTC") if text[4] == "-" else text.replace("/", "-"))
         return when.timestamp() if when.tzinfo else (when - EPOCH).total_seconds()
     number = float(text or "nan")
     if not abs(number) < 2**63:  # false for nan, too
@@ -410,9 +410,11 @@ def split_at(separator: str) -> Callable[[str], list[str]]:
     """Takes quotes around a field off, by the rules of CSV; others, such as inches, belong to the text."""
 
     def split(line: str) -> list[str]:
-        if '"' in line:
+        if '"' in line and len(separator) == 1:
             with suppress(csv.Error):
                 return next(csv.reader([line], delimiter=separator, strict=True))
+            if any(field[:1] == '"' and field.count('"') == 1 for field in line.split(separator)):
+                raise ValueError("a quote is not closed on its line")
         return line.split(separator)
 
     return split
@@ -437,7 +439,7 @@ COLUMNS = {
     "asin stockcode movie",
     "time": "timestamp time datetime date ts eventtime eventtimestamp eventdate unixtimestamp unixtime unixreviewtime "
     "reviewtime createdat createdtime clicktime viewtime purchasedate orderdate invoicedate transactiondate tdat",
-    "label": "label click clicked isclick isclicked",
+    "label": "label click clicked isclick isclicked purchased bought liked",
 }
 NO = {"0", "0.0", "false", "no"}  # a label that says: shown, but not clicked
 LOOKS_LIKE_TIME = re.compile(r"time|date|stamp|epoch|when|(^|_)(ts|at|on|day)$", re.IGNORECASE)
@@ -513,7 +515,7 @@ def read_log(path: Path, form: Form | None, given: dict[str, str]) -> tuple[Clic
 
 def title_place(names: list[str]) -> int | None:
     """The column of titles: `title`, else one with title in its name, else `name`, else one with name in its name."""
-    other = re.compile("category|brand|genre|type|class|user|author|artist|seller|store", re.IGNORECASE)
+    other = re.compile("category|brand|genre|type|class|user|author|artist|seller|_id$|length|lang", re.IGNORECASE)
     fit = [place for place, name in enumerate(names) if re.search("title|name", name, re.I) and not other.search(name)]
     order = lambda place: ("title" not in names[place].lower(), names[place].lower() not in ("title", "name"))  # noqa: E731
     return min(fit, key=order, default=None)
@@ -705,7 +707,7 @@ def fetch(name: str, folder: Path) -> None:
 
 # ---------------------------------------------------------------- datasets by name or path
 
-TABLE = re.compile(r"\.(inter|csv|tsv)(\.gz)?$")
+TABLE = re.compile(r"\.(inter|csv|tsv)(\.gz)?$", re.IGNORECASE)
 CACHE_FROM = 1 << 24  # bytes; smaller logs are read faster than anyone waits
 
 
@@ -869,8 +871,9 @@ def run_command(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # the reader of the output, such as `head`, has enough
         code = 141
     except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
         code = 2
+        with suppress(OSError):
+            print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         code = 130
     if code:

@@ -619,13 +619,14 @@ def load_run(run: str | Path) -> tuple[PreBert, dict, dict]:
 
 def check_catalogue(run: Path, config: dict, catalogue: dict, data: Interactions) -> None:
     """InputError unless a run was trained on these interactions: on others, what it was trained on may be a target."""
-    theirs, ours = set(catalogue["raw_ids"]), set(data.raw_ids)
+    raw_ids = catalogue.get("raw_ids")
+    theirs, ours = set(map(str, raw_ids if isinstance(raw_ids, list) else [])), set(data.raw_ids)
     if theirs != ours:
         differ = f"{len(theirs - ours):,} of its {len(theirs) - 1:,} items are missing here, {len(ours - theirs):,} new"
         raise InputError(f"{run} was trained on another catalogue ({differ}); pass its --data and --min-count")
-    if catalogue["raw_ids"] != data.raw_ids or config.get("fingerprint") != data.fingerprint:
+    if raw_ids != data.raw_ids or config.get("fingerprint") != data.fingerprint:
         was, now = config.get("interactions", 0), len(data.items)
-        what = "in another order" if was == now else f"{was:,} of them, not {now:,}"
+        what = "in another order" if was == now else f"{was} of them, not {now}"
         raise InputError(f"{run} was trained on other interactions of the same items ({what}); pass the log it knows")
 
 

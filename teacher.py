@@ -363,7 +363,7 @@ def open_run(
     state = load_state(box[0], run, model, optimizer) if box[0] else dict(FRESH)
     if rank == 0:
         if not box[0]:
-            for name in ("model.safetensors", "log.csv", "metrics.json", "train_state.pt"):
+            for name in ("metrics.json", "train_state.pt", "model.safetensors", "log.csv"):
                 (run / name).unlink(missing_ok=True)
             save_run(run, config, data, counts)
         write_atomic(run / "log.csv", state["log"].encode())  # a crash may have come between a row and its checkpoint

@@ -152,6 +152,17 @@ def test_bad_tables_end_in_one_clear_line(tmp_path, text, words):
     assert "\n" not in str(caught.value)
 
 
+def test_titles_whose_quotes_do_not_close_are_skipped_and_times_may_say_utc(tmp_path, capsys):
+    rows = [f"u{n % 9},i{n % 7},2019-10-01 00:{n // 60:02}:{n % 60:02} UTC" for n in range(300)]
+    names = "".join(f"i{n},7,N{n}\n" for n in range(1, 200))
+    (tmp_path / "x.items.csv").write_text('id,title_id,name\ni0,7,"A\n' + names)
+    (tmp_path / "x.CSV").write_text("\n".join(["user_id,item_id,event_time", *rows]))
+    log = load_dataset(str(tmp_path / "x.CSV"), min_items=1, min_length=1)
+    assert sorted(log.titles) == ["", "N1", "N2", "N3", "N4", "N5", "N6", "i0"]
+    assert "a quote is not closed" in capsys.readouterr().err
+    assert [log.raw_ids[item] for item in log.items[:3]] == ["i0", "i2", "i4"]
+
+
 @pytest.mark.parametrize("no", ["FALSE", "no", " 0"])
 def test_other_spellings_of_no(tmp_path, no):
     log = atomic(tmp_path, f"user_id,item_id,label,timestamp\nu,a,1,1\nu,b,{no},2\nu,c,1,3\n")

@@ -515,10 +515,12 @@ def read_log(path: Path, form: Form | None, given: dict[str, str]) -> tuple[Clic
 
 def title_place(names: list[str]) -> int | None:
     """The column of titles: `title`, else one with title in its name, else `name`, else one with name in its name."""
-    other = re.compile("category|brand|genre|type|class|user|author|artist|seller|_id$|length|lang", re.IGNORECASE)
-    fit = [place for place, name in enumerate(names) if re.search("title|name", name, re.I) and not other.search(name)]
-    order = lambda place: ("title" not in names[place].lower(), names[place].lower() not in ("title", "name"))  # noqa: E731
-    return min(fit, key=order, default=None)
+    other = re.compile("category|brand|genre|type|class|user|author|artist|seller|_id$|length|lang")
+    ranked = [
+        ("title" not in name, name not in ("title", "name"), place) for place, name in enumerate(map(str.lower, names))
+        if re.search("title|name", name) and not other.search(name)
+    ]  # fmt: skip
+    return min(ranked)[2] if ranked else None
 
 
 def read_titles(path: Path, form: Form | None) -> tuple[dict[str, str], str]:

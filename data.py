@@ -35,7 +35,7 @@ import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -54,6 +54,12 @@ class InputError(ValueError):
 
 # ---------------------------------------------------------------- sequences
 
+HELD_OUT = {  # what --split and --all mean
+    "last": "leave-one-out (test = last item, validation = second last)",
+    "sessions": "sessions (test = those of the last day, validation = the newest tenth of the rest), every prefix asks "
+    "for its next item, one that training never saw is a miss",
+    "none": "nothing (--all: everything is trained on, so nothing is left to evaluate)",
+}
 
 @dataclass(frozen=True)
 class Interactions:
@@ -64,8 +70,12 @@ class Interactions:
     offsets: np.ndarray  # (U + 1,) int64
     raw_ids: list[str]  # (num_items + 1,) the file's own id of each item; [PAD] is empty
     titles: list[str]  # (num_items + 1,) title, or the raw id where there is none
-    repeats: bool  # whether users come back to items, see `build`; if so, evaluation does not exclude seen items
+    texts: list[str]  # (num_items + 1,) title and what else the file of titles says, empty where there is no title
+    user_ids: list[str]  # (U,) the file's own id of each user
+    begins: np.ndarray  # (U,) float64, the time of each user's first item
+    repeats: bool  # whether users come back to items, see `build`; if so, seen items are not excluded
     taken: dict[str, str]  # what was taken for what, and what became of the lines; the card prints it
+    split: str = "last"  # a key of SPLITS
 
     @property
     def num_users(self) -> int:
@@ -77,16 +87,15 @@ class Interactions:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of items and offsets: two logs with the same one have the same held-out items."""
-        return hashlib.sha256(self.items.tobytes() + self.offsets.tobytes()).hexdigest()
+        """SHA-256 of items, offsets and split: two logs with the same one have the same held-out items."""
+        split = b"" if self.split == "last" else self.split.encode() + self.begins.tobytes()
+        return hashlib.sha256(self.items.tobytes() + self.offsets.tobytes() + split).hexdigest()
 
     @property
     def protocol(self) -> str:
         seen = "seen items NOT excluded (users repeat items)" if self.repeats else "seen items excluded"
-        return (
-            f"leave-one-out (test = last item, validation = second last), full ranking over {self.num_items:,} "
-            f"items, {seen}, ties counted against the target"
-        )
+        ranking = f"full ranking over {self.num_items:,} items, {seen}, ties counted against the target"
+        return f"{HELD_OUT[self.split]}; {ranking}"
 
 
 @dataclass(frozen=True)
@@ -96,7 +105,7 @@ class Spans:
     items: Tensor  # (L,) the whole log; all parts share it
     starts: Tensor  # (R,)
     ends: Tensor  # (R,)
-    targets: Tensor  # (R,) empty in the training part
+    targets: Tensor  # (R,) empty in the training part; PAD for an item that training never saw
 
     @property
     def sizes(self) -> Tensor:
@@ -106,7 +115,10 @@ class Spans:
         return Spans(self.items, self.starts[rows], self.ends[rows], self.targets[rows])
 
 
-def leave_one_out(data: Interactions) -> tuple[Spans, Spans, Spans]:
+Parts = tuple[Spans, Spans, Spans]  # training, validation, test
+
+
+def leave_one_out(data: Interactions) -> Parts:
     """Training, validation and test part: all but two items, the second last, the last of each user.
 
     The test history holds the validation item. A user with under three items is training only.
@@ -117,6 +129,44 @@ def leave_one_out(data: Interactions) -> tuple[Spans, Spans, Spans]:
     train = Spans(items, starts, torch.where(long, ends - 2, ends), items[:0])
     starts, ends = starts[long], ends[long]
     return train, Spans(items, starts, ends - 2, items[ends - 2]), Spans(items, starts, ends - 1, items[ends - 1])
+
+
+def last_day(data: Interactions) -> Parts:
+    """Sessions as users: test is those that begin on the log's last day (UTC), validation the newest tenth of the rest.
+
+    Every prefix of a held-out session asks for its next item, as session-based recommenders are evaluated
+    (Hidasi et al. 2016, section 4). Raises InputError where all sessions begin on one day.
+    """
+    latest = data.begins.max()
+    second = next(unit for unit, most in ((1, 1e11), (1e3, 1e14), (1e6, 1e17), (1e9, np.inf)) if latest < most)
+    test = data.begins // (86400 * second) == latest // (86400 * second)
+    rest = np.flatnonzero(~test)
+    rest = rest[np.argsort(data.begins[rest], kind="stable")]
+    if len(rest) < 10:
+        raise InputError(f"{data.name}: --split sessions needs sessions before the last day, of which there are few")
+    items = torch.from_numpy(data.items)
+    starts, ends = torch.from_numpy(data.offsets[:-1]), torch.from_numpy(data.offsets[1:])
+    chosen = torch.from_numpy(np.sort(rest[: len(rest) - len(rest) // 10]))
+    train = Spans(items, starts[chosen], ends[chosen], items[:0])
+    known = item_counts(train, data.num_items) > 0  # (I,)
+
+    def prefixes(sessions: np.ndarray) -> Spans:
+        rows, places = ragged((ends - starts)[sessions] - 1)
+        first = starts[sessions][rows]
+        targets = items[first + places + 1]
+        return Spans(items, first, first + places + 1, torch.where(known[targets - 1], targets, PAD))
+
+    return train, prefixes(rest[len(rest) - len(rest) // 10 :]), prefixes(np.flatnonzero(test))
+
+
+def everything(data: Interactions) -> Parts:
+    """Nothing held out: all is training, for a model that is served and cannot be evaluated."""
+    items, none = torch.from_numpy(data.items), torch.zeros(0, dtype=torch.long)
+    train = Spans(items, torch.from_numpy(data.offsets[:-1]), torch.from_numpy(data.offsets[1:]), none)
+    return train, Spans(items, none, none, none), Spans(items, none, none, none)
+
+
+SPLITS = {"last": leave_one_out, "sessions": last_day, "none": everything}
 
 
 def ragged(counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -252,7 +302,8 @@ class Clicks(NamedTuple):
     users: np.ndarray  # (L,)
     items: np.ndarray  # (L,)
     times: np.ndarray  # (L,)
-    raw_items: list[str]  # the file's own ids
+    raw_users: list[str]  # the file's own ids
+    raw_items: list[str]
 
 
 def core_filter(users: np.ndarray, items: np.ndarray, min_length: int, min_items: int) -> np.ndarray:
@@ -294,13 +345,13 @@ REPEATS_FROM = 0.01  # of a log's interactions; fewer are accidents, such as a l
 
 
 def build(
-    name: str, clicks: Clicks, titles: dict[str, str], taken: dict[str, str], min_items: int, min_length: int,
-    fraction: int, once: bool,
+    name: str, clicks: Clicks, titles: dict[str, tuple[str, str]], taken: dict[str, str], min_items: int,
+    min_length: int, fraction: int, once: bool,
 ) -> Interactions:  # fmt: skip
     """Filter, sort by time within users (ties keep the file's order) and number items by first appearance.
 
-    once: a user's repeated item counts once, its first time. Users come back to items if a share REPEATS_FROM of
-    what is kept was theirs before. Raises InputError when nothing is left.
+    titles: {raw item id: (title, text)}. once: a user's repeated item counts once, its first time. Users come back to
+    items if a share REPEATS_FROM of what is kept was theirs before. Raises InputError when nothing is left.
     """
     read = len(clicks.users)
     keep = first_times(clicks) if once else np.arange(read)
@@ -312,16 +363,18 @@ def build(
         least = f"where a user needs {min_length} and an item {min_items}; try a smaller --min-count"
         raise InputError(f"{name}: none is left of {lines}, {least}")
     order = core[np.lexsort((clicks.times[core], clicks.users[core]))]  # stable: ties stay in file order
-    (kept, items), (_, users) = numbered(clicks.items[order]), numbered(clicks.users[order])
-    raw_ids = ["", *(clicks.raw_items[item] for item in kept)]
+    (kept, items), (people, users) = numbered(clicks.items[order]), numbered(clicks.users[order])
+    raw_ids, user_ids = ["", *(clicks.raw_items[item] for item in kept)], [clicks.raw_users[user] for user in people]
     pairs = np.sort(users * len(kept) + items)
     repeats = bool((pairs[1:] == pairs[:-1]).sum() >= REPEATS_FROM * len(pairs))
     taken = {**taken, "interactions": f"{lines}; {len(core):,} kept"}
     taken["titles"] = f"{sum(map(titles.__contains__, raw_ids)):,} of {len(kept):,} items{taken.get('titles', '')}"
     offsets = np.concatenate([[0], np.cumsum(np.bincount(users))])
+    both = [titles.get(raw_id, (raw_id, "")) for raw_id in raw_ids]
     return Interactions(
-        name, items + 1, offsets, raw_ids, [titles.get(raw_id, raw_id) for raw_id in raw_ids], repeats, taken
-    )
+        name, items + 1, offsets, raw_ids, [title for title, _ in both], [text for _, text in both], user_ids,
+        clicks.times[order[offsets[:-1]]], repeats, taken,
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------- lines
@@ -510,7 +563,7 @@ def read_log(path: Path, form: Form | None, given: dict[str, str]) -> tuple[Clic
     if (rating := place_of(names, "rating stars score")) is not None:
         taken["not read"] = f"{names[rating]}: a low rating is an interaction, too"
     arrays = np.frombuffer(users, np.int64), np.frombuffer(items, np.int64), np.frombuffer(times, np.float64)
-    return Clicks(*arrays, list(item_ids)), taken
+    return Clicks(*arrays, list(user_ids), list(item_ids)), taken
 
 
 def title_place(names: list[str]) -> int | None:
@@ -523,11 +576,23 @@ def title_place(names: list[str]) -> int | None:
     return min(ranked)[2] if ranked else None
 
 
-def read_titles(path: Path, form: Form | None) -> tuple[dict[str, str], str]:
-    """{raw item id: title} and a word on where they come from; trailing empty fields may be missing."""
+# Columns, besides the title, that say in words what an item is.
+DESCRIBES = re.compile(
+    r"(^|[_ ])(genres?|category|categories|class|tags?|brand|developer|publisher|authors?|artist|studio|director)$",
+    re.IGNORECASE,
+)
+LISTED = re.compile(r"(?<!\w)u?['\"]|['\"](?!\w)|[\[\]|]")  # what lists of words are written with
+
+
+def read_titles(path: Path, form: Form | None) -> tuple[dict[str, tuple[str, str]], str]:
+    """{raw item id: (title, text)} and a word on where they come from; trailing empty fields may be missing.
+
+    The text, which BERT reads, is the title and the columns that DESCRIBES knows, each after its name.
+    """
     lines = read_lines(path)
     split, names = form or form_of(path, next(lines, ""))
     item, title, year = place_of(names, COLUMNS["item"] + " id"), title_place(names), place_of(names, "releaseyear")
+    others = [place for place, name in enumerate(names) if DESCRIBES.search(name) and place not in (item, title)]
     if item is None or title is None:
         what = "items" if item is None else "titles"
         return {}, f": {path.name} has no column of {what}, only {', '.join(names[:9])}"
@@ -539,10 +604,13 @@ def read_titles(path: Path, form: Form | None) -> tuple[dict[str, str], str]:
         fields += [""] * (len(names) - len(fields))
         text, when = fields[title].strip(), fields[year] if year is not None else ""
         # MovieLens' own titles end in the year; RecBole cut it off.
-        return fields[item], f"{text} ({when})" if text and when and "(" + when not in text else text
+        text = f"{text} ({when})" if text and when and "(" + when not in text else text
+        more = [(names[place], " ".join(LISTED.sub(" ", fields[place]).split())) for place in others]
+        return fields[item], text, ". ".join([text, *(f"{name}: {words}" for name, words in more if words)])
 
     rows = rows_of(path, lines, parse, 1 if form else 2)
-    return {item: text for item, text in rows if text}, f", from {names[title]} of {path.name}"
+    found = {item: (text, words) for item, text, words in rows if text}
+    return found, f", from {' and '.join(names[place] for place in (title, *others))} of {path.name}"
 
 
 def titles_beside(log: Path) -> list[Path]:
@@ -587,7 +655,8 @@ def steam_review(line: str) -> list[str]:
 
 def steam_game(line: str) -> list[str]:
     fields = {key: text_of(value) for key, value in python2_dict(line).items()}
-    return [fields.get("id", ""), fields.get("app_name") or fields.get("title") or ""]
+    more = [fields.get(key, "") for key in STEAM_GAME[2:]]
+    return [fields.get("id", ""), fields.get("app_name") or fields.get("title") or "", *more]
 
 
 class Public(NamedTuple):
@@ -602,6 +671,7 @@ class Public(NamedTuple):
 
 
 RATING, TITLE = ["user_id", "item_id", "rating", "timestamp"], ["item_id", "title"]
+STEAM_GAME = ["id", "title", "genres", "tags", "developer"]
 GROUPLENS = "https://files.grouplens.org/datasets/movielens/"
 PUBLIC = {
     "ml-100k": Public(
@@ -610,11 +680,12 @@ PUBLIC = {
     ),
     "ml-1m": Public(
         "ratings.dat", Form(split_at("::"), RATING), GROUPLENS + "ml-1m.zip",
-        "a6898adb50b9ca05aa231689da44c217cb524e7ebd39d264c56e2832f2c54e20", "movies.dat", Form(split_at("::"), TITLE),
+        "a6898adb50b9ca05aa231689da44c217cb524e7ebd39d264c56e2832f2c54e20", "movies.dat",
+        Form(split_at("::"), [*TITLE, "genres"]),
     ),
     "steam": Public(
         "steam_reviews.json.gz", Form(steam_review, ["username", "product_id", "date"]),
-        "https://cseweb.ucsd.edu/~jmcauley/datasets.html", "", "steam_games.json.gz", Form(steam_game, ["id", "title"]),
+        "https://cseweb.ucsd.edu/~jmcauley/datasets.html", "", "steam_games.json.gz", Form(steam_game, STEAM_GAME),
     ),
     "yoochoose": Public(
         "yoochoose-clicks.dat", Form(split_at(","), ["session_id", "timestamp", "item_id"]),
@@ -718,23 +789,25 @@ def dataset_name(name: str) -> str:
     return TABLE.sub("", Path(name).name) if TABLE.search(name) else name
 
 
-def find_files(name: str, root: str | Path | None) -> list[Path]:
+def find_files(name: str, root: str | Path | None, titles: str | None = None) -> list[Path]:
     """The log of a dataset and, if there is one, its file of titles; downloaded where we can, else InputError."""
+    if titles and not (TABLE.search(name) and Path(titles).is_file()):
+        raise InputError(f"--titles {titles}: it must be a file, and goes with a log of your own")
     if name.endswith(".parquet"):
         raise InputError(f"write it as CSV: import pandas; pandas.read_parquet({name!r}).to_csv('x.csv', index=False)")
     if TABLE.search(name) and Path(name).is_file():
-        return [Path(name), *titles_beside(Path(name))]
+        return [Path(name), *([Path(titles)] if titles else titles_beside(Path(name)))]
     if name not in PUBLIC:
         what = "no file" if TABLE.search(name) else "unknown dataset"
         raise InputError(f"{what} {name!r}; --data takes {', '.join(PUBLIC)} or a path to a .inter, .csv or .tsv file")
     folder = Path(root or os.environ.get("PREBERT_DATA") or "data") / name
-    log, titles, atomic = folder / PUBLIC[name].log, folder / PUBLIC[name].titles, folder / f"{name}.inter"
+    log, items, atomic = folder / PUBLIC[name].log, folder / PUBLIC[name].titles, folder / f"{name}.inter"
     if atomic.exists() and not log.exists():
         return [atomic, *titles_beside(atomic)]
     if not log.exists():
         fetch(name, folder)
         return find_files(name, root)
-    return [log, *([titles] if titles.is_file() else [])]
+    return [log, *([items] if items.is_file() else [])]
 
 
 def read_copy(path: Path, source: list) -> Interactions | None:
@@ -742,40 +815,42 @@ def read_copy(path: Path, source: list) -> Interactions | None:
     try:
         with np.load(path) as saved:
             rest = json.loads(saved["rest"].tobytes())
-            same = rest.pop("source") == source
-            return Interactions(items=saved["items"], offsets=saved["offsets"], **rest) if same else None
+            arrays = {name: saved[name] for name in ("items", "offsets", "begins")}
+            return Interactions(**arrays, **rest) if rest.pop("source") == source else None
     except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"{path} cannot be read ({error}); delete it and run again") from error
 
 
 def write_copy(path: Path, data: Interactions, source: list) -> None:
     """Keep a parsed log, so that the next command starts at once; one a dataset."""
-    rest = {key: value for key, value in vars(data).items() if key not in ("items", "offsets")} | {"source": source}
+    arrays = {"items": data.items, "offsets": data.offsets, "begins": data.begins}
+    rest = {key: value for key, value in vars(data).items() if key not in arrays} | {"source": source}
     buffer = io.BytesIO()
-    np.savez(buffer, items=data.items, offsets=data.offsets, rest=np.frombuffer(json.dumps(rest).encode(), np.uint8))
+    np.savez(buffer, allow_pickle=False, rest=np.frombuffer(json.dumps(rest).encode(), np.uint8), **arrays)
     write_atomic(path, buffer.getvalue())
 
 
 def load_dataset(
     name: str, root: str | Path | None = None, min_items: int = 5, min_length: int = 5, fraction: int = 1,
-    columns: dict[str, str] | None = None,
+    columns: dict[str, str] | None = None, titles_file: str | None = None,
 ) -> Interactions:  # fmt: skip
     """Load one of PUBLIC or a table with a header; a large one leaves a parsed copy under runs/.
 
     root: the folder with one sub-folder a dataset; default $PREBERT_DATA, else ./data. min_items, min_length: least
     interactions of an item and of a user. fraction: keep the most recent 1/fraction of the users (sessions).
-    columns: {"user": a column's name, ...} where names are not the known ones.
+    columns: {"user": a column's name, ...} where names are not the known ones. titles_file: of a table's items, where
+    it does not stand beside it.
     Raises InputError for an unknown name, a missing file or too many unreadable lines.
     """
-    paths = find_files(name, root)
+    paths = find_files(name, root, titles_file)
     source: list = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
-    source.append([3, min_items, min_length, fraction, columns or {}])  # 3 is the version of the copy
-    copy = Path("runs") / dataset_name(name) / "interactions.npz"
+    source.append([4, fraction, columns or {}])  # 4 is the version of the copy
+    copy = Path("runs") / dataset_name(name) / f"interactions-{min_items}-{min_length}.npz"
     if copy.exists() and (data := read_copy(copy, source)):
         return data
     public = None if TABLE.search(paths[0].name) else PUBLIC[name]
     clicks, taken = read_log(paths[0], public and public.form, columns or {})
-    titles: dict[str, str] = {}
+    titles: dict[str, tuple[str, str]] = {}
     taken["titles"] = "; no file of titles was found"
     if len(paths) > 1:
         titles, taken["titles"] = read_titles(paths[1], public and public.titles_form)
@@ -791,7 +866,7 @@ def load_dataset(
 def card(data: Interactions, max_length: int) -> str:
     """What `python data.py` prints."""
     sizes = np.diff(data.offsets)
-    train, valid, _ = leave_one_out(data)
+    train, valid, test = SPLITS[data.split](data)
     cut = train.sizes.clamp(max=max_length)
     padded = sum(len(rows) * int(cut[rows].max()) for rows in batches(cut, 4096))
     history = data.items[data.offsets[0] : data.offsets[1]]
@@ -802,7 +877,8 @@ def card(data: Interactions, max_length: int) -> str:
         f"  density           {len(data.items) / data.num_users / data.num_items:.2%}",
         f"  history length    {quantiles}; mean {sizes.mean():.1f}",
         f"  longer than {max_length:<5} {np.mean(sizes > max_length):.1%} of users; older items go to further windows",
-        f"  evaluated         {len(valid.targets):,} users, {data.num_users - len(valid.targets):,} too short",
+        f"  split             {len(train.sizes):,} histories to train on, {len(valid.targets):,} validation and "
+        f"{len(test.targets):,} test targets",
         f"  padding           {1 - int(cut.sum()) / padded:.1%} of positions in batches bucketed by length",
         f"  protocol          {data.protocol}",
         f"  the first user's {len(history)} items, oldest first:",
@@ -848,16 +924,37 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     add("--data", default="ml-1m", help=f"{', '.join(PUBLIC)} or a path to a .inter, .csv or .tsv file")
     add("--root", help="folder of datasets (default: $PREBERT_DATA, else ./data)")
     add("--columns", type=pairs, default={}, help="of a file of your own: user=NAME,item=NAME,time=NAME,label=NAME")
-    add("--min-count", type=positive, default=5, help="users and items with fewer are left out (default: %(default)s)")
+    add("--titles", metavar="FILE", help="of its items, where they are not in x.item or x.items.csv beside x.inter")
+    add("--min-count", type=positive, help="users and items with fewer are left out (default: 5)")
     add("--min-items", type=positive, help="the same for items alone")
-    add("--min-length", type=positive, help="the same for users alone")
+    add("--min-length", type=positive, help="the same for users alone (default with --split sessions: 2)")
     add("--fraction", type=positive, default=1, metavar="N", help="keep the latest 1/N of the users")
+    add("--split", choices=("last", "sessions"), default="last", help="held out: each user's last two items (default), "
+        "or the sessions of the last day and the newest tenth of the rest")  # fmt: skip
+    add("--seen", choices=("auto", "keep", "exclude"), default="auto", help="items of the history: rank them or leave "
+        f"them out (default: leave out, unless {REPEATS_FROM:.0%} of the interactions are repeats)")  # fmt: skip
 
 
 def load_asked(args: argparse.Namespace) -> Interactions:
     """The dataset that the flags of `add_data_flags` ask for."""
-    args.min_items, args.min_length = args.min_items or args.min_count, args.min_length or args.min_count
-    return load_dataset(args.data, args.root, args.min_items, args.min_length, args.fraction, args.columns)
+    least = args.min_count or 5
+    args.min_items = args.min_items or least
+    args.min_length = args.min_length or args.min_count or (2 if args.split == "sessions" else 5)
+    data = load_dataset(
+        args.data, args.root, args.min_items, args.min_length, args.fraction, args.columns, args.titles
+    )
+    repeats = data.repeats if args.seen == "auto" else args.seen == "keep"
+    return replace(data, repeats=repeats, split="none" if getattr(args, "all", False) else args.split)
+
+
+def data_flags(args: argparse.Namespace) -> list[str]:
+    """The flags of `load_asked` again, those that differ from their defaults, for the command to run next."""
+    usual: dict[str, object] = {"root": None, "titles": None, "split": "last", "seen": "auto", "fraction": 1}
+    usual |= {"min_items": 5, "min_length": 2 if args.split == "sessions" else 5}
+    given = {"data": args.data} | {key: getattr(args, key) for key in usual if getattr(args, key) != usual[key]}
+    if args.columns:
+        given["columns"] = ",".join(f"{kind}={name}" for kind, name in args.columns.items())
+    return [word for key, value in given.items() for word in (f"--{key.replace('_', '-')}", str(value))]
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -892,7 +989,7 @@ def main() -> None:
     began = time.perf_counter()
     data = load_asked(args)
     print(card(data, args.max_length))
-    command = shlex.join(["python", "teacher.py", "--data", args.data])
+    command = shlex.join(["python", "teacher.py", *data_flags(args)])
     print(f"loaded in {time.perf_counter() - began:.1f} s; next: {command}")
 
 

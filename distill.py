@@ -27,15 +27,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import (
-    PAD, Batch, InputError, Interactions, Spans, add_data_flags, at_once, batches, grid_windows, leave_one_out,
+    PAD, SPLITS, Batch, InputError, Interactions, Spans, add_data_flags, at_once, batches, data_flags, grid_windows,
     load_asked, number, pad_left, run_command,
 )  # fmt: skip
 from evaluate import without_seed
-from prebert import PreBert, check_catalogue, cooccurrence_vectors, load_run, pick_device, set_item_table
+from prebert import (
+    ITEM_INITS, PreBert, check_catalogue, item_vectors, load_bert, load_run, pick_device, principal_components,
+    set_item_table, start_from,
+)  # fmt: skip
 from student import STUDENTS, MiniBert
 from teacher import (
-    Sampler, add_training_flags, autocast_dtype, candidate_logits, describe, draw_candidates, item_loss, join_processes,
-    make_sampler, settle, train, world,
+    Sampler, add_training_flags, autocast_dtype, candidate_logits, default_init, describe, draw_candidates, item_loss,
+    join_processes, make_sampler, settle, train, world,
 )  # fmt: skip
 
 States = Callable[[Batch], list[Tensor]]  # every teacher's states where a batch asks, (Q, D) each
@@ -155,23 +158,20 @@ def teacher_states(teachers: list[PreBert], part: Spans, dtype: torch.dtype, cac
 # ---------------------------------------------------------------- building the student
 
 
-def principal_components(table: Tensor, size: int) -> Tensor:
-    """Rows of (I, D) in the `size` directions in which they differ most, (I, size): PCA of the item table."""
-    centred = (table - table.mean(0)).double()
-    _, directions = torch.linalg.eigh(centred.T @ centred)  # ascending
-    kept = directions[:, -min(size, table.shape[1]) :].flip(1)  # (D, S)
-    return F.pad((centred @ kept).float(), (0, size - kept.shape[1]))
-
-
 def build_student(args: argparse.Namespace, data: Interactions, part: Spans, teacher: PreBert | None) -> MiniBert:
-    """Mini-BERT with its item table from the teacher's by PCA, from co-occurrence, or random."""
+    """Mini-BERT with its item table from the teacher's by PCA, or as a teacher's own starts."""
     torch.manual_seed(args.seed)
     model = MiniBert(args.size, data.num_items, args.max_length, args.objective == "next", args.dropout)
+    size, vectors = model.config.hidden_size, None
     if args.item_init == "pca" and teacher is not None:
-        table = principal_components(teacher.item_embedding.weight[1:-1].detach().cpu(), model.config.hidden_size)
-        set_item_table(model, table, 1.0)
-    elif args.item_init == "cooc":
-        set_item_table(model, cooccurrence_vectors(part, data.num_items, model.config.hidden_size), 1.0)
+        vectors = principal_components(teacher.item_embedding.weight[1:-1].detach().cpu(), size)
+    elif args.item_init != "pca":
+        bert = load_bert(args.bert) if "text" in args.item_init and args.bert != "none" else None
+        vectors = item_vectors(args.item_init, data, part, size, bert)
+    if vectors is not None:
+        set_item_table(model, vectors, 1.0)
+    if args.start:
+        start_from(model, args.start, data, vectors)
     return model
 
 
@@ -208,8 +208,9 @@ def main() -> None:
     add("--alpha", type=number(0, 1), help="weight of the teacher in the loss (default: 0.5)")
     add("--no-kd", action="store_true", help="labels only, no teacher: the control")
     add("--no-cache", action="store_true", help="ask a teacher of next items at every step, not once for the whole log")
-    add("--item-init", choices=("pca", "cooc", "random"),
-        help="first item embeddings (default: pca of the teacher's; cooc with --no-kd)")  # fmt: skip
+    add("--item-init", choices=("pca", *ITEM_INITS),
+        help="first item vectors (default: pca of the teacher's; with --no-kd as teacher.py's)")  # fmt: skip
+    add("--bert", default="minilm", help="reads titles for --item-init text, see teacher.py (default: %(default)s)")
     add_training_flags(parser, RECIPES)
     args = parser.parse_args()
     if args.no_kd and (args.no_cache or (args.temperature, args.alpha) != (None, None)):
@@ -218,13 +219,13 @@ def main() -> None:
         parser.error("--label-smoothing is for --no-kd: the teacher's answers are smooth already")
     args.temperature, args.alpha = args.temperature or 1.0, 0.5 if args.alpha is None else args.alpha
     args.name = args.name or ("student-no-kd" if args.no_kd else "student")
-    args.item_init = args.item_init or ("cooc" if args.no_kd else "pca")
     join_processes(args.device)
     data = load_asked(args)
-    args.teacher = [str(Path(run)) for run in args.teacher or [f"runs/{data.name}/teacher"]]
+    args.item_init = args.item_init or (default_init(data, args.bert) if args.no_kd else "pca")
+    args.teacher = [str(Path(run)) for run in args.teacher or [f"runs/{data.name}/teacher{'-all' * args.all}"]]
     teachers, made_by = load_teachers(args, data)
     settle(args, RECIPES, data)
-    parts = leave_one_out(data)
+    parts = SPLITS[data.split](data)
     model = build_student(args, data, parts[0], teachers[0] if teachers else None)
     sampler = make_sampler(args, parts[0], data.num_items)
     if args.no_kd:
@@ -237,7 +238,7 @@ def main() -> None:
     run = Path("runs") / data.name / args.name
     train(model, loss, data, parts, run, args, describe(data, model, args, made_by))
     if world()[0] == 0:
-        print(f"the best weights are in {run}; next: {shlex.join(['python', 'evaluate.py', '--data', args.data])}")
+        print(f"the best weights are in {run}; next: {shlex.join(['python', 'evaluate.py', *data_flags(args)])}")
         print(f"then: {shlex.join(['python', 'student.py', '--run', str(run), data.titles[1]])}")
 
 

@@ -26,8 +26,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import (
-    InputError, Interactions, Spans, add_data_flags, at_once, batches, entries_of, item_counts, leave_one_out,
-    load_asked, pad_left, run_command, write_json,
+    HELD_OUT, PAD, SPLITS, InputError, Interactions, Spans, add_data_flags, at_once, batches, data_flags, entries_of,
+    item_counts, load_asked, pad_left, run_command, write_json,
 )  # fmt: skip
 from prebert import PreBert, check_catalogue, load_run, machine, pick_device, read_json
 from student import TopK, compile_ahead
@@ -42,15 +42,15 @@ def target_ranks(scores: Tensor, targets: Tensor, seen: Tensor | None = None) ->
 
     scores (B, I): column j is item j + 1. targets (B,): item ids. seen (B, S): ids to leave out, 0
     fills rows up; a target is never left out. Ties, and scores that are not numbers, count against
-    the target, so that a scorer that says the same of everything gets nothing.
+    the target, so that a scorer that says the same of everything gets nothing. A target PAD comes after all items.
     """
-    target_scores = scores.gather(1, targets[:, None] - 1)  # (B, 1)
+    target_scores = scores.gather(1, (targets[:, None] - 1).clamp(min=0))  # (B, 1)
     ahead = ~(scores < target_scores)  # true for ties, for nan and for the target itself
     if seen is not None:
         out = torch.zeros(len(scores), scores.shape[1] + 1, dtype=torch.bool, device=scores.device)
         out.scatter_(1, seen, True).scatter_(1, targets[:, None], False)
         ahead &= ~out[:, 1:]
-    return ahead.sum(1)
+    return torch.where(targets == PAD, scores.shape[1] + 1, ahead.sum(1))
 
 
 def hit_rate(ranks: Tensor, k: int) -> Tensor:
@@ -64,10 +64,11 @@ def ndcg(ranks: Tensor, k: int) -> Tensor:
 
 
 def metrics(ranks: Tensor) -> dict[str, float]:
-    """Means over users of HR@{1,5,10,20}, NDCG@{5,10,20} and MRR from ranks (R,)."""
+    """Means over users of HR@{1,5,10,20} (with one target the same as Recall), NDCG@{5,10,20}, MRR and MRR@20, (R,)."""
     row = {f"HR@{k}": hit_rate(ranks, k).mean().item() for k in (1, 5, 10, 20)}
     row |= {f"NDCG@{k}": ndcg(ranks, k).mean().item() for k in (5, 10, 20)}
-    return row | {"MRR": (1 / ranks.double()).mean().item()}
+    reciprocal = 1 / ranks.double()
+    return row | {"MRR": reciprocal.mean().item(), "MRR@20": (reciprocal * (ranks <= 20)).mean().item()}
 
 
 @torch.inference_mode()
@@ -155,19 +156,19 @@ class Markov:
 # ---------------------------------------------------------------- speed
 
 
-def bench_inputs(model: PreBert, known: Tensor, size: int) -> list[list[tuple[Tensor, Tensor]]]:
+def bench_inputs(model: PreBert, known: Tensor, size: int) -> list[list[tuple[Tensor, Tensor, Tensor]]]:
     """Batches of `size` made-up users, each as what `TopK` takes; lengths are quantiles of `known` (R,), shuffled."""
     generator, device = torch.Generator().manual_seed(0), model.item_bias.device
     users = max(32, size)
     quantiles = ((torch.arange(users) + 0.5) / users * len(known)).long()
     lengths = known.sort().values[quantiles][torch.randperm(users, generator=generator)]
-    inputs = []
+    inputs, allowed = [], torch.ones(model.num_items + 2, dtype=torch.bool, device=device)
     for sizes in lengths.split(size):
         items, ends = torch.randint(1, model.num_items + 1, (int(sizes.sum()),), generator=generator), sizes.cumsum(0)
         groups = batches(sizes.clamp(max=model.max_length), *at_once(device, model.num_items))
         widths = [max(2, int(sizes[rows].max())) for rows in groups]
         padded = [pad_left(items, (ends - sizes)[rows], ends[rows], n) for rows, n in zip(groups, widths, strict=True)]
-        inputs.append([(model.question(history), history) for history in (rows.to(device) for rows in padded)])
+        inputs.append([(model.question(history), history, allowed) for history in (rows.to(device) for rows in padded)])
     return inputs
 
 
@@ -181,7 +182,7 @@ def benchmark(models: dict[str, PreBert], real: Tensor, rounds: int = 6) -> list
     """
     cells: list[tuple[dict, Callable, list, list]] = []
     for name, model in tqdm(models.items(), desc="compiling"):
-        graph = TopK(model, 10, True).eval().requires_grad_(False)
+        graph = TopK(model, 10).eval().requires_grad_(False)
         with tempfile.TemporaryDirectory() as folder:
             began = time.perf_counter()
             compiled = compile_ahead(graph, Path(folder) / "bench.pt2")
@@ -200,8 +201,8 @@ def benchmark(models: dict[str, PreBert], real: Tensor, rounds: int = 6) -> list
             turn, end = itertools.cycle(inputs), time.perf_counter() + 0.3
             while time.perf_counter() < end or len(times[-1]) < 2:
                 began = time.perf_counter()
-                for tokens, history in next(turn):
-                    items = rank(tokens, history)[1]
+                for arguments in next(turn):
+                    items = rank(*arguments)[1]
                 if items.is_cuda:
                     torch.cuda.synchronize()
                 times[-1].append(1000 * (time.perf_counter() - began))
@@ -243,17 +244,25 @@ def run_row(run: Path, name: str, model: PreBert, config: dict) -> dict:
     return row | {key: made[key] for key in ("minutes", "cpu_minutes", "peak_memory_gb", "steps") if key in made}
 
 
+# What the table shows of each split; the interval and the gain over the better baseline are those of NDCG@10.
+TABLE = {
+    "last": ("HR@1", "HR@5", "HR@10", "MRR", "NDCG@10"),
+    "sessions": ("Recall@20", "MRR@20", "HR@10", "NDCG@10"),
+}
+
+
 def print_table(rows: list[dict]) -> None:
     """One line a model."""
-    print(f"\n{'model':<24}{'params':>12}{'MB':>7}{'HR@1':>8}{'HR@5':>8}{'HR@10':>8}{'NDCG@10':>9}"
-          f"{'95 % interval':>16}{'MRR':>8}{'on baseline':>15}")  # fmt: skip
+    names = TABLE["sessions" if "Recall@20" in rows[0] else "last"]
+    columns = "".join(f"{name:>10}" for name in names)
+    print(f"\n{'model':<24}{'params':>12}{'MB':>7}{columns}{'95 % interval':>16}{'on baseline':>13}")
     best = max(row["NDCG@10"] for row in rows if row["name"] in ("popularity", "markov"))
     for row in rows:
         low, high = row["ci95"]
         sizes = f"{row['params']:>12,}{row['mb']:>7.1f}" if "mb" in row else " " * 19
         gain = f"{row['NDCG@10'] / best - 1:+.1%}" if best > 0 else "-"
-        print(f"{row['name']:<24}{sizes}{row['HR@1']:>8.4f}{row['HR@5']:>8.4f}{row['HR@10']:>8.4f}"
-              f"{row['NDCG@10']:>9.4f}{f'{low:.4f}-{high:.4f}':>16}{row['MRR']:>8.4f}{gain:>15}")  # fmt: skip
+        values = "".join(f"{row[name]:>10.4f}" for name in names)
+        print(f"{row['name']:<24}{sizes}{values}{f'{low:.4f}-{high:.4f}':>16}{gain:>13}")
 
 
 def compare(values: dict[str, list[Tensor]]) -> tuple[list[dict], dict[str, dict]]:
@@ -283,10 +292,18 @@ def compare(values: dict[str, list[Tensor]]) -> tuple[list[dict], dict[str, dict
 
 
 def find_runs(runs: list[str] | None, data: Interactions) -> list[Path]:
-    """The run folders asked for, else all of this dataset's, the teacher first, else the released student."""
+    """The run folders asked for, else all of this dataset's, the teacher first, else the released student.
+
+    Those of all that held out something else are skipped, and a line says so.
+    """
     if runs:
         return [Path(run) for run in runs]
     found = sorted(path.parent for path in (Path("runs") / data.name).glob("*/model.safetensors"))
+    for run in list(found):
+        split = read_json(run / "config.json").get("split", "last")
+        if split != data.split:
+            print(f"skipped {run}: held out was {HELD_OUT[split]}")
+            found.remove(run)
     released = Path(__file__).parent / "results" / data.name / "student"
     if not found and released.is_dir():
         print(f"nothing is trained under runs/{data.name} yet: evaluating the released student, {released}")
@@ -305,7 +322,7 @@ def main() -> None:
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args()
     data, device = load_asked(args), pick_device(args.device)
-    train, valid, test = leave_one_out(data)
+    train, valid, test = SPLITS[data.split](data)
     part = valid if args.valid else test
     if not len(part.targets):
         raise InputError(f"{data.name}: no user has three items, so there is nothing to evaluate")
@@ -328,6 +345,8 @@ def main() -> None:
         of_users = ndcg(ranks, 10)
         interval = np.percentile(resampled(of_users[None]), [2.5, 97.5]).tolist()
         rows.append({"name": name, **row, **metrics(ranks), "ci95": interval})
+        if data.split == "sessions":
+            rows[-1]["Recall@20"] = rows[-1]["HR@20"]
         if name in models:
             kind, seed = kinds[name]
             shared = first.setdefault(kind, name)
@@ -344,7 +363,7 @@ def main() -> None:
         write_json(args.json, report)
         print(f"written to {args.json}")
     if not models:
-        command = shlex.join(["python", "teacher.py", "--data", args.data])
+        command = shlex.join(["python", "teacher.py", *data_flags(args)])
         print(f"no runs under runs/{data.name} yet; next: {command}")
 
 

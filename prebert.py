@@ -20,7 +20,7 @@ import resource
 import sys
 import urllib.error
 import urllib.request
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -32,7 +32,9 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import PAD, InputError, Interactions, Spans, cache_folder, entries_of, unpack_wheel, write_atomic, write_json
+from data import (
+    HELD_OUT, PAD, InputError, Interactions, Spans, cache_folder, entries_of, unpack_wheel, write_atomic, write_json
+)  # fmt: skip
 
 # ---------------------------------------------------------------- encoder
 
@@ -619,7 +621,9 @@ def load_run(run: str | Path) -> tuple[PreBert, dict, dict]:
 
 def check_catalogue(run: Path, config: dict, catalogue: dict, data: Interactions) -> None:
     """InputError unless a run was trained on these interactions: on others, what it was trained on may be a target."""
-    raw_ids = catalogue.get("raw_ids")
+    raw_ids, split = catalogue.get("raw_ids"), config.get("split", "last")
+    if split != data.split:
+        raise InputError(f"{run}: held out were {HELD_OUT[split]}, not {HELD_OUT[data.split]}")
     theirs, ours = set(map(str, raw_ids if isinstance(raw_ids, list) else [])), set(data.raw_ids)
     if theirs != ours:
         differ = f"{len(theirs - ours):,} of its {len(theirs) - 1:,} items are missing here, {len(ours - theirs):,} new"
@@ -659,15 +663,84 @@ def pick_device(name: str) -> torch.device:
 # ---------------------------------------------------------------- first values of the item table
 
 
+def centred(table: Tensor) -> Tensor:
+    """Rows with mean 0 and root-mean-square length 1."""
+    table = table - table.mean(0)
+    return table / table.pow(2).sum(1).mean().sqrt().clamp(min=1e-12)
+
+
 def set_item_table(model: PreBert, table: Tensor, norm: float) -> None:
     """Put (num_items, D) vectors, centred, with root-mean-square row length `norm`, into the item rows.
 
     The tied softmax reads the table's scale directly, and the first LayerNorm weighs it against the
     positions; word vectors' length is what the pre-trained body has learnt to expect.
     """
-    table = table - table.mean(0)
     with torch.no_grad():
-        model.item_embedding.weight[1:-1] = table * (norm / table.pow(2).sum(1).mean().sqrt().clamp(min=1e-12))
+        model.item_embedding.weight[1:-1] = centred(table) * norm
+
+
+def principal_components(table: Tensor, size: int) -> Tensor:
+    """Rows of (I, D) in the `size` directions in which they differ most, (I, size): PCA of the item table."""
+    middle = (table - table.mean(0)).double()
+    _, directions = torch.linalg.eigh(middle.T @ middle)  # ascending
+    kept = directions[:, -min(size, table.shape[1]) :].flip(1)  # (D, S)
+    return F.pad((middle @ kept).float(), (0, size - kept.shape[1]))
+
+
+ITEM_INITS = ("text+cooc", "text", "cooc", "random")
+
+
+def item_vectors(
+    kind: str, data: Interactions, train: Spans, size: int, bert: tuple[Bert, Tokenizer] | None
+) -> Tensor | None:
+    """First vectors of the items, (num_items, size), by one of ITEM_INITS; None for random ones.
+
+    What BERT reads in their texts, the company that they keep in the training part, or the sum of the two, which have
+    the same length. Raises InputError for texts where there are none, or no BERT to read them.
+    """
+    vectors = []
+    if "text" in kind:
+        if bert is None or not any(data.texts):
+            raise InputError(f"--item-init {kind} needs a BERT and item titles; use --item-init cooc")
+        texts = text_vectors(*bert, data.texts[1:])
+        vectors.append(centred(texts if texts.shape[1] == size else principal_components(texts, size)))
+    if "cooc" in kind:
+        vectors.append(centred(cooccurrence_vectors(train, data.num_items, size)))
+    return torch.stack(vectors).sum(0) if vectors else None
+
+
+def start_from(model: PreBert, run: str, data: Interactions, vectors: Tensor | None) -> None:
+    """Begin from the weights of a run on an older log; its items are found by their raw ids.
+
+    A new item starts where a linear map puts its first vector (num_items, D) of `item_vectors`: the map that does best
+    (ridge regression) for the items that the run knows. Raises InputError for a model of another shape.
+    """
+    old, config, catalogue = load_run(run)
+    if replace(old.config, hidden_dropout_prob=model.config.hidden_dropout_prob) != model.config:
+        raise InputError(f"--start {run}: it is another kind of model, {old.config}; this is {model.config}")
+    by_raw_id = {raw_id: item for item, raw_id in enumerate(catalogue["raw_ids"]) if item}
+    matched = torch.tensor([by_raw_id.get(raw_id, 0) for raw_id in data.raw_ids[1:]])  # (I,) 0 for a new item
+    known = matched > 0
+    weights, table = old.state_dict(), model.item_embedding.weight.detach()
+    rows = weights["item_embedding.weight"][matched]  # (I, D)
+    if vectors is not None and known.any():
+        table[1:-1] = F.linear(vectors, linear_map(vectors[known], rows[known]))
+    table[1:-1][known], table[-1] = rows[known], weights["item_embedding.weight"][-1]
+    bias = torch.where(known, weights["item_bias"][matched - 1], weights["item_bias"].mean())
+    model.load_state_dict({**weights, "item_embedding.weight": table, "item_bias": bias})
+    print(f"starting from {run}: {int(known.sum()):,} items known, {int((~known).sum()):,} new")
+    if config["settings"].get("all"):
+        print("it was trained on everything: what is held out of this log it may have seen, where nothing is new")
+
+
+def linear_map(inputs: Tensor, outputs: Tensor, ridge: float = 0.1) -> Tensor:
+    """The W (D, E) that makes inputs (I, E) W^T closest to outputs (I, D), by ridge regression.
+
+    `ridge` is a share of the inputs' mean square.
+    """
+    gram = inputs.T @ inputs
+    penalty = ridge * gram.diagonal().mean() * torch.eye(len(gram))
+    return torch.linalg.solve(gram + penalty, inputs.T @ outputs).T
 
 
 @torch.no_grad()
@@ -693,9 +766,8 @@ def encode_texts(bert: Bert, tokenizer: Tokenizer, texts: list[str]) -> Tensor:
     return torch.where(vectors.isnan(), vectors.nanmean(0).nan_to_num(), vectors)
 
 
-def text_vectors(bert: Bert, tokenizer: Tokenizer, data: Interactions) -> Tensor:
-    """`encode_texts` of the titles, (num_items, D), kept in the cache folder; an item without a title has no words."""
-    texts = ["" if title == raw_id else title for title, raw_id in zip(data.titles[1:], data.raw_ids[1:], strict=True)]
+def text_vectors(bert: Bert, tokenizer: Tokenizer, texts: list[str]) -> Tensor:
+    """`encode_texts`, (num_items, D), kept in the cache folder."""
     digest = hashlib.sha256("\0".join([tokenizer.to_str(), *texts]).encode())
     for tensor in bert.state_dict().values():
         digest.update(tensor.numpy().tobytes())

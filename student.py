@@ -13,19 +13,25 @@ Letters: B batch (users), T sequence length, S whole history, V catalogue (items
 import argparse
 import difflib
 import hashlib
+import math
 import os
 import sys
 import time
 import unicodedata
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from data import InputError, at_once, batches, cache_folder, pad_left, positive, run_command
+from data import (
+    InputError, Interactions, add_data_flags, at_once, batches, cache_folder, load_asked, pad_left, positive,
+    read_lines, run_command, write_atomic,
+)  # fmt: skip
 from prebert import BertConfig, PreBert, load_run, machine, pick_device
 
 STUDENTS = {  # hidden size, layers, heads; the feed-forward is four times as wide, as in BERT
@@ -60,21 +66,20 @@ def scores_by_id(model: PreBert, states: Tensor) -> Tensor:
 
 
 class TopK(nn.Module):
-    """tokens (B, T), see `PreBert.question`, and the whole histories, seen (B, S), to the k best unseen items.
+    """tokens (B, T), see `PreBert.question`, to the k best items of those `allowed` (V,), without `excluded` (B, S).
 
-    Returns scores (B, k) and item ids (B, k), best first.
+    Returns scores (B, k), -inf where nothing is left, and item ids (B, k), best first.
     """
 
-    def __init__(self, model: PreBert, k: int, exclude_seen: bool):
+    def __init__(self, model: PreBert, k: int):
         super().__init__()
-        self.model, self.k, self.exclude_seen = model, min(k, model.num_items), exclude_seen
+        self.model, self.k = model, min(k, model.num_items)
 
-    def forward(self, tokens: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tensor, excluded: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
         last = torch.full((tokens.shape[0], 1), tokens.shape[1] - 1, device=tokens.device)
         scores = scores_by_id(self.model, self.model(tokens, last)[:, 0]).float()  # (B, V)
-        if self.exclude_seen:
-            scores = scores.scatter(1, seen, -torch.inf)
-        best, items = scores.topk(self.k, dim=1)
+        scores = scores.masked_fill(~allowed[: scores.shape[1]], -torch.inf)
+        best, items = scores.scatter(1, excluded, -torch.inf).topk(self.k, dim=1)
         return best, items
 
 
@@ -92,7 +97,7 @@ def load_package(package: Path) -> Callable:
         loader = torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, 1, -1)
     except RuntimeError as error:
         raise InputError(f"the compiled copy {package} cannot be loaded: {str(error).splitlines()[0][:120]}") from error
-    return lambda tokens, seen: loader.boxed_run([tokens, seen])
+    return lambda *inputs: loader.boxed_run(list(inputs))
 
 
 def compile_ahead(graph: TopK, package: Path) -> Callable:
@@ -103,17 +108,18 @@ def compile_ahead(graph: TopK, package: Path) -> Callable:
     """
     longest, device = graph.model.max_length, graph.model.item_bias.device
     tokens = torch.ones(3, min(8, longest), dtype=torch.long, device=device)  # (B, T)
-    seen = torch.ones(3, 9, dtype=torch.long, device=device)  # (B, S)
+    excluded = torch.ones(3, 9, dtype=torch.long, device=device)  # (B, S)
+    allowed = torch.ones(graph.model.num_items + 2, dtype=torch.bool, device=device)  # (V,)
     users, length, history = (
         torch.export.Dim(name, min=low, max=high)
         for name, low, high in (("users", 1, 2**16), ("length", 2, longest), ("history", 2, 2**16))
     )
-    shapes = ({0: users, 1: length}, {0: users, 1: history})
+    shapes: tuple[dict, ...] = ({0: users, 1: length}, {0: users, 1: history}, {})
     partial = package.with_name(f"{os.getpid()}-{package.name}")
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
         with warnings.catch_warnings(action="ignore"):  # PyTorch's about its own code
-            program = torch.export.export(graph, (tokens, seen), dynamic_shapes=shapes)
+            program = torch.export.export(graph, (tokens, excluded, allowed), dynamic_shapes=shapes)
             program = program.run_decompositions({torch.ops.aten.linear.default: unfused_linear})
             torch._inductor.aoti_compile_and_package(program, package_path=str(partial))
         os.replace(partial, package)
@@ -129,7 +135,7 @@ def package_of(run: Path, graph: TopK) -> Path:
     It is native code, so its place is the user's own cache and not the run folder, which may come from a stranger.
     Raises InputError where there is no cache folder.
     """
-    facts = [graph.k, graph.exclude_seen, str(graph.model.item_bias.device), machine(), torch.get_num_threads()]
+    facts = [graph.k, str(graph.model.item_bias.device), machine(), torch.get_num_threads()]
     if Path("/proc/cpuinfo").exists():  # native code of one processor may not run on another
         facts += [line for line in open("/proc/cpuinfo") if line.startswith("flags")][:1]
     code = [Path(__file__).with_name(name) for name in ("prebert.py", "student.py")]
@@ -161,21 +167,24 @@ class Recommender:
 
     compile: True runs it as native code, compiled first where that was not done before; None, only where it was;
     False never. Where that fails, the graph runs as it is and a note on stderr says so, or, with fallback=False,
-    InputError is raised. `compiled` tells which it is, `warm_up_s` what getting ready cost.
-    May be called from several threads. Raises InputError for a broken run folder.
+    InputError is raised. allowed: names of the only items to recommend. exclude_seen: leave out a history's own items;
+    None as the run was evaluated. `compiled` tells how it runs, `warm_up_s` what getting ready cost.
+    May be called from several threads. Raises InputError for a broken run folder or an unknown item.
     """
 
     def __init__(
-        self, run_dir: str | Path, k: int = 10, device: str = "auto", compile: bool | None = True, fallback: bool = True
-    ):
+        self, run_dir: str | Path, k: int = 10, device: str = "auto", compile: bool | None = True,
+        fallback: bool = True, allowed: Iterable[object] | None = None, exclude_seen: bool | None = None,
+    ):  # fmt: skip
         began, self.device = time.perf_counter(), pick_device(device)
         model, config, catalogue = load_run(run_dir)
-        self.titles, self.raw_ids, counts = catalogue["titles"], catalogue["raw_ids"], catalogue["counts"]
+        self.titles, self.raw_ids = catalogue["titles"], catalogue["raw_ids"]
+        self.counts = torch.tensor([-math.inf, *catalogue["counts"][1:]], dtype=torch.float64)  # (num_items + 1,)
+        self.exclude_seen = config["exclude_seen"] if exclude_seen is None else exclude_seen
         self.question, self.max_length = model.question, model.max_length
-        best = sorted(range(1, len(counts)), key=counts.__getitem__, reverse=True)[:k]
-        self.popular = [(self.raw_ids[item], self.titles[item], float(counts[item])) for item in best]
-        graph = TopK(model.requires_grad_(False), k, config["exclude_seen"]).to(self.device).eval()
-        compiled = None
+        self.vectors = model.item_embedding.weight.detach()[:-1]  # (num_items + 1, D)
+        graph = TopK(model.requires_grad_(False), k).to(self.device).eval()
+        self.k, compiled = graph.k, None
         try:
             compiled = None if compile is False else native(Path(run_dir), graph, bool(compile))
         except InputError as error:
@@ -189,28 +198,53 @@ class Recommender:
         for item, title in enumerate(self.titles[1:], 1):
             for spelling in {normal(title), "any case: " + normal(title).casefold()}:
                 self.by_title.setdefault(spelling, []).append(item)
+        self.allowed = torch.full((len(self.raw_ids) + 1,), allowed is None)  # (V,)
+        self.allowed[[self.item(name) for name in allowed or ()]] = True
         for _ in range(3):  # the first calls pay for memory and threads
-            self.top_k(torch.ones(1, model.max_length, dtype=torch.long))
+            self.rank(torch.ones(self.max_length, dtype=torch.long), torch.tensor([self.max_length]), self.allowed)
         self.warm_up_s = time.perf_counter() - began
 
     @torch.inference_mode()
-    def top_k(self, history: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores and internal ids (B, k) for histories (B, S) of internal ids, left-padded."""
-        history = history.to(self.device)
-        scores, items = self.graph(self.question(history), history)
-        return scores.cpu(), items.cpu()
+    def rank(self, items: Tensor, sizes: Tensor, allowed: Tensor, title: str = "") -> tuple[Tensor, Tensor]:
+        """The k best of the `allowed` (V,) for users whose histories of `sizes` (U,) items stand in `items`, one after
+        the other, as scores and internal ids (U, k), -inf where nothing is left.
+
+        An empty history gets the most popular items, with their counts as scores.
+        """
+        scores, best = torch.zeros(len(sizes), self.k), torch.zeros(len(sizes), self.k, dtype=torch.long)
+        if not sizes.all():
+            popular = self.counts.masked_fill(~allowed[:-1], -torch.inf).topk(self.k)
+            scores[:], best[:] = popular.values, popular.indices
+        ends, asked, allowed = sizes.cumsum(0), sizes.nonzero()[:, 0], allowed.to(self.device)
+        read = sizes[asked].clamp(max=self.max_length)
+        limits = at_once(self.device, len(self.titles) - 1)
+        # One user, the question of a live service, waits for no grouping.
+        groups = [asked[rows] for rows in batches(read, *limits)] if len(asked) > 1 else [asked] * len(asked)
+        with tqdm(total=len(asked), desc=title, unit=" users", unit_scale=True, leave=False, disable=not title) as bar:
+            for rows in groups:
+                width = max(2, int(sizes[rows].max()))
+                history = pad_left(items, (ends - sizes)[rows], ends[rows], width).to(self.device)  # (B, S)
+                excluded = history if self.exclude_seen else torch.zeros_like(history[:, :2])
+                found = self.graph(self.question(history), excluded, allowed)
+                scores[rows], best[rows] = found[0].cpu(), found[1].cpu()
+                bar.update(len(rows))
+        return scores, best
+
+    def matches(self, name: str) -> list[int]:
+        """Internal ids of the items with this raw id or title; exact spelling wins over another case."""
+        text = normal(name)
+        if text.startswith("id:") and text[3:] in self.by_id:
+            return [self.by_id[text[3:]]]
+        ids = [self.by_id[key] for key in (name, text) if key in self.by_id][:1]
+        return sorted({*ids, *self.by_title.get(text, [])}) or self.by_title.get("any case: " + text.casefold(), [])
 
     def item(self, name: object) -> int:
         """The internal id of an item given as raw id or title, text or number; `id:RAW` is a raw id for certain.
 
-        Exact spelling wins over another case. Raises InputError for an unknown or ambiguous name.
+        Raises InputError for an unknown or ambiguous name.
         """
         name = str(name)
-        text = normal(name)
-        if text.startswith("id:") and text[3:] in self.by_id:
-            return self.by_id[text[3:]]
-        ids = [self.by_id[key] for key in (name, text) if key in self.by_id][:1]
-        found = sorted({*ids, *self.by_title.get(text, [])}) or self.by_title.get("any case: " + text.casefold(), [])
+        text, found = normal(name), self.matches(name)
         if len(found) == 1:
             return found[0]
         if found:
@@ -222,26 +256,33 @@ class Recommender:
         hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
         raise InputError(f"no item {name!r} in the catalogue{hint}")
 
-    def __call__(self, people: Sequence[Sequence[object]]) -> list[list[tuple[str, str, float]]]:
-        """For each history, oldest item first: [(raw id, title, score), ...], best first, at most k.
+    def __call__(
+        self, people: Sequence[Sequence[object]], without: Iterable[object] = ()
+    ) -> list[list[tuple[str, str, float]]]:
+        """For each history, oldest item first: [(raw id, title, score), ...], best first, at most k, none of `without`.
 
         An empty history gets the most popular items, with their counts. Raises InputError for an unknown item.
         """
         if any(isinstance(history, str) or not isinstance(history, Sequence) for history in people):
             raise InputError("people are given as a list of histories, each a list of items")
         known = [[self.item(name) for name in history] for history in people]
-        answers = [list(self.popular) for _ in known]
-        asked = [row for row, history in enumerate(known) if history]
-        sizes = torch.tensor([len(known[row]) for row in asked], dtype=torch.long)
-        entries, ends = torch.tensor([item for history in known for item in history]), sizes.cumsum(0)
-        limits = at_once(self.device, len(self.titles) - 1)
-        alone = [torch.zeros(1, dtype=torch.long)]  # one user, the question of a live service, waits for no grouping
-        for rows in alone if len(asked) == 1 else batches(sizes.clamp(max=self.max_length), *limits):
-            history = pad_left(entries, (ends - sizes)[rows], ends[rows], max(2, int(sizes[rows].max())))  # (B, S)
-            for row, scores, items in zip(rows.tolist(), *map(Tensor.tolist, self.top_k(history)), strict=True):
-                best = [(item, score) for item, score in zip(items, scores, strict=True) if score > -torch.inf]
-                answers[asked[row]] = [(self.raw_ids[item], self.titles[item], score) for item, score in best]
-        return answers
+        allowed = self.allowed.clone()
+        allowed[[self.item(name) for name in without]] = False
+        items = torch.tensor([item for history in known for item in history], dtype=torch.long)
+        sizes = torch.tensor([len(history) for history in known], dtype=torch.long)
+        return [self.named(*row) for row in zip(*self.rank(items, sizes, allowed), strict=True)]
+
+    def named(self, scores: Tensor, items: Tensor) -> list[tuple[str, str, float]]:
+        """[(raw id, title, score), ...] of scores and internal ids, (k,) each."""
+        ranked = zip(scores.tolist(), items.tolist(), strict=True)
+        return [(self.raw_ids[item], self.titles[item], score) for score, item in ranked if score > -math.inf]
+
+    def similar(self, name: object) -> list[tuple[str, str, float]]:
+        """The k items whose vectors point most nearly where this one's does: [(raw id, title, cosine), ...]."""
+        vectors = F.normalize(self.vectors, dim=1)  # (num_items + 1, D)
+        cosines = vectors @ vectors[self.item(name)]
+        cosines[[0, self.item(name)]] = -torch.inf
+        return self.named(*cosines.topk(self.k))
 
 
 def normal(name: str) -> str:
@@ -252,9 +293,9 @@ def normal(name: str) -> str:
 # ---------------------------------------------------------------- the command
 
 
-def known_items(recommender: Recommender, names: list[str]) -> list[int]:
+def known_items(recommender: Recommender, names: Sequence[str]) -> list[int]:
     """Internal ids of the items that are known; the others are reported. InputError if there are only others."""
-    items = []
+    items: list[int] = []
     for place, name in enumerate(names, 1):
         try:
             items.append(recommender.item(name))
@@ -265,23 +306,100 @@ def known_items(recommender: Recommender, names: list[str]) -> list[int]:
     return items
 
 
+def items_in(recommender: Recommender, path: str) -> list[int]:
+    """Internal ids of the items that a file names, a raw id or title a line; InputError where it names none."""
+    names = [line.strip() for line in read_lines(Path(path)) if line.strip()]
+    found = {name: recommender.matches(name) for name in names}
+    unknown = [name for name in names if not found[name]]
+    if len(unknown) == len(names):
+        raise InputError(f"{path}: none of its {len(names):,} lines is a raw id or title of the catalogue")
+    if unknown:
+        words = f"{len(unknown):,} of {len(names):,} are not in the catalogue, such as {unknown[0]!r}"
+        print(f"{path}: {words}", file=sys.stderr)
+    return [item for items in found.values() for item in items]
+
+
+def histories(recommender: Recommender, data: Interactions) -> tuple[Tensor, Tensor]:
+    """Items (L,) of every user of a log, by the run's ids, and how many each has, (U,); unknown ones are left out."""
+    items = torch.tensor([recommender.by_id.get(raw_id, 0) for raw_id in data.raw_ids])[torch.from_numpy(data.items)]
+    users = torch.repeat_interleave(torch.arange(data.num_users), torch.from_numpy(np.diff(data.offsets)))
+    sizes = torch.bincount(users[items > 0], minlength=data.num_users)
+    known = f"{int((items > 0).sum()):,} of {len(items):,} interactions with items that the run knows"
+    print(f"{data.name}: {data.num_users:,} users, {known}; {int((sizes == 0).sum()):,} users get the most popular")
+    return items[items > 0], sizes
+
+
+def recommend_all(recommender: Recommender, data: Interactions, path: Path) -> None:
+    """Write the k best items of every user of a log: user_id, item_id, score, a line each, separated by tabs."""
+    items, sizes = histories(recommender, data)
+    began = time.perf_counter()
+    scores, best = recommender.rank(items, sizes, recommender.allowed, title="recommending")
+    rate = len(sizes) / (time.perf_counter() - began)
+    lines = ["user_id\titem_id\tscore"]
+    for user, *ranked in zip(data.user_ids, scores, best, strict=True):
+        lines += [f"{user}\t{raw_id}\t{score:.5g}" for raw_id, _, score in recommender.named(*ranked)]
+    write_atomic(path, ("\n".join(lines) + "\n").encode())
+    print(f"{len(lines) - 1:,} recommendations for {len(sizes):,} users written to {path}; {rate:,.0f} users/s")
+
+
+def user_items(recommender: Recommender, data: Interactions, user: str) -> list[int]:
+    """One user's history by the run's ids; InputError for a user that is not in the log."""
+    if user not in data.user_ids:
+        close = difflib.get_close_matches(user, data.user_ids, 3)
+        hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+        raise InputError(f"no user {user!r} in {data.name}, which has {data.num_users:,}{hint}")
+    items, sizes = histories(recommender, data)
+    return items.split(sizes.tolist())[data.user_ids.index(user)].tolist()
+
+
+def print_ranked(ranked: list[tuple[str, str, float]]) -> None:
+    for place, (raw_id, title, score) in enumerate(ranked, 1):
+        print(f"{place:>4}  {score:7.2f}  {title}" + f"  (id:{raw_id})" * (title != raw_id))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Recommend what comes next after the given items, oldest first.")
     parser.add_argument("items", nargs="*", help='titles or raw ids, such as "Toy Story (1995)"; id:RAW is a raw id')
     parser.add_argument("--run", default="runs/ml-1m/student", help="run folder (default: %(default)s)")
     parser.add_argument("-k", type=positive, default=10, help="how many to recommend (default: %(default)s)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="for every user of the log --data, into a file")
+    parser.add_argument("--user", metavar="ID", help="for this user of the log --data")
+    parser.add_argument("--similar", metavar="ITEM", help="the items most like this one instead")
+    parser.add_argument("--only", metavar="FILE", help="recommend only these items, a raw id or title a line")
+    parser.add_argument("--without", metavar="FILE", help="do not recommend these")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     parser.add_argument("--compile", action="store_true", help="compile first, for this and all later calls")
+    add_data_flags(parser)
     args = parser.parse_args()
-    recommender = Recommender(args.run, args.k, args.device, args.compile or None, fallback=not args.compile)
-    items = known_items(recommender, args.items)
+    if sum(map(bool, (args.items, args.out, args.user is not None, args.similar))) > 1:
+        parser.error("give items, --out, --user or --similar, one of them")
+    exclude_seen = None if args.seen == "auto" else args.seen == "exclude"
+    recommender = Recommender(args.run, args.k, args.device, args.compile or None, not args.compile, None, exclude_seen)
+    if args.similar:
+        print_ranked(recommender.similar(args.similar))
+        return
+    if args.only:
+        recommender.allowed = torch.zeros_like(recommender.allowed)
+        recommender.allowed[items_in(recommender, args.only)] = True
+    if args.without:
+        recommender.allowed[items_in(recommender, args.without)] = False
+    if args.out or args.user is not None:
+        args.min_items = args.min_length = 1  # whoever is in the log, with whatever history
+        data = load_asked(args)
+        if args.out:
+            recommend_all(recommender, data, args.out)
+            return
+        items = user_items(recommender, data, args.user)
+    else:
+        items = known_items(recommender, args.items)
     began = time.perf_counter()
-    answers = recommender([[f"id:{recommender.raw_ids[item]}" for item in items]])[0]
+    sizes = torch.tensor([len(items)])
+    scores, best = recommender.rank(torch.tensor(items, dtype=torch.long), sizes, recommender.allowed)
     milliseconds = 1000 * (time.perf_counter() - began)
-    watched = ", ".join(recommender.titles[item] for item in items)
-    print(f"after {watched}:" if items else "most popular, by interactions:")
-    for place, (raw_id, title, score) in enumerate(answers, 1):
-        print(f"{place:>4}  {score:7.2f}  {title}" + f"  (id:{raw_id})" * (title != raw_id))
+    watched = ", ".join(recommender.titles[item] for item in items[-20:])
+    more = f"{len(items) - 20} items and " * (len(items) > 20)
+    print(f"after {more}{watched}:" if items else "most popular, by interactions:")
+    print_ranked(recommender.named(scores[0], best[0]))
     kind = "compiled" if recommender.compiled else "eager, --compile makes it faster"
     print(f"{milliseconds:.1f} ms, {kind}, on {recommender.device}; ready to answer in {recommender.warm_up_s:.2f} s")
 

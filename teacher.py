@@ -43,14 +43,14 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import (
-    PAD, Batch, InputError, Interactions, Spans, add_data_flags, batches, grid_windows, item_counts, leave_one_out,
-    load_asked, mask_items, next_items, number, pad_left, positive, random_windows,
-    run_command, write_atomic, write_json,
+    PAD, SPLITS, Batch, InputError, Interactions, Spans, add_data_flags, batches, data_flags, grid_windows, item_counts,
+    load_asked, mask_items, next_items, number, pad_left, positive, random_windows, run_command, write_atomic,
+    write_json,
 )  # fmt: skip
 from evaluate import hit_rate, ndcg, rank_targets
 from prebert import (
-    NEVER, VERSION, BertConfig, PreBert, check_catalogue, cooccurrence_vectors, load_bert, machine, peak_memory_gb,
-    pick_device, prebert_from_bert, read_json, save_run, set_item_table, text_vectors, write_safetensors,
+    ITEM_INITS, NEVER, VERSION, BertConfig, PreBert, check_catalogue, item_vectors, load_bert, machine, peak_memory_gb,
+    pick_device, prebert_from_bert, read_json, save_run, set_item_table, start_from, write_safetensors,
 )  # fmt: skip
 
 Loss = Callable[[PreBert, Batch], Tensor]
@@ -199,9 +199,9 @@ def train(
     is nothing to ask, the folder is taken, or the loss is not finite; exits with 130 or 143 after Ctrl-C or SIGTERM.
     """
     part, valid, _ = parts
-    if not len(valid.targets) or (model.config.causal and not len(grid_windows(part, model.max_length)[0])):
-        least = "four items that next items need" if len(valid.targets) else "three items that training needs"
-        raise InputError(f"{data.name}: no user has the {least}, two of them held out; see python data.py")
+    asks = len(grid_windows(part, model.max_length)[0]) if model.config.causal else len(part.sizes)
+    if not asks or not (args.all or len(valid.targets)):
+        raise InputError(f"{data.name}: no user has the three items that training needs, four for next items")
     if data.num_items <= FULL_SOFTMAX:  # with huge catalogues, keeping freed blocks fragments memory
         keep_freed_memory()
     device, seed, (rank, processes) = pick_device(args.device), args.seed, world()
@@ -214,6 +214,11 @@ def train(
         objective: nn.Module = Objective(model, loss_of)
         objective = DistributedDataParallel(objective) if processes > 1 else objective
         caught, saved = catch_signals(), time.perf_counter()
+        if args.start and state["step"] == 0 and not args.all:
+            state["best"], hits = validate(model, valid, not data.repeats, args.eval_users)
+            if rank == 0:
+                write_safetensors(run / "model.safetensors", model.state_dict())
+                print(f"before training: validation NDCG@10 {state['best']:.4f}  HR@10 {hits:.4f}", flush=True)
         # When training would have begun, had it not been interrupted.
         began, began_cpu = saved - state["seconds"], time.process_time() - state["cpu_seconds"]
 
@@ -268,8 +273,8 @@ def train(
             bar.close()
             # Evaluate on validation users, keep the weights if they are the best so far, log, checkpoint.
             state["epoch"], state["batch"] = epoch + 1, 0
-            quality, hits = validate(model, valid, not data.repeats, args.eval_users)
-            best = quality > state["best"]
+            quality, hits = (0.0, 0.0) if args.all else validate(model, valid, not data.repeats, args.eval_users)
+            best = args.all or quality > state["best"]
             state["best"], state["waited"] = max(quality, state["best"]), 0 if best else state["waited"] + 1
             state["cpu_seconds"], saved = time.process_time() - began_cpu, time.perf_counter()
             minutes, loss_now = state["seconds"] / 60, state["loss"]
@@ -278,13 +283,13 @@ def train(
                 if best:
                     write_safetensors(run / "model.safetensors", model.state_dict())
                 write_atomic(run / "log.csv", state["log"].encode())
-                scores = f"validation NDCG@10 {quality:.4f}  HR@10 {hits:.4f}  {'best' if best else ''}"
-                print(f"epoch {epoch + 1:>3}  {minutes:6.1f} min  loss {loss_now:.3f}  {scores}", flush=True)
+                scores = f"  validation NDCG@10 {quality:.4f}  HR@10 {hits:.4f}{'  best' * best}" * (not args.all)
+                print(f"epoch {epoch + 1:>3}  {minutes:6.1f} min  loss {loss_now:.3f}{scores}", flush=True)
             save_state(run, model, optimizer, state)
         if rank == 0:
             costs = {"minutes": state["seconds"] / 60, "cpu_minutes": state["cpu_seconds"] / 60}
-            ended = {"valid_NDCG@10": state["best"], "steps": state["step"], "epochs": state["epoch"], **costs}
-            write_json(run / "metrics.json", ended | {"peak_memory_gb": peak_memory_gb()})
+            ended = {"valid_NDCG@10": None if args.all else state["best"], "peak_memory_gb": peak_memory_gb()}
+            write_json(run / "metrics.json", {**ended, "steps": state["step"], "epochs": state["epoch"], **costs})
             (run / "train_state.pt").unlink(missing_ok=True)
 
 
@@ -492,6 +497,9 @@ def add_training_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict[
         return f"(default: {', '.join(f'{recipe[key]:g} {kind}' for kind, recipe in recipes.items())})"
 
     add("--name", help="run folder runs/<data>/<name> (default: teacher, student or student-no-kd)")
+    add("--all", action="store_true", help="train on everything, into <name>-all, for as many epochs as were best for "
+        "<name>; it cannot be evaluated")  # fmt: skip
+    add("--start", metavar="RUN", help="begin from the weights of a run on an older log, in a fifth of the epochs")
     add("--objective", choices=tuple(recipes), help="predict each next item, or fill in blanks, the paper's own")
     add("--epochs", type=positive, help=f"passes over the data; more on small data {by_recipe('epochs')}")
     add("--minutes", type=number(0, above=True), help="budget by the clock instead of --epochs")
@@ -528,12 +536,24 @@ def settle(args: argparse.Namespace, recipes: dict[str, dict[str, float]], data:
         raise InputError("--label-smoothing needs the full softmax, which --negatives and large catalogues do without")
     if args.negatives:
         args.label_smoothing = 0.0
+    if args.epochs is None and args.all and not args.minutes:
+        args.epochs = best_epoch(Path("runs") / data.name / args.name)
     if args.epochs is None:  # a hundredth of the data gets ten times the passes, and a tenth of the steps
         args.epochs = round(recipe["epochs"] * max(1.0, (1e6 / len(data.items)) ** 0.5))
+        args.epochs = max(1, args.epochs // 5) if args.start else args.epochs
+    args.name = f"{args.name}-all" if args.all else args.name
     for key, value in recipe.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     args.patience = args.patience or max(5, args.epochs // 3)
+
+
+def best_epoch(run: Path) -> int:
+    """The epoch that validation found best, from a run's log.csv; InputError where there is none."""
+    rows = (run / "log.csv").read_text().split()[1:] if (run / "log.csv").exists() else []
+    if not rows:
+        raise InputError(f"no {run / 'log.csv'} to learn the best epoch from; train without --all first, or --epochs N")
+    return 1 + max(range(len(rows)), key=lambda row: float(rows[row].split(",")[4]))
 
 
 def describe(data: Interactions, model: PreBert, args: argparse.Namespace, teachers: list[str] | None = None) -> dict:
@@ -545,37 +565,40 @@ def describe(data: Interactions, model: PreBert, args: argparse.Namespace, teach
     if shutil.which("git"):
         git = ["git", "describe", "--always", "--dirty"]
         commit = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    hidden = ("resume", "overwrite", "device", "root", "data", "columns", "no_cache")  # none changes what is learnt
+    hidden = ("resume", "overwrite", "device", "root", "data", "columns", "titles", "no_cache")  # not what is learnt
     settings = {key: value for key, value in vars(args).items() if key not in hidden}
     return {
         "version": VERSION, "data": data.name, "num_items": data.num_items, "interactions": len(data.items),
-        "fingerprint": data.fingerprint, "exclude_seen": not data.repeats, "model": asdict(model.config),
+        "fingerprint": data.fingerprint, "split": data.split, "exclude_seen": not data.repeats,
+        "model": asdict(model.config),
         "seed": args.seed, "settings": settings, "teachers": teachers, "protocol": data.protocol,
         "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         "commit": commit or "unknown", "machine": machine(),
     }  # fmt: skip
 
 
-def build_teacher(args: argparse.Namespace, data: Interactions, part: Spans) -> PreBert:
-    """PreBERT with its item table: BERT's body, or (--bert none) the same shape with random weights.
+def default_init(data: Interactions, bert: str) -> str:
+    """How item vectors start where --item-init does not say: from titles and co-occurrence, as far as there are any."""
+    return "text+cooc" if any(data.texts) and bert != "none" else "cooc"
 
-    Raises InputError for --item-init text where there are no titles or no BERT to read them.
-    """
+
+def build_teacher(args: argparse.Namespace, data: Interactions, part: Spans) -> PreBert:
+    """PreBERT with its item table: BERT's body, or (--bert none) the same shape with random weights."""
     torch.manual_seed(args.seed)
+    args.item_init = args.item_init or default_init(data, args.bert)
     causal = args.objective == "next"
-    if args.item_init == "text" and (args.bert == "none" or data.titles == data.raw_ids):
-        raise InputError("--item-init text needs a BERT and item titles; use --item-init cooc")
     if args.bert == "none":
         shape = BertConfig(max_position_embeddings=args.max_length, hidden_dropout_prob=args.dropout, causal=causal)
-        model, norm = PreBert(shape, data.num_items), 1.0
+        model, bert, norm = PreBert(shape, data.num_items), None, 1.0
     else:
-        bert, tokenizer = load_bert(args.bert)
-        model = prebert_from_bert(bert, tokenizer, data.num_items, args.max_length, causal, args.dropout)
-        norm = bert.word_embedding.weight.norm(dim=1).mean().item()
-    if args.item_init == "text":
-        set_item_table(model, text_vectors(bert, tokenizer, data), norm)
-    elif args.item_init == "cooc":
-        set_item_table(model, cooccurrence_vectors(part, data.num_items, model.config.hidden_size), norm)
+        bert = load_bert(args.bert)
+        model = prebert_from_bert(*bert, data.num_items, args.max_length, causal, args.dropout)
+        norm = bert[0].word_embedding.weight.norm(dim=1).mean().item()
+    vectors = item_vectors(args.item_init, data, part, model.config.hidden_size, bert)
+    if vectors is not None:
+        set_item_table(model, vectors, norm)
+    if args.start:
+        start_from(model, args.start, data, vectors)
     return model
 
 
@@ -585,22 +608,22 @@ def main() -> None:
     add = parser.add_argument_group("teacher").add_argument
     add("--bert", default="minilm", help="minilm, bert-base-uncased, ORG/NAME on the hub, a folder, or none: random "
         "weights (default: %(default)s)")  # fmt: skip
-    add("--item-init", choices=("cooc", "text", "random"), default="cooc",
-        help="first item embeddings: co-occurrence, titles read by BERT, or random (default: %(default)s)")  # fmt: skip
+    add("--item-init", choices=ITEM_INITS, help="first item vectors: titles read by BERT, co-occurrence, their sum, or "
+        "random (default: the sum, without titles or BERT cooc)")  # fmt: skip
     add_training_flags(parser, RECIPES)
     parser.set_defaults(name="teacher", objective="next")
     args = parser.parse_args()
     join_processes(args.device)
     data = load_asked(args)
     settle(args, RECIPES, data)
-    parts = leave_one_out(data)
+    parts = SPLITS[data.split](data)
     model = build_teacher(args, data, parts[0])
     sampler = make_sampler(args, parts[0], data.num_items)
     run = Path("runs") / data.name / args.name
     loss = partial(item_loss, label_smoothing=args.label_smoothing, sampler=sampler)
     train(model, loss, data, parts, run, args, describe(data, model, args))
     if world()[0] == 0:
-        command = shlex.join(["python", "distill.py", "--data", args.data, "--teacher", str(run)])
+        command = shlex.join(["python", "distill.py", *data_flags(args), "--teacher", str(run), *["--all"] * args.all])
         print(f"the best weights are in {run}; next: {command}")
 
 

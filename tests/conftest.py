@@ -45,7 +45,8 @@ def hand_log(*rows: list[int]) -> Interactions:
     names = ["", *(str(i) for i in range(1, items.max() + 1))]
     offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
     repeats = any(len(set(row)) < len(row) for row in rows)
-    return Interactions("hand", items, offsets, names, list(names), repeats, {})
+    users, texts, begins = [f"u{row}" for row in range(len(rows))], [""] * len(names), np.zeros(len(rows))
+    return Interactions("hand", items, offsets, names, list(names), texts, users, begins, repeats, {})
 
 
 def command(script: str, *arguments: object, cwd: Path, expect: int = 0, **env: str) -> str:

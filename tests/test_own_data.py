@@ -1,0 +1,263 @@
+"""The first hour with one's own data: recommendations for everybody, what may be recommended, new data, sessions."""
+
+import gzip
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import HEAD, TINY, hand_log, inside, write_ring
+
+from data import HELD_OUT, PAD, InputError, SPLITS, load_dataset
+from evaluate import metrics, target_ranks
+from prebert import centred, item_vectors, linear_map, load_run, principal_components, start_from
+from student import MiniBert, Recommender
+
+ON_RING = ["--no-kd", "--size", "tiny", "--item-init", "cooc", *TINY]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with ring.inter and a student of it under runs/ring/student-no-kd."""
+    folder = tmp_path_factory.mktemp("own")
+    write_ring(folder)
+    inside("distill.py", "--data", "ring.inter", *ON_RING, cwd=folder)
+    return folder
+
+
+RUN = "runs/ring/student-no-kd"
+
+
+# ---------------------------------------------------------------- everybody
+
+
+def test_recommendations_for_all_users_are_those_of_each_alone(trained):
+    log = (trained / "ring.inter").read_text()
+    newcomers = "one\t101\t3\t5\nstranger\tnobody knows\t3\t5\n"
+    (trained / "today.inter").write_text(log + newcomers)
+    text = inside("student.py", "--run", RUN, "--data", "today.inter", "--out", "all.tsv", "-k", 4, cwd=trained)
+    assert "52 users" in text and "1 users get the most popular" in text and "all.tsv" in text
+    head, *rows = [line.split("\t") for line in (trained / "all.tsv").read_text().splitlines()]
+    assert head == ["user_id", "item_id", "score"] and len(rows) == 52 * 4
+    recommend = Recommender(trained / RUN, k=4, compile=False)
+    histories: dict[str, list] = {}
+    for user, item, _, when in (line.split("\t") for line in (log + newcomers).splitlines()[1:]):
+        histories.setdefault(user, []).append((float(when), item))
+    for user, group in itertools.groupby(rows, key=lambda row: row[0]):
+        known = [item for _, item in sorted(histories[user]) if item != "nobody knows"]
+        expected = recommend([[f"id:{item}" for item in known]])[0]
+        for (_, item, score), (raw_id, _, value) in zip(group, expected, strict=True):
+            assert item == raw_id and float(score) == pytest.approx(value, rel=1e-3, abs=1e-3)
+
+
+def test_one_user_and_one_that_is_not_in_the_log(trained):
+    on = ("--run", RUN, "--data", "ring.inter", "-k", 3)
+    text = inside("student.py", *on, "--user", "u7", cwd=trained)
+    assert len(text.splitlines()) == 1 + 1 + 3 + 1
+    words = inside("student.py", *on, "--user", "u77", cwd=trained, expect=2)
+    assert "no user 'u77' in ring, which has 50" in words and "'u7'" in words
+    assert "one of them" in inside("student.py", *on, "--user", "u7", "--out", "x", cwd=trained, expect=2)
+
+
+# ---------------------------------------------------------------- what may be recommended
+
+
+def test_only_what_is_allowed_and_without_what_is_not(trained):
+    everything = Recommender(trained / RUN, k=100, compile=False)
+    history = ["id:103", "id:104"]
+    ranked = [raw_id for raw_id, _, _ in everything([history])[0]]
+    assert len(ranked) == 58 and not {"103", "104"} & {*ranked}
+    allowed = [f"id:{raw_id}" for raw_id in ranked[10:30:3]]
+    only = Recommender(trained / RUN, k=5, compile=False, allowed=allowed)
+    assert [raw_id for raw_id, _, _ in only([history])[0]] == ranked[10:25:3]
+    assert {raw_id for raw_id, _, _ in only([[]])[0]} <= {*ranked[10:30:3]}  # what is popular, too
+    out = [f"id:{raw_id}" for raw_id in ranked[:7]]
+    assert [raw_id for raw_id, _, _ in everything([history], without=out)[0]] == ranked[7:]
+    assert [raw_id for raw_id, _, _ in everything([history])[0]] == ranked  # of that call alone
+    with pytest.raises(InputError, match="no item 'nothing'"):
+        Recommender(trained / RUN, compile=False, allowed=["nothing"])
+
+
+def test_files_of_items(trained):
+    shown = [line.split()[3] for line in inside(
+        "student.py", "--run", RUN, "id:103", "-k", 60, cwd=trained).splitlines()[1:-1]]  # fmt: skip
+    names = [f"film {number} ({1950 + number})" for number in range(0, 60, 2)]
+    (trained / "only.txt").write_text("\n".join([*names, "", "not sold", ""]))
+    (trained / "without.txt").write_text("id:110\nid:111\n")
+    flags = ("--only", "only.txt", "--without", "without.txt")
+    text = inside("student.py", "--run", RUN, "id:103", "-k", 60, *flags, cwd=trained).splitlines()[1:-1]
+    assert [line.split()[3] for line in text] == [n for n in shown if int(n) % 2 == 0 and n not in ("10", "11")]
+    (trained / "none.txt").write_text("not sold\n")
+    assert "none of its 1 lines" in inside("student.py", "--run", RUN, "--only", "none.txt", cwd=trained, expect=2)
+
+
+@pytest.mark.parametrize("seen", ["keep", "exclude"])
+def test_seen_items_are_a_choice(trained, seen):
+    text = inside("student.py", "--run", RUN, "id:103", "-k", 99, "--seen", seen, cwd=trained)
+    assert ("(id:103)" in text) == (seen == "keep")
+    protocol = inside("data.py", "--data", "ring.inter", "--seen", seen, cwd=trained)
+    assert ("NOT excluded" in protocol) == (seen == "keep")
+
+
+def test_similar_items_by_hand(trained):
+    table = load_run(trained / RUN)[0].item_embedding.weight.detach()[1:-1].numpy()
+    lengths = np.linalg.norm(table, axis=1)
+    cosines = table @ table[4] / lengths / lengths[4]
+    recommend = Recommender(trained / RUN, k=3, compile=False)
+    order = [item for item in np.argsort(-cosines) if item != 4][:3]
+    assert [raw_id for raw_id, _, _ in recommend.similar(f"id:{recommend.raw_ids[5]}")] == [
+        recommend.raw_ids[1 + item] for item in order
+    ]
+
+
+# ---------------------------------------------------------------- tables
+
+
+def test_titles_and_texts_of_a_table_elsewhere(tmp_path):
+    rows = [f"u{user},s{item},{when}" for user in range(6) for when, item in enumerate(range(6))]
+    (tmp_path / "shop.csv.gz").write_bytes(gzip.compress(("user_id,sku,time\n" + "\n".join(rows)).encode()))
+    names = [f's{item},"Pot, {item}",{item},"[\'Kitchen\', \'Steel\']",Acme' for item in range(5)]
+    (tmp_path / "names.csv").write_text("sku,product_name,stage,category,brand\n" + "\n".join(names))
+    log = load_dataset(str(tmp_path / "shop.csv.gz"), titles_file=str(tmp_path / "names.csv"))
+    assert log.titles[1:] == ["Pot, 0", "Pot, 1", "Pot, 2", "Pot, 3", "Pot, 4", "s5"]
+    assert log.texts[1:3] == [f"Pot, {item}. category: Kitchen , Steel. brand: Acme" for item in (0, 1)]
+    assert log.texts[6] == "" and log.user_ids == [f"u{user}" for user in range(6)]
+    flags, where = ("--data", "shop.csv.gz", "--titles"), "from product_name and category and brand of names.csv"
+    assert where in inside("data.py", *flags, "names.csv", cwd=tmp_path)
+    assert "--titles no.csv: it must be a file" in inside("data.py", *flags, "no.csv", cwd=tmp_path, expect=2)
+
+
+def test_sum_of_starts_has_both_in_equal_shares():
+    log = hand_log([1, 2, 3, 4, 5, 6, 1, 3], [2, 3, 4, 5, 6, 1, 2])
+    train = SPLITS["last"](log)[0]
+    log.texts[1:] = ["a", "b", "c", "d", "e", "f"]
+    texts = torch.randn(6, 7)
+    torch.manual_seed(0)
+    cooc = item_vectors("cooc", log, train, 3, None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("prebert.text_vectors", lambda *_: texts)
+        torch.manual_seed(0)
+        both = item_vectors("text+cooc", log, train, 3, (None, None))
+    assert torch.allclose(both - cooc, centred(principal_components(texts, 3)), atol=1e-5)
+    assert cooc.pow(2).sum(1).mean().item() == pytest.approx(1, abs=1e-4)
+    with pytest.raises(InputError, match="--item-init cooc"):
+        item_vectors("text", hand_log([1, 2, 3]), train, 3, None)
+
+
+# ---------------------------------------------------------------- new data tomorrow
+
+
+def test_a_run_goes_on_with_a_catalogue_that_has_grown(trained):
+    rows = (trained / "ring.inter").read_text().splitlines()[1:]
+    new = [f"u{user}\t{500 + user % 3}\t3\t{2000 + step}" for user in range(30) for step in range(2)]
+    (trained / "grown.inter").write_text("\n".join(["user_id\titem_id\trating\ttimestamp", *rows, *new]))
+    rates = ("--lr", "1e-9", "--body-lr", "1e-9")
+    text = inside("distill.py", "--data", "grown.inter", *ON_RING, "--start", RUN, *rates, cwd=trained)
+    assert "60 items known, 3 new" in text and "before training: validation NDCG@10" in text
+    old, _, before = load_run(trained / RUN)
+    now, config, after = load_run(trained / "runs/grown/student-no-kd")
+    places = [before["raw_ids"].index(raw_id) for raw_id in after["raw_ids"][1:] if int(raw_id) < 500]
+    same = [item for item, raw_id in enumerate(after["raw_ids"]) if raw_id and int(raw_id) < 500]
+    assert torch.allclose(now.item_embedding.weight[same], old.item_embedding.weight[places], atol=1e-5)
+    assert torch.allclose(now.encoder.norm.weight, old.encoder.norm.weight, atol=1e-5)
+    assert "NDCG" in inside("evaluate.py", "--data", "grown.inter", cwd=trained) and config["settings"]["start"] == RUN
+    words = inside("distill.py", "--data", "grown.inter", *ON_RING, "--size", "small", "--start", RUN, "--name", "x",
+                   cwd=trained, expect=2)  # fmt: skip
+    assert "another kind of model" in words
+
+
+def test_new_items_start_where_a_linear_map_puts_them(trained):
+    log, (old, _, _) = load_dataset(str(trained / "ring.inter")), load_run(trained / RUN)
+    vectors = torch.randn(60, 64)
+    table = old.item_embedding.weight.detach()
+    true_map = linear_map(vectors, table[1:-1], ridge=1e-6)
+    assert torch.allclose(vectors @ true_map.T, table[1:-1], atol=0.1)  # 60 points in 64 dimensions: it can be exact
+    model = MiniBert("tiny", 60, 16, True)
+    log.raw_ids[7] = "an item of today"
+    start_from(model, str(trained / RUN), log, vectors)
+    others = [item for item in range(1, 61) if item != 7]
+    assert torch.equal(model.item_embedding.weight[others], table[others])
+    solution = linear_map(vectors[[item - 1 for item in others]], table[others])
+    assert torch.allclose(model.item_embedding.weight[7], solution @ vectors[6], atol=1e-5)
+
+
+def test_ridge_is_the_minimum():
+    torch.manual_seed(0)
+    x, y = torch.randn(30, 4).double(), torch.randn(30, 3).double()
+    found = linear_map(x, y, 0.1).T
+    penalty = 0.1 * (x.T @ x).diagonal().mean()
+
+    def cost(w):
+        return ((x @ w - y) ** 2).sum() + penalty * (w**2).sum()
+
+    assert all(cost(found) < cost(found + 0.01 * torch.randn(4, 3)) for _ in range(20))
+
+
+def test_final_training_uses_everything_and_cannot_be_evaluated(trained):
+    text = inside("distill.py", "--data", "ring.inter", *ON_RING[:-8], "--all", cwd=trained)
+    run, rows = trained / (RUN + "-all"), (trained / RUN / "log.csv").read_text().split()[1:]
+    best = max(range(len(rows)), key=lambda row: float(rows[row].split(",")[4])) + 1
+    assert "validation" not in text and json.loads((run / "metrics.json").read_text())["epochs"] == best
+    counts = json.loads((run / "catalogue.json").read_text())["counts"]
+    assert sum(counts) == len((trained / "ring.inter").read_text().splitlines()) - 1
+    words = inside("evaluate.py", "--data", "ring.inter", "--runs", run, cwd=trained, expect=2)
+    assert "everything is trained on" in words
+    assert "skipped" in inside("evaluate.py", "--data", "ring.inter", cwd=trained)
+    student = ("--data", "ring.inter", "--teacher", run, *TINY, "--name", "leak")
+    assert "everything is trained on" in inside("distill.py", *student, cwd=trained, expect=2)
+    flags = ("--data", "ring.inter", *ON_RING[:-8], "--all", "--name", "none")
+    words = inside("distill.py", *flags, cwd=trained, expect=2)
+    assert "train without --all first" in words
+
+
+# ---------------------------------------------------------------- sessions
+
+
+def test_sessions_by_hand(tmp_path):
+    days = {"a": ("2020-01-01", "x y z"), "b": ("2020-01-02", "y z"), "c": ("2020-01-03", "z x"),
+            "d": ("2020-01-03", "x y new"), "e": ("2020-01-02", "x x z")}  # fmt: skip
+    days |= {f"more{n}": ("2020-01-01", "x y") for n in range(8)} | {"last": ("2020-01-02", "z y x")}
+    rows = [f"{who},{item},{day}T{10 if who != 'last' else 22}:0{step}:00"
+            for who, (day, items) in days.items() for step, item in enumerate(items.split())]  # fmt: skip
+    (tmp_path / "s.csv").write_text("session_id,item_id,time\n" + "\n".join(rows))
+    log = load_dataset(str(tmp_path / "s.csv"), min_items=1, min_length=2)
+    train, valid, test = SPLITS["sessions"](log)
+    assert len(train.sizes) == 11 and len(train.targets) == 0  # "last" is the newest tenth of twelve
+    names = {raw_id: item for item, raw_id in enumerate(log.raw_ids)}
+
+    def questions(part):
+        spans = zip(part.starts, part.ends, part.targets.tolist(), strict=True)
+        return sorted((tuple(part.items[a:b].tolist()), target) for a, b, target in spans)
+
+    x, y, z = names["x"], names["y"], names["z"]
+    assert questions(valid) == sorted([((z,), y), ((z, y), x)])
+    assert questions(test) == sorted([((z,), x), ((x,), y), ((x, y), PAD)])  # nobody trained on "new"
+    text = inside("data.py", "--data", "s.csv", "--split", "sessions", "--min-items", 1, cwd=tmp_path)
+    assert "3 test targets" in text and "next item" in text
+    with pytest.raises(InputError, match="before the last day"):
+        SPLITS["sessions"](load_dataset(str(write_ring(tmp_path))))
+
+
+def test_a_target_that_training_never_saw_is_a_miss():
+    scores = torch.tensor([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0]])
+    ranks = target_ranks(scores, torch.tensor([1, PAD]))
+    assert ranks.tolist() == [1, 4]
+    many = metrics(torch.tensor([1, 2, 20, 21, 400]))
+    assert many["MRR@20"] == pytest.approx((1 + 1 / 2 + 1 / 20) / 5) and many["HR@20"] == pytest.approx(3 / 5)
+
+
+def test_sessions_are_trained_and_evaluated(tmp_path):
+    path = write_ring(tmp_path, users=60)
+    lines = [line.split("\t") for line in path.read_text().splitlines()[1:]]
+    rows = [f"{user}\t{item}\t{1.6e9 + 43200 * (int(user[1:]) // 10) + int(when)}" for user, item, _, when in lines]
+    (tmp_path / "s.inter").write_text(HEAD + "\n".join(rows))
+    flags = ["--data", "s.inter", "--split", "sessions"]
+    text = inside("distill.py", *flags, *ON_RING, cwd=tmp_path)
+    assert "evaluate.py --data s.inter --split sessions" in text
+    text = inside("evaluate.py", *flags, "--json", "s.json", cwd=tmp_path)
+    assert "Recall@20" in text and "MRR@20" in text
+    row = json.loads((tmp_path / "s.json").read_text())["rows"][-1]
+    assert row["Recall@20"] == row["HR@20"] > 0.3
+    flags = [*flags[:2], "--runs", "runs/s/student-no-kd"]
+    assert HELD_OUT["last"] in inside("evaluate.py", *flags, cwd=tmp_path, expect=2)

@@ -780,7 +780,7 @@ def fetch(name: str, folder: Path) -> None:
 
 # ---------------------------------------------------------------- datasets by name or path
 
-TABLE = re.compile(r"\.(inter|csv|tsv)(\.gz)?$", re.IGNORECASE)
+TABLE = re.compile(r"\.(inter|item|csv|tsv)(\.gz)?$", re.IGNORECASE)
 CACHE_FROM = 1 << 24  # bytes; smaller logs are read faster than anyone waits
 
 
@@ -932,7 +932,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     add("--split", choices=("last", "sessions"), default="last", help="held out: each user's last two items (default), "
         "or the sessions of the last day and the newest tenth of the rest")  # fmt: skip
     add("--seen", choices=("auto", "keep", "exclude"), default="auto", help="items of the history: rank them or leave "
-        f"them out (default: leave out, unless {REPEATS_FROM:.0%} of the interactions are repeats)")  # fmt: skip
+        "them out (default: leave out, unless 1 %% of the interactions or more are repeats)")  # fmt: skip
 
 
 def load_asked(args: argparse.Namespace) -> Interactions:

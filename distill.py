@@ -33,7 +33,7 @@ from data import (
 from evaluate import without_seed
 from prebert import (
     ITEM_INITS, PreBert, check_catalogue, item_vectors, load_bert, load_run, pick_device, principal_components,
-    set_item_table, start_from,
+    save_text_map, set_item_table, start_from,
 )  # fmt: skip
 from student import STUDENTS, MiniBert
 from teacher import (
@@ -194,7 +194,8 @@ def load_teachers(args: argparse.Namespace, data: Interactions) -> tuple[list[Pr
             raise InputError(f"{run} was trained with {flags}; the student must answer the same questions")
         teachers.append(teacher.requires_grad_(False).to(pick_device(args.device)))
         made_by.append(without_seed(config))
-    args.objective = args.objective or "next"
+        args.bert = args.bert or config["settings"].get("bert")
+    args.objective, args.bert = args.objective or "next", args.bert or "minilm"
     return teachers, made_by
 
 
@@ -210,7 +211,7 @@ def main() -> None:
     add("--no-cache", action="store_true", help="ask a teacher of next items at every step, not once for the whole log")
     add("--item-init", choices=("pca", *ITEM_INITS),
         help="first item vectors (default: pca of the teacher's; with --no-kd as teacher.py's)")  # fmt: skip
-    add("--bert", default="minilm", help="reads titles for --item-init text, see teacher.py (default: %(default)s)")
+    add("--bert", help="reads titles, for --item-init text and new items, see teacher.py (default: as the teacher's)")
     add_training_flags(parser, RECIPES)
     args = parser.parse_args()
     if args.no_kd and (args.no_cache or (args.temperature, args.alpha) != (None, None)):
@@ -221,7 +222,7 @@ def main() -> None:
     args.name = args.name or ("student-no-kd" if args.no_kd else "student")
     join_processes(args.device)
     data = load_asked(args)
-    args.item_init = args.item_init or (default_init(data, args.bert) if args.no_kd else "pca")
+    args.item_init = args.item_init or (default_init(data, args.bert or "minilm") if args.no_kd else "pca")
     args.teacher = [str(Path(run)) for run in args.teacher or [f"runs/{data.name}/teacher{'-all' * args.all}"]]
     teachers, made_by = load_teachers(args, data)
     settle(args, RECIPES, data)
@@ -238,6 +239,8 @@ def main() -> None:
     run = Path("runs") / data.name / args.name
     train(model, loss, data, parts, run, args, describe(data, model, args, made_by))
     if world()[0] == 0:
+        if "text" in args.item_init or (teachers and (Path(args.teacher[0]) / "text_map.safetensors").exists()):
+            save_text_map(run, data, load_bert(args.bert))
         print(f"the best weights are in {run}; next: {shlex.join(['python', 'evaluate.py', *data_flags(args)])}")
         print(f"then: {shlex.join(['python', 'student.py', '--run', str(run), data.titles[1]])}")
 

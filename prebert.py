@@ -687,12 +687,11 @@ def principal_components(table: Tensor, size: int) -> Tensor:
     return F.pad((middle @ kept).float(), (0, size - kept.shape[1]))
 
 
+Reader = tuple[Bert, Tokenizer]
 ITEM_INITS = ("text+cooc", "text", "cooc", "random")
 
 
-def item_vectors(
-    kind: str, data: Interactions, train: Spans, size: int, bert: tuple[Bert, Tokenizer] | None
-) -> Tensor | None:
+def item_vectors(kind: str, data: Interactions, train: Spans, size: int, bert: Reader | None) -> Tensor | None:
     """First vectors of the items, (num_items, size), by one of ITEM_INITS; None for random ones.
 
     What BERT reads in their texts, the company that they keep in the training part, or the sum of the two, which have
@@ -741,6 +740,31 @@ def linear_map(inputs: Tensor, outputs: Tensor, ridge: float = 0.1) -> Tensor:
     gram = inputs.T @ inputs
     penalty = ridge * gram.diagonal().mean() * torch.eye(len(gram))
     return torch.linalg.solve(gram + penalty, inputs.T @ outputs).T
+
+
+def save_text_map(run: Path, data: Interactions, bert: Reader) -> None:
+    """Keep with a run the linear map from BERT's vectors of texts to its item rows: a new item gets one by its text."""
+    read = torch.tensor([bool(text) for text in data.texts[1:]])
+    texts = text_vectors(*bert, data.texts[1:])[read]  # (I with a text, D of BERT)
+    rows = load_run(run)[0].item_embedding.weight.detach()[1:-1][read]
+    weight = linear_map(texts - texts.mean(0), rows - rows.mean(0))
+    write_safetensors(run / "text_map.safetensors", {"weight": weight, "bias": rows.mean(0) - weight @ texts.mean(0)})
+
+
+def with_new_items(model: PreBert, run: Path, bert: Reader, texts: list[str]) -> PreBert:
+    """The model with an item more for each text, behind the others; InputError for a run without a map of texts.
+
+    Their bias is that of the mean item. The other items' scores stay as they are.
+    """
+    if not (run / "text_map.safetensors").exists():
+        raise InputError(f"{run} has no text_map.safetensors: trained without titles, it has no vector for new items")
+    learnt = read_safetensors(run / "text_map.safetensors")
+    rows = F.linear(encode_texts(*bert, texts), learnt["weight"], learnt["bias"])
+    table, bias = model.item_embedding.weight.detach().cpu(), model.item_bias.detach().cpu()
+    larger = PreBert(model.config, model.num_items + len(texts))
+    ours = {"item_embedding.weight": torch.cat([table[:-1], rows, table[-1:]]),
+            "item_bias": torch.cat([bias, bias.mean().expand(len(texts))])}  # fmt: skip
+    return with_weights(larger, {**model.state_dict(), **ours}, run)
 
 
 @torch.no_grad()

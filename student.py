@@ -19,7 +19,7 @@ import sys
 import time
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import (
-    InputError, Interactions, add_data_flags, at_once, batches, cache_folder, load_asked, pad_left, positive,
-    read_lines, run_command, write_atomic,
+    TABLE, InputError, Interactions, add_data_flags, at_once, batches, cache_folder, load_asked, pad_left, positive,
+    read_lines, read_titles, run_command, write_atomic,
 )  # fmt: skip
-from prebert import BertConfig, PreBert, load_run, machine, pick_device
+from prebert import BertConfig, PreBert, load_bert, load_run, machine, pick_device, with_new_items
 
 STUDENTS = {  # hidden size, layers, heads; the feed-forward is four times as wide, as in BERT
     "tiny": (64, 2, 2),
@@ -176,33 +176,54 @@ class Recommender:
         self, run_dir: str | Path, k: int = 10, device: str = "auto", compile: bool | None = True,
         fallback: bool = True, allowed: Iterable[object] | None = None, exclude_seen: bool | None = None,
     ):  # fmt: skip
-        began, self.device = time.perf_counter(), pick_device(device)
-        model, config, catalogue = load_run(run_dir)
-        self.titles, self.raw_ids = catalogue["titles"], catalogue["raw_ids"]
-        self.counts = torch.tensor([-math.inf, *catalogue["counts"][1:]], dtype=torch.float64)  # (num_items + 1,)
-        self.exclude_seen = config["exclude_seen"] if exclude_seen is None else exclude_seen
-        self.question, self.max_length = model.question, model.max_length
-        self.vectors = model.item_embedding.weight.detach()[:-1]  # (num_items + 1, D)
-        graph = TopK(model.requires_grad_(False), k).to(self.device).eval()
-        self.k, compiled = graph.k, None
+        began, self.device, self.run = time.perf_counter(), pick_device(device), Path(run_dir)
+        model, self.config, catalogue = load_run(run_dir)
+        self.titles, self.raw_ids, self.counts = [""], [""], torch.tensor([-math.inf], dtype=torch.float64)
+        self.exclude_seen = self.config["exclude_seen"] if exclude_seen is None else exclude_seen
+        self.by_id: dict[str, int] = {}
+        self.by_title: dict[str, list[int]] = {}  # exact titles, and those without case where that is another spelling
+        graph, compiled = self.use(model, k, catalogue["raw_ids"][1:], catalogue["titles"][1:]), None
+        self.counts[1:] = torch.tensor(catalogue["counts"][1:])
         try:
-            compiled = None if compile is False else native(Path(run_dir), graph, bool(compile))
+            compiled = None if compile is False else native(self.run, graph, bool(compile))
         except InputError as error:
             if not fallback:
                 raise
             print(f"note: {error}; serving without it", file=sys.stderr)
         self.compiled, self.graph = compiled is not None, compiled or graph
-        self.by_id = {normal(raw_id): item for item, raw_id in enumerate(self.raw_ids) if item}
-        self.by_id |= {raw_id: item for item, raw_id in enumerate(self.raw_ids) if item}
-        self.by_title: dict[str, list[int]] = {}  # exact titles, and those without case where that is another spelling
-        for item, title in enumerate(self.titles[1:], 1):
-            for spelling in {normal(title), "any case: " + normal(title).casefold()}:
-                self.by_title.setdefault(spelling, []).append(item)
         self.allowed = torch.full((len(self.raw_ids) + 1,), allowed is None)  # (V,)
         self.allowed[[self.item(name) for name in allowed or ()]] = True
         for _ in range(3):  # the first calls pay for memory and threads
             self.rank(torch.ones(self.max_length, dtype=torch.long), torch.tensor([self.max_length]), self.allowed)
         self.warm_up_s = time.perf_counter() - began
+
+    def use(self, model: PreBert, k: int, raw_ids: list[str], titles: list[str]) -> TopK:
+        """Serve with a model that has these items behind those known so far; returns its graph."""
+        self.model, self.question, self.max_length = model.requires_grad_(False), model.question, model.max_length
+        for item, (raw_id, title) in enumerate(zip(raw_ids, titles, strict=True), len(self.raw_ids)):
+            self.by_id.setdefault(normal(raw_id), item)
+            self.by_id[raw_id] = item
+            for spelling in {normal(title), "any case: " + normal(title).casefold()}:
+                self.by_title.setdefault(spelling, []).append(item)
+        self.raw_ids, self.titles = self.raw_ids + raw_ids, self.titles + titles
+        self.counts = torch.cat([self.counts, self.counts.new_zeros(len(raw_ids))])  # (num_items + 1,)
+        graph = TopK(model, k).to(self.device).eval()
+        self.k = graph.k
+        return graph
+
+    def add_items(self, texts: Mapping[str, str] | Iterable[str]) -> None:
+        """Items that training never saw, {raw id: text} or texts alone; their vectors come from what BERT reads there.
+
+        They are recommended and accepted in histories from now on, by a graph that is not compiled. Raises InputError
+        for a run without titles and for a raw id that is known.
+        """
+        named = dict(texts) if isinstance(texts, Mapping) else {text: text for text in texts}
+        if known := [raw_id for raw_id in named if raw_id in self.by_id]:
+            raise InputError(f"item {known[0]!r} is in the catalogue already")
+        bert = load_bert(self.config["settings"].get("bert", "minilm"))
+        larger = with_new_items(self.model, self.run, bert, list(named.values()))
+        self.graph, self.compiled = self.use(larger, self.k, [*named], [*named.values()]), False
+        self.allowed = torch.cat([self.allowed[:-1], self.allowed.new_ones(len(named) + 1)])
 
     @torch.inference_mode()
     def rank(self, items: Tensor, sizes: Tensor, allowed: Tensor, title: str = "") -> tuple[Tensor, Tensor]:
@@ -279,7 +300,7 @@ class Recommender:
 
     def similar(self, name: object) -> list[tuple[str, str, float]]:
         """The k items whose vectors point most nearly where this one's does: [(raw id, title, cosine), ...]."""
-        vectors = F.normalize(self.vectors, dim=1)  # (num_items + 1, D)
+        vectors = F.normalize(self.model.item_embedding.weight[:-1], dim=1).cpu()  # (num_items + 1, D)
         cosines = vectors @ vectors[self.item(name)]
         cosines[[0, self.item(name)]] = -torch.inf
         return self.named(*cosines.topk(self.k))
@@ -365,6 +386,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="for every user of the log --data, into a file")
     parser.add_argument("--user", metavar="ID", help="for this user of the log --data")
     parser.add_argument("--similar", metavar="ITEM", help="the items most like this one instead")
+    parser.add_argument("--new-items", nargs="+", metavar="TEXT", default=[], help="items that the run does not know: "
+        "their texts, or a file with a column of ids and one of titles")  # fmt: skip
     parser.add_argument("--only", metavar="FILE", help="recommend only these items, a raw id or title a line")
     parser.add_argument("--without", metavar="FILE", help="do not recommend these")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
@@ -375,6 +398,12 @@ def main() -> None:
         parser.error("give items, --out, --user or --similar, one of them")
     exclude_seen = None if args.seen == "auto" else args.seen == "exclude"
     recommender = Recommender(args.run, args.k, args.device, args.compile or None, not args.compile, None, exclude_seen)
+    new_items: dict[str, str] = {}
+    for text in args.new_items:
+        found = read_titles(Path(text), None)[0] if TABLE.search(text) else {text: (text, text)}
+        new_items |= {raw_id: words for raw_id, (_, words) in found.items()}
+    if new_items:
+        recommender.add_items(new_items)
     if args.similar:
         print_ranked(recommender.similar(args.similar))
         return

@@ -49,8 +49,9 @@ from data import (
 )  # fmt: skip
 from evaluate import hit_rate, ndcg, rank_targets
 from prebert import (
-    ITEM_INITS, NEVER, VERSION, BertConfig, PreBert, check_catalogue, item_vectors, load_bert, machine, peak_memory_gb,
-    pick_device, prebert_from_bert, read_json, save_run, set_item_table, start_from, write_safetensors,
+    ITEM_INITS, NEVER, VERSION, BertConfig, PreBert, Reader, check_catalogue, item_vectors, load_bert, machine,
+    peak_memory_gb, pick_device, prebert_from_bert, read_json, save_run, save_text_map, set_item_table, start_from,
+    write_safetensors,
 )  # fmt: skip
 
 Loss = Callable[[PreBert, Batch], Tensor]
@@ -582,8 +583,8 @@ def default_init(data: Interactions, bert: str) -> str:
     return "text+cooc" if any(data.texts) and bert != "none" else "cooc"
 
 
-def build_teacher(args: argparse.Namespace, data: Interactions, part: Spans) -> PreBert:
-    """PreBERT with its item table: BERT's body, or (--bert none) the same shape with random weights."""
+def build_teacher(args: argparse.Namespace, data: Interactions, part: Spans) -> tuple[PreBert, Reader | None]:
+    """PreBERT with its item table: BERT's body, or (--bert none) the same shape with random weights; and that BERT."""
     torch.manual_seed(args.seed)
     args.item_init = args.item_init or default_init(data, args.bert)
     causal = args.objective == "next"
@@ -599,7 +600,7 @@ def build_teacher(args: argparse.Namespace, data: Interactions, part: Spans) -> 
         set_item_table(model, vectors, norm)
     if args.start:
         start_from(model, args.start, data, vectors)
-    return model
+    return model, bert
 
 
 def main() -> None:
@@ -617,12 +618,14 @@ def main() -> None:
     data = load_asked(args)
     settle(args, RECIPES, data)
     parts = SPLITS[data.split](data)
-    model = build_teacher(args, data, parts[0])
+    model, bert = build_teacher(args, data, parts[0])
     sampler = make_sampler(args, parts[0], data.num_items)
     run = Path("runs") / data.name / args.name
     loss = partial(item_loss, label_smoothing=args.label_smoothing, sampler=sampler)
     train(model, loss, data, parts, run, args, describe(data, model, args))
     if world()[0] == 0:
+        if bert and "text" in args.item_init:
+            save_text_map(run, data, bert)
         command = shlex.join(["python", "distill.py", *data_flags(args), "--teacher", str(run), *["--all"] * args.all])
         print(f"the best weights are in {run}; next: {command}")
 

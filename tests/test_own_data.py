@@ -3,6 +3,7 @@
 import gzip
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,8 +12,12 @@ from conftest import HEAD, TINY, hand_log, inside, write_ring
 
 from data import HELD_OUT, PAD, InputError, SPLITS, load_dataset
 from evaluate import metrics, target_ranks
-from prebert import centred, item_vectors, linear_map, load_run, principal_components, start_from
+from prebert import (
+    centred, encode_texts, item_vectors, linear_map, load_bert, load_run, principal_components, read_safetensors,
+    save_text_map, start_from,
+)  # fmt: skip
 from student import MiniBert, Recommender
+from test_prebert import bert_folder
 
 ON_RING = ["--no-kd", "--size", "tiny", "--item-init", "cooc", *TINY]
 
@@ -261,3 +266,48 @@ def test_sessions_are_trained_and_evaluated(tmp_path):
     assert row["Recall@20"] == row["HR@20"] > 0.3
     flags = [*flags[:2], "--runs", "runs/s/student-no-kd"]
     assert HELD_OUT["last"] in inside("evaluate.py", *flags, cwd=tmp_path, expect=2)
+
+
+# ---------------------------------------------------------------- new items
+
+
+def test_new_items_are_recommended_by_their_texts_and_change_no_other_score(trained, tmp_path):
+    run = shutil.copytree(trained / RUN, tmp_path / "run")
+    model, _, catalogue = load_run(run)
+    bert_folder(tmp_path, "bert.")
+    bert = load_bert(str(tmp_path))
+    config = json.loads((run / "config.json").read_text())
+    config["settings"]["bert"] = str(tmp_path)
+    (run / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="trained without titles"):
+        Recommender(run, compile=False).add_items(["toy"])
+    log = load_dataset(str(trained / "ring.inter"))
+    log.texts[1:] = ["toy " * (item % 7) + "story " * (item % 3) for item in range(60)]
+    save_text_map(run, log, bert)
+    recommend, history = Recommender(run, k=100, compile=False), ["id:103", "id:104"]
+    before = {raw_id: score for raw_id, _, score in recommend([history])[0]}
+    recommend.add_items({"n1": "toy toy story", "n2": "story"})
+    after = {raw_id: score for raw_id, _, score in recommend([history])[0]}
+    assert {*after} == {*before, "n1", "n2"}
+    assert all(after[raw_id] == pytest.approx(score, abs=1e-4) for raw_id, score in before.items())
+    learnt, read = read_safetensors(run / "text_map.safetensors"), encode_texts(*bert, ["toy toy story"])[0]
+    row = learnt["weight"] @ read + learnt["bias"]  # by hand: state times row, and the mean bias
+    tokens = torch.tensor([[catalogue["raw_ids"].index(name[3:]) for name in history]])
+    state = model(tokens, torch.tensor([[1]]))[0, 0]
+    assert after["n1"] == pytest.approx((state @ row + model.item_bias.mean()).item(), abs=1e-4)
+    assert len(recommend([["n1", "n2"]])[0]) == 60  # accepted in histories, and left out as seen
+    with pytest.raises(InputError, match="'n1' is in the catalogue already"):
+        recommend.add_items({"n1": "toy"})
+
+
+def test_the_map_from_texts_finds_a_linear_truth(trained, tmp_path):
+    run = shutil.copytree(trained / RUN, tmp_path / "run")
+    log = load_dataset(str(trained / "ring.inter"))
+    table = load_run(run)[0].item_embedding.weight.detach()[1:-1]
+    texts = table @ torch.linalg.qr(torch.randn(64, 64))[0] + 3  # the table, turned and moved
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("prebert.text_vectors", lambda *_: texts)
+        save_text_map(run, log, (None, None))
+    learnt = read_safetensors(run / "text_map.safetensors")
+    found = texts @ learnt["weight"].T + learnt["bias"]
+    assert torch.nn.functional.cosine_similarity(found - table.mean(0), table - table.mean(0)).min() > 0.8

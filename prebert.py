@@ -494,8 +494,8 @@ def unique_names(pairs: list[tuple[str, object]]) -> dict:
     return dict(pairs)
 
 
-def check_entry(name: str, entry: dict, position: int) -> tuple[int, torch.dtype, list[int]]:
-    """Length in bytes, dtype and shape of a tensor that must begin at `position`; ValueError says what is wrong."""
+def entry_of(name: str, entry: dict) -> tuple[int, int, torch.dtype, list[int]]:
+    """Where a tensor's bytes begin and end, its dtype and shape; ValueError says what is wrong."""
     start = f"tensor {name[:80]!r}: "
     fields = {"dtype", "shape", "data_offsets"}
     check(isinstance(entry, dict) and {*entry} == fields, start + "needs exactly dtype, shape and data_offsets")
@@ -507,8 +507,7 @@ def check_entry(name: str, entry: dict, position: int) -> tuple[int, torch.dtype
     dtype = DTYPES[entry["dtype"]]
     same = len(offsets) == 2 and len(shape) <= 16 and math.prod(shape) * dtype.itemsize == offsets[1] - offsets[0]
     check(same, start + "shape x dtype does not make the number of bytes between its data_offsets")
-    check(offsets[0] == position, start + "overlaps its neighbour or leaves a hole")
-    return offsets[1] - offsets[0], dtype, shape
+    return offsets[0], offsets[1], dtype, shape
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
@@ -529,27 +528,23 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
             metadata = header.pop("__metadata__", {})
             strings = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
             check(strings, "__metadata__ must map strings to strings")
-            position, entries = 0, {}
-            for name in sorted(header, key=lambda name: offsets_of(header[name])):
-                entries[name] = check_entry(name, header[name], position)
-                position += entries[name][0]
+            entries = {name: entry_of(name, entry) for name, entry in header.items()}
+            names, position = sorted(entries, key=lambda name: entries[name][:2]), 0
+            for name in names:
+                check(entries[name][0] == position, f"tensor {name[:80]!r}: overlaps its neighbour or leaves a hole")
+                position = entries[name][1]
             after = size - 8 - length
             check(position == after, f"tensors take {position:,} bytes, but {after:,} follow the header")
             tensors = {}
-            for name, (count, dtype, shape) in entries.items():
-                raw = torch.frombuffer(bytearray(file.read(count)), dtype=torch.uint8) if count else torch.empty(0)
-                tensors[name] = raw.view(dtype).reshape(shape) if count else torch.empty(shape, dtype=dtype)
+            for name in names:
+                begin, end, dtype, shape = entries[name]
+                raw = np.frombuffer(bytearray(file.read(end - begin)), dtype=np.uint8)
+                tensors[name] = torch.from_numpy(raw).view(dtype).reshape(shape)
             return tensors
     except FileNotFoundError:
         raise InputError(f"no {path}") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: {error}") from error
-
-
-def offsets_of(entry: object) -> tuple:
-    """What tensors are sorted by: where their bytes begin and end; malformed ones come first, to be refused."""
-    offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
-    return tuple(offsets) if isinstance(offsets, list) and all(type(n) is int for n in offsets) else ()
 
 
 def write_safetensors(path: str | Path, tensors: dict[str, Tensor]) -> None:

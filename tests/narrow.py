@@ -33,9 +33,9 @@ class Autocast(nn.Module):
         super().__init__()
         self.graph = graph
 
-    def forward(self, tokens: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast("cpu", torch.bfloat16):
-            return self.graph(tokens, seen)
+            return self.graph(*inputs)
 
 
 def rounded(model: PreBert, narrow: Callable[[Tensor], Tensor]) -> PreBert:
@@ -53,16 +53,16 @@ def to_int8(matrix: Tensor) -> Tensor:
     return (matrix / scale).round() * scale
 
 
-def forms(model: PreBert, exclude_seen: bool) -> dict[str, nn.Module]:
-    """Graphs from (tokens, seen) to the ten best, float32 first."""
+def forms(model: PreBert) -> dict[str, nn.Module]:
+    """Graphs from (tokens, seen, allowed) to the ten best, float32 first."""
     narrowed = {
         "float32": model,
         "bf16": copy.deepcopy(model).bfloat16(),
         "weights rounded to bf16": rounded(model, lambda matrix: matrix.bfloat16().float()),
         "weights rounded to int8": rounded(model, to_int8),
     }
-    graphs: dict[str, nn.Module] = {name: TopK(form, 10, exclude_seen).eval() for name, form in narrowed.items()}
-    return graphs | {"bf16 products": Autocast(TopK(model, 10, exclude_seen)).eval()}
+    graphs: dict[str, nn.Module] = {name: TopK(form, 10).eval() for name, form in narrowed.items()}
+    return graphs | {"bf16 products": Autocast(TopK(model, 10)).eval()}
 
 
 @torch.inference_mode()
@@ -70,12 +70,12 @@ def agreement(graphs: dict[str, nn.Module], model: PreBert, part: Spans, count: 
     """Share of the first `count` users who get the same ten as in float32, and NDCG@10 of both."""
     same, quality = dict.fromkeys(graphs, 0), dict.fromkeys(graphs, 0.0)
     part = part[torch.arange(len(part.targets))[:count]]
-    bar = tqdm(total=len(part.targets), desc="answers")
+    bar, allowed = tqdm(total=len(part.targets), desc="answers"), torch.ones(model.num_items + 2, dtype=torch.bool)
     for rows in batches(part.sizes.clamp(max=model.max_length), 2048, 64):
         history = pad_left(part.items, part.starts[rows], part.ends[rows], int(part.sizes[rows].max()))
         tokens, want = model.question(history), None
         for name, graph in graphs.items():
-            found = graph(tokens, history)[1]  # (B, 10)
+            found = graph(tokens, history, allowed)[1]  # (B, 10)
             want = found if want is None else want
             same[name] += int((found.sort(1).values == want.sort(1).values).all(1).sum())
             hit = found == part.targets[rows, None]
@@ -89,9 +89,9 @@ def agreement(graphs: dict[str, nn.Module], model: PreBert, part: Spans, count: 
 @torch.inference_mode()
 def latency(model: PreBert, rounds: int) -> dict[str, float]:
     """Median over rounds of the median ms of one user with a full history, compiled, float32 and bf16 in turns."""
-    graphs = {name: graph for name, graph in forms(model, True).items() if name in ("float32", "bf16")}
+    graphs = {name: graph for name, graph in forms(model).items() if name in ("float32", "bf16")}
     history = torch.randint(1, model.num_items + 1, (1, model.max_length), generator=torch.Generator().manual_seed(0))
-    tokens, compiled = model.question(history), {}
+    inputs, compiled = (model.question(history), history, torch.ones(model.num_items + 2, dtype=torch.bool)), {}
     with tempfile.TemporaryDirectory() as folder:
         for number, (name, graph) in enumerate(tqdm(graphs.items(), desc="compiling")):
             compiled[name] = compile_ahead(graph.requires_grad_(False), Path(folder) / f"{number}.pt2")
@@ -101,7 +101,7 @@ def latency(model: PreBert, rounds: int) -> dict[str, float]:
             one, end = [], time.perf_counter() + 1
             while time.perf_counter() < end:
                 began = time.perf_counter()
-                graph(tokens, history)
+                graph(*inputs)
                 one.append(1000 * (time.perf_counter() - began))
             times[name].append(sorted(one)[len(one) // 2])
     return {name: sorted(row)[len(row) // 2] for name, row in times.items()}
@@ -115,8 +115,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    model, config, _ = load_run(args.run)
-    graphs = forms(model, config["exclude_seen"])
+    model, _, _ = load_run(args.run)
+    graphs = forms(model)
     report = agreement(graphs, model, leave_one_out(load_dataset(args.data))[2], args.users)
     small = MiniBert("small", model.num_items, model.max_length, model.config.causal).eval()
     times = {"ms": latency(model, args.rounds), "small_ms": latency(small, args.rounds)}

@@ -69,8 +69,9 @@ def teacher(_: dict[str, Tensor]) -> Call:
 
 def compiled_top_k(model: nn.Module, top_k: type, compile_ahead: Callable) -> Call:
     with tempfile.TemporaryDirectory() as folder:
-        graph = compile_ahead(top_k(model.requires_grad_(False), 10, True).eval(), Path(folder) / "peer.pt2")
-    return lambda history: graph(model.question(history), history)
+        graph = compile_ahead(top_k(model.requires_grad_(False), 10).eval(), Path(folder) / "peer.pt2")
+    allowed = torch.ones(ITEMS + 2, dtype=torch.bool)
+    return lambda history: graph(model.question(history), history, allowed)
 
 
 # ---------------------------------------------------------------- Hugging Face and ONNX Runtime

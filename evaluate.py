@@ -244,6 +244,8 @@ def run_row(run: Path, name: str, model: PreBert, config: dict) -> dict:
     return row | {key: made[key] for key in ("minutes", "cpu_minutes", "peak_memory_gb", "steps") if key in made}
 
 
+RARE = 2  # clicks in the training part: how well items are ranked that have hardly been clicked
+
 # What the table shows of each split; the interval and the gain over the better baseline are those of NDCG@10.
 TABLE = {
     "last": ("HR@1", "HR@5", "HR@10", "MRR", "NDCG@10"),
@@ -335,6 +337,7 @@ def main() -> None:
         name = run.name if run.name not in scorers else str(run)
         models[name], kinds[name] = model.to(device), (without_seed(config), config["seed"])
         scorers[name] = (run_row(run, name, model, config), model.score_next, model.max_length, device)
+    rare = (part.targets > 0) & (item_counts(train, data.num_items)[part.targets - 1] <= RARE)  # (R,)
     protocol = "VALIDATION part, for choosing between models; " * args.valid + data.protocol
     print(f"{data.name}: {len(part.targets):,} {'validation' if args.valid else 'test'} users; {protocol}")
     rows: list[dict] = []
@@ -347,6 +350,8 @@ def main() -> None:
         rows.append({"name": name, **row, **metrics(ranks), "ci95": interval})
         if data.split == "sessions":
             rows[-1]["Recall@20"] = rows[-1]["HR@20"]
+        if rare.any():
+            rows[-1] |= {"rare users": int(rare.sum()), "rare NDCG@10": of_users[rare].mean().item()}
         if name in models:
             kind, seed = kinds[name]
             shared = first.setdefault(kind, name)

@@ -73,6 +73,8 @@ class Dropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not self.out_of_256:
             return x
+        if not x.is_cpu:
+            return F.dropout(x, self.out_of_256 / 256)
         words = torch.empty(x.numel() // 8 + 1, dtype=torch.int64, device=x.device).random_(-(2**63), None)
         dropped = words.view(torch.uint8)[: x.numel()].view(x.shape) < self.out_of_256
         return x.masked_fill(dropped, 0) * (256 / (256 - self.out_of_256))
@@ -84,9 +86,10 @@ NEVER = -1e9  # added to a score that must not count; finite, since a row of not
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
     """softmax(Q K^T / sqrt(K) + bias) V (Vaswani et al. 2017, equation 1), all (B, N, T, K).
 
-    PyTorch's fused kernel does the same, except that on CPUs its backward takes 3 times as long.
+    PyTorch's fused kernel does the same, except that on CPUs its backward takes 3 times as long, and that on GPUs it
+    wants masks whose rows are multiples of eight, which a graph exported for any length cannot promise.
     """
-    if query.requires_grad and query.is_cpu:
+    if (query.requires_grad and query.is_cpu) or (query.is_cuda and torch.compiler.is_exporting()):
         scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2) + bias  # (B, N, T, T)
         return scores.softmax(-1) @ value
     return F.scaled_dot_product_attention(query, key, value, bias)

@@ -234,11 +234,11 @@ def without_seed(config: dict) -> str:
     return json.dumps(same, sort_keys=True)
 
 
-def run_row(run: Path, name: str, model: PreBert, config: dict) -> dict:
+def run_row(run: Path, model: PreBert, config: dict) -> dict:
     """What is known of a run before it is evaluated: its size, how it was made, and what that has cost."""
     made = read_json(run / "metrics.json") if (run / "metrics.json").exists() else {}
     params = sum(parameter.numel() for parameter in model.parameters())
-    row = {"name": name, "params": params, "body_params": params - model.item_embedding.weight.numel()}
+    row: dict = {"params": params, "body_params": params - model.item_embedding.weight.numel()}
     row["mb"] = (run / "model.safetensors").stat().st_size / 1e6
     row |= {key: config[key] for key in ("command", "seed", "commit", "machine") if key in config}
     return row | {key: made[key] for key in ("minutes", "cpu_minutes", "peak_memory_gb", "steps") if key in made}
@@ -328,34 +328,38 @@ def main() -> None:
     part = valid if args.valid else test
     if not len(part.targets):
         raise InputError(f"{data.name}: no user has three items, so there is nothing to evaluate")
-    baselines = {"popularity": Popularity(train, data.num_items), "markov": Markov(train, data.num_items)}
-    scorers: dict[str, tuple] = {name: ({}, baseline, 1, "cpu") for name, baseline in baselines.items()}
-    models, kinds = {}, {}
+    rare = (part.targets > 0) & (item_counts(train, data.num_items)[part.targets - 1] <= RARE)  # (R,)
+    loaded = []
     for run in find_runs(args.runs, data):
         model, config, catalogue = load_run(run)
         check_catalogue(run, config, catalogue, data)
-        name = run.name if run.name not in scorers else str(run)
-        models[name], kinds[name] = model.to(device), (without_seed(config), config["seed"])
-        scorers[name] = (run_row(run, name, model, config), model.score_next, model.max_length, device)
-    rare = (part.targets > 0) & (item_counts(train, data.num_items)[part.targets - 1] <= RARE)  # (R,)
+        loaded.append((run, model.to(device), config))
     protocol = "VALIDATION part, for choosing between models; " * args.valid + data.protocol
-    print(f"{data.name}: {len(part.targets):,} {'validation' if args.valid else 'test'} users; {protocol}")
+    print(f"{data.name}: {len(part.targets):,} {'validation' if args.valid else 'test'} targets; {protocol}")
     rows: list[dict] = []
-    values: dict[str, dict[object, Tensor]] = {}  # {model: {seed: NDCG@10 of each user}}
-    first: dict[str, str] = {}  # runs that differ in the seed alone are one model, under the first one's name
-    for name, (row, score, longest, where) in scorers.items():
+
+    def evaluate(name: str, score: Scorer, longest: int, where: str | torch.device, **row: object) -> Tensor:
         ranks = rank_targets(score, part, not data.repeats, longest, where, title=name)
-        of_users = ndcg(ranks, 10)
+        of_users = ndcg(ranks, 10)  # (R,)
         interval = np.percentile(resampled(of_users[None]), [2.5, 97.5]).tolist()
         rows.append({"name": name, **row, **metrics(ranks), "ci95": interval})
         if data.split == "sessions":
             rows[-1]["Recall@20"] = rows[-1]["HR@20"]
         if rare.any():
             rows[-1] |= {"rare users": int(rare.sum()), "rare NDCG@10": of_users[rare].mean().item()}
-        if name in models:
-            kind, seed = kinds[name]
-            shared = first.setdefault(kind, name)
-            values.setdefault(name if seed in values.get(shared, {}) else shared, {})[seed] = of_users
+        return of_users
+
+    evaluate("popularity", Popularity(train, data.num_items), 1, "cpu")
+    evaluate("markov", Markov(train, data.num_items), 1, "cpu")
+    models: dict[str, PreBert] = {}
+    values: dict[str, dict[int, Tensor]] = {}  # {model: {seed: NDCG@10 of each user}}
+    first: dict[str, str] = {}  # runs that differ in the seed alone are one model, under the first one's name
+    for run, model, config in loaded:
+        name = run.name if run.name not in (*models, "popularity", "markov") else str(run)
+        models[name] = model
+        of_users = evaluate(name, model.score_next, model.max_length, device, **run_row(run, model, config))
+        shared = first.setdefault(without_seed(config), name)
+        values.setdefault(name if config["seed"] in values.get(shared, {}) else shared, {})[config["seed"]] = of_users
     print_table(rows)
     pairs, seeds = compare({name: list(of_seeds.values()) for name, of_seeds in values.items()})
     size = {"users": data.num_users, "items": data.num_items, "interactions": len(data.items), "taken": data.taken}

@@ -1,4 +1,5 @@
 # make demo: from an empty machine to recommendations. make test: everything that is checked.
+# make results: every number of the READMEs again, days on two cores.
 PYTHON ?= python3
 BIN := .venv/bin
 FILMS := "Toy Story (1995)" "Star Wars (1977)" "Fargo (1996)"
@@ -27,4 +28,7 @@ check: .venv/checked
 test: check
 	$(BIN)/python -m pytest -q tests
 
-.PHONY: demo check test
+results: .venv/checked
+	$(BIN)/python results/run.py
+
+.PHONY: demo check test results

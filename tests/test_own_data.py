@@ -3,12 +3,15 @@
 import gzip
 import itertools
 import json
+import shlex
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import HEAD, TINY, hand_log, inside, write_ring
+from conftest import HEAD, ROOT, TINY, hand_log, inside, write_ring
 
 from data import HELD_OUT, PAD, InputError, SPLITS, load_dataset
 from evaluate import metrics, target_ranks
@@ -311,3 +314,22 @@ def test_the_map_from_texts_finds_a_linear_truth(trained, tmp_path):
     learnt = read_safetensors(run / "text_map.safetensors")
     found = texts @ learnt["weight"].T + learnt["bias"]
     assert torch.nn.functional.cosine_similarity(found - table.mean(0), table - table.mean(0)).min() > 0.8
+
+
+def test_the_commands_behind_the_results_have_flags_that_exist():
+    listed = subprocess.run([sys.executable, "results/run.py", "--list"], cwd=ROOT, capture_output=True, text=True)
+    commands = [shlex.split(line.partition("] python ")[2]) for line in listed.stdout.splitlines()]
+    shown = {script: inside(script, "--help", cwd=ROOT) for script in ("teacher.py", "distill.py", "evaluate.py")}
+    assert len(commands) > 100 and commands.pop() == ["results/plot.py"]
+    made = set()
+    for script, *words in commands:
+        assert all(word in shown[script] for word in words if word.startswith("--")), words
+        data = words[words.index("--data") + 1].replace("beauty.inter", "beauty").rpartition("/")[2]
+        if script == "distill.py" and "--teacher" in words:  # what is learnt from is trained before
+            teachers = words[words.index("--teacher") + 1 : words.index("--data")]
+            teachers = [word for word in teachers if word.startswith("runs/")]
+            assert teachers and made.issuperset(teachers)
+        if script != "evaluate.py":
+            made.add(f"runs/{data}/{words[words.index('--name') + 1]}")
+        else:
+            assert made.issuperset(word for word in words if word.startswith("runs/"))

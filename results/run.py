@@ -1,0 +1,96 @@
+"""Every number of the two READMEs, by one command: train what is missing, evaluate, write JSON, draw the pictures.
+
+    make results                                              # everything, days on two cores; stop and start it at will
+    python results/run.py --only beauty steam --seeds 1 2 3   # some data sets
+    python results/run.py --only beauty --models student-no-kd student-no-kd-cooc --list     # what would be run
+
+A run that has ended is skipped, an interrupted one goes on, since every command has --resume. Files are
+results/<data>/test.json and validation.json; each row there has its command, seed, commit, machine and minutes.
+Beauty is RecBole's amazon-beauty, at $PREBERT_DATA/amazon-beauty/beauty.inter, else data/amazon-beauty/beauty.inter.
+"""
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+BEAUTY = Path(os.environ.get("PREBERT_DATA", "data")) / "amazon-beauty/beauty.inter"
+DATA = {  # flags of every script
+    "ml-1m": "--data ml-1m",
+    "steam": "--data steam",
+    "yoochoose": "--data yoochoose",
+    "beauty": f"--data {shlex.quote(str(BEAUTY))}",
+    "sessions": "--data yoochoose --split sessions --min-items 1",
+}
+# Name, script and flags; SEED and RUNS are filled in. What stands behind others is trained after them.
+MODELS = {
+    "teacher": "teacher.py",
+    "student": "distill.py --teacher RUNS/teacher-sSEED",
+    "student-tiny": "distill.py --teacher RUNS/teacher-sSEED --size tiny",
+    "student-no-kd": "distill.py --no-kd",
+    "student-no-kd-smooth": "distill.py --no-kd --label-smoothing 0.1",
+    "student-no-kd-cooc": "distill.py --no-kd --item-init cooc",
+    "student-no-kd-text": "distill.py --no-kd --item-init text",
+    "student-of-starts": "distill.py --teacher RUNS/student-no-kd-sSEED RUNS/student-no-kd-cooc-sSEED "
+    "RUNS/student-no-kd-text-sSEED",
+    "student-of-seeds": "distill.py --teacher RUNS/student-no-kd-s1 RUNS/student-no-kd-s2 RUNS/student-no-kd-s3",
+    "teacher-masked": "teacher.py --objective masked --epochs 16 --patience 16",
+    "student-masked": "distill.py --teacher RUNS/teacher-masked-sSEED",
+    "bert4rec": "distill.py --no-kd --objective masked --epochs 60 --patience 60",
+}
+TEXT = {"student-no-kd-text", "student-of-starts"}  # need titles, which YooChoose has not
+MASKED_ON = {"ml-1m"}  # the masked teacher and its student: where the paper's own objective is repeated
+
+
+def models_of(data: str) -> list[str]:
+    """Which models are trained on a data set."""
+    titles, masked = data not in ("yoochoose", "sessions"), data in MASKED_ON
+    return [name for name in MODELS if (titles or name not in TEXT) and (masked or "-masked" not in name)]
+
+
+def training(data: str, name: str, seed: int) -> list[str]:
+    """The command that trains one run, or goes on with it."""
+    runs = "runs/yoochoose" if data == "sessions" else f"runs/{data}"
+    kind = f"sessions-{name}" if data == "sessions" else name
+    flags = MODELS[name].replace("SEED", str(seed))
+    flags = flags.replace("RUNS/", f"{runs}/sessions-" if data == "sessions" else f"{runs}/")
+    words = f"{flags} {DATA[data]} --seed {seed} --name {kind}-s{seed} --eval-users 10000 --resume"
+    return [sys.executable, *shlex.split(words)]
+
+
+def evaluation(data: str, names: list[str], seeds: list[int], part: str) -> list[str]:
+    """The command that evaluates all runs of a data set on one part."""
+    runs = "runs/yoochoose/sessions-" if data == "sessions" else f"runs/{data}/"
+    flags = ["--valid"] if part == "validation" else []
+    folders = [f"{runs}{name}-s{seed}" for name in names for seed in seeds]
+    words = [sys.executable, "evaluate.py", *shlex.split(DATA[data]), "--json", f"results/{data}/{part}.json", *flags]
+    return [*words, "--runs", *folders]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train, evaluate and draw what the READMEs report.")
+    parser.add_argument("--only", nargs="+", choices=tuple(DATA), default=list(DATA), help="data sets (default: all)")
+    parser.add_argument("--models", nargs="+", choices=tuple(MODELS), help="models (default: all of the data set)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="(default: 1 2 3)")
+    parser.add_argument("--parts", nargs="+", choices=("validation", "test"), default=["validation", "test"],
+                        help="what to evaluate on (default: both)")  # fmt: skip
+    parser.add_argument("--list", action="store_true", help="print the commands, run none")
+    args = parser.parse_args()
+    commands = []
+    for data in args.only:
+        names = [name for name in models_of(data) if name in (args.models or MODELS)]
+        commands += [training(data, name, seed) for name in names for seed in args.seeds]
+        commands += [evaluation(data, names, args.seeds, part) for part in args.parts]
+    if not args.models:
+        commands.append([sys.executable, "results/plot.py"])
+    for number, command in enumerate(commands, 1):
+        print(f"[{number} of {len(commands)}] {shlex.join(['python', *command[1:]])}", flush=True)
+        if not args.list and (code := subprocess.run(command, cwd=ROOT).returncode):
+            sys.exit(code)  # its own message says why; the same command goes on from here
+
+
+if __name__ == "__main__":
+    main()

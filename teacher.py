@@ -215,7 +215,7 @@ def train(
         objective: nn.Module = Objective(model, loss_of)
         objective = DistributedDataParallel(objective) if processes > 1 else objective
         caught, saved = catch_signals(), time.perf_counter()
-        if args.start and state["step"] == 0 and not args.all:
+        if args.start and state["step"] == 0 and len(valid.targets):
             state["best"], hits = validate(model, valid, not data.repeats, args.eval_users)
             if rank == 0:
                 write_safetensors(run / "model.safetensors", model.state_dict())
@@ -226,15 +226,17 @@ def train(
         def spent(steps: float = math.inf) -> float:  # share of the budget, by the clock or by epochs of so many steps
             if args.minutes:
                 return state["seconds"] / (60 * args.minutes)
-            return (state["epoch"] + state["batch"] / steps) / args.epochs
+            return (state["epoch"] + state["batch"] / steps) / args.epochs if args.epochs else 1.0
 
         while spent() < 1 and state["waited"] < args.patience:
             # An epoch: fresh windows, fresh batches of similar length, fresh questions.
             epoch = state["epoch"]
             starts, ends, last_only = draw_windows(model, part, seeded(seed, "windows", epoch))
             plan = batches(ends - starts, args.tokens, generator=seeded(seed, "batches", epoch))
-            bar = tqdm(total=int((ends - starts).sum()), desc=f"epoch {epoch + 1}", unit=" items", leave=False,
-                       unit_scale=True, mininterval=0.5 if sys.stderr.isatty() else 30, disable=rank > 0)  # fmt: skip
+            done = sum(int((ends - starts)[rows].sum()) for rows in plan[: state["batch"]])
+            bar = tqdm(total=int((ends - starts).sum()), initial=done, desc=f"epoch {epoch + 1}", unit=" items",
+                       leave=False, unit_scale=True, mininterval=0.5 if sys.stderr.isatty() else 30,
+                       disable=rank > 0)  # fmt: skip
             for rows in plan[state["batch"] :]:
                 rate = schedule(spent(len(plan)), args.warmup)
                 for group in optimizer.param_groups:
@@ -502,7 +504,9 @@ def add_training_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict[
         "<name>; it cannot be evaluated")  # fmt: skip
     add("--start", metavar="RUN", help="begin from the weights of a run on an older log, in a fifth of the epochs")
     add("--objective", choices=tuple(recipes), help="predict each next item, or fill in blanks, the paper's own")
-    add("--epochs", type=positive, help=f"passes over the data; more on small data {by_recipe('epochs')}")
+    add("--epochs", type=lambda text: 0 if text == "0" else positive(text),
+        help=f"passes over the data; more on small data {by_recipe('epochs')}; with --start a fifth, or 0: "
+        "the old weights with today's catalogue")  # fmt: skip
     add("--minutes", type=number(0, above=True), help="budget by the clock instead of --epochs")
     add("--lr", type=number(0, above=True), help=f"peak learning rate {by_recipe('lr')}")
     add("--body-lr", type=number(0, above=True), help=f"the same for encoder and positions {by_recipe('body_lr')}")
@@ -537,6 +541,8 @@ def settle(args: argparse.Namespace, recipes: dict[str, dict[str, float]], data:
         raise InputError("--label-smoothing needs the full softmax, which --negatives and large catalogues do without")
     if args.negatives:
         args.label_smoothing = 0.0
+    if args.epochs == 0 and (args.all or not args.start):
+        raise InputError("--epochs 0 trains nothing; it is for --start RUN without --all")
     if args.epochs is None and args.all and not args.minutes:
         args.epochs = best_epoch(Path("runs") / data.name / args.name)
     if args.epochs is None:  # a hundredth of the data gets ten times the passes, and a tenth of the steps

@@ -170,6 +170,12 @@ def test_a_run_goes_on_with_a_catalogue_that_has_grown(trained):
     assert torch.allclose(now.item_embedding.weight[same], old.item_embedding.weight[places], atol=1e-5)
     assert torch.allclose(now.encoder.norm.weight, old.encoder.norm.weight, atol=1e-5)
     assert "NDCG" in inside("evaluate.py", "--data", "grown.inter", cwd=trained) and config["settings"]["start"] == RUN
+    flags = [*ON_RING, "--start", RUN, "--epochs", 0, "--name", "as-it-was"]
+    assert "before training" in inside("distill.py", "--data", "grown.inter", *flags, cwd=trained)
+    table = load_run(trained / "runs/grown/as-it-was")[0].item_embedding.weight
+    assert torch.equal(table[same], old.item_embedding.weight[places])
+    assert "as-it-was" in inside("evaluate.py", "--data", "grown.inter", cwd=trained)
+    assert "--epochs 0" in inside("distill.py", "--data", "grown.inter", *ON_RING, "--epochs", 0, cwd=trained, expect=2)
     words = inside("distill.py", "--data", "grown.inter", *ON_RING, "--size", "small", "--start", RUN, "--name", "x",
                    cwd=trained, expect=2)  # fmt: skip
     assert "another kind of model" in words

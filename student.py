@@ -167,9 +167,9 @@ class Recommender:
 
     compile: True runs it as native code, compiled first where that was not done before; None, only where it was;
     False never. Where that fails, the graph runs as it is and a note on stderr says so, or, with fallback=False,
-    InputError is raised. allowed: names of the only items to recommend. exclude_seen: leave out a history's own items;
-    None as the run was evaluated. `compiled` tells how it runs, `warm_up_s` what getting ready cost.
-    May be called from several threads. Raises InputError for a broken run folder or an unknown item.
+    InputError is raised. allowed: raw ids or titles of the only items to recommend, of which some may be unknown.
+    exclude_seen: leave out a history's own items; None as the run was evaluated. `compiled` tells how it runs,
+    `warm_up_s` what getting ready cost. May be called from several threads. Raises InputError for a broken run folder.
     """
 
     def __init__(
@@ -192,7 +192,8 @@ class Recommender:
             print(f"note: {error}; serving without it", file=sys.stderr)
         self.compiled, self.graph = compiled is not None, compiled or graph
         self.allowed = torch.full((len(self.raw_ids) + 1,), allowed is None)  # (V,)
-        self.allowed[[self.item(name) for name in allowed or ()]] = True
+        if allowed is not None:
+            self.allowed[self.items(allowed)] = True
         for _ in range(3):  # the first calls pay for memory and threads
             self.rank(torch.ones(self.max_length, dtype=torch.long), torch.tensor([self.max_length]), self.allowed)
         self.warm_up_s = time.perf_counter() - began
@@ -259,6 +260,14 @@ class Recommender:
         ids = [self.by_id[key] for key in (name, text) if key in self.by_id][:1]
         return sorted({*ids, *self.by_title.get(text, [])}) or self.by_title.get("any case: " + text.casefold(), [])
 
+    def items(self, names: Iterable[object]) -> list[int]:
+        """Internal ids of all that these names fit, of which some may be unknown; InputError where all are."""
+        texts = [str(name) for name in names]
+        found = [item for text in texts for item in self.matches(text)]
+        if texts and not found:
+            raise InputError(f"none of these {len(texts):,} is a raw id or title of the catalogue: {texts[0]!r} ...")
+        return found
+
     def item(self, name: object) -> int:
         """The internal id of an item given as raw id or title, text or number; `id:RAW` is a raw id for certain.
 
@@ -282,13 +291,14 @@ class Recommender:
     ) -> list[list[tuple[str, str, float]]]:
         """For each history, oldest item first: [(raw id, title, score), ...], best first, at most k, none of `without`.
 
-        An empty history gets the most popular items, with their counts. Raises InputError for an unknown item.
+        An empty history gets the most popular items, with their counts. Raises InputError for an unknown item of a
+        history; what is unknown in `without` is not recommended anyway.
         """
         if any(isinstance(history, str) or not isinstance(history, Sequence) for history in people):
             raise InputError("people are given as a list of histories, each a list of items")
         known = [[self.item(name) for name in history] for history in people]
         allowed = self.allowed.clone()
-        allowed[[self.item(name) for name in without]] = False
+        allowed[[item for name in without for item in self.matches(str(name))]] = False
         items = torch.tensor([item for history in known for item in history], dtype=torch.long)
         sizes = torch.tensor([len(history) for history in known], dtype=torch.long)
         return [self.named(*row) for row in zip(*self.rank(items, sizes, allowed), strict=True)]
@@ -330,14 +340,11 @@ def known_items(recommender: Recommender, names: Sequence[str]) -> list[int]:
 def items_in(recommender: Recommender, path: str) -> list[int]:
     """Internal ids of the items that a file names, a raw id or title a line; InputError where it names none."""
     names = [line.strip() for line in read_lines(Path(path)) if line.strip()]
-    found = {name: recommender.matches(name) for name in names}
-    unknown = [name for name in names if not found[name]]
-    if len(unknown) == len(names):
-        raise InputError(f"{path}: none of its {len(names):,} lines is a raw id or title of the catalogue")
+    unknown = [name for name in names if not recommender.matches(name)]
     if unknown:
         words = f"{len(unknown):,} of {len(names):,} are not in the catalogue, such as {unknown[0]!r}"
         print(f"{path}: {words}", file=sys.stderr)
-    return [item for items in found.values() for item in items]
+    return recommender.items(names)
 
 
 def histories(recommender: Recommender, data: Interactions) -> tuple[Tensor, Tensor]:

@@ -83,8 +83,11 @@ def test_only_what_is_allowed_and_without_what_is_not(trained):
     out = [f"id:{raw_id}" for raw_id in ranked[:7]]
     assert [raw_id for raw_id, _, _ in everything([history], without=out)[0]] == ranked[7:]
     assert [raw_id for raw_id, _, _ in everything([history])[0]] == ranked  # of that call alone
-    with pytest.raises(InputError, match="no item 'nothing'"):
-        Recommender(trained / RUN, compile=False, allowed=["nothing"])
+    assert [raw_id for raw_id, _, _ in everything([history], without=[*out, "nothing"])[0]] == ranked[7:]
+    with pytest.raises(InputError, match="none of these 2"):
+        Recommender(trained / RUN, compile=False, allowed=["nothing", "neither"])
+    some = Recommender(trained / RUN, compile=False, allowed=["nothing", f"id:{ranked[3]}"])
+    assert [raw_id for raw_id, _, _ in some([history])[0]] == [ranked[3]]
 
 
 def test_files_of_items(trained):
@@ -97,7 +100,7 @@ def test_files_of_items(trained):
     text = inside("student.py", "--run", RUN, "id:103", "-k", 60, *flags, cwd=trained).splitlines()[1:-1]
     assert [line.split()[3] for line in text] == [n for n in shown if int(n) % 2 == 0 and n not in ("10", "11")]
     (trained / "none.txt").write_text("not sold\n")
-    assert "none of its 1 lines" in inside("student.py", "--run", RUN, "--only", "none.txt", cwd=trained, expect=2)
+    assert "none of these 1 is" in inside("student.py", "--run", RUN, "--only", "none.txt", cwd=trained, expect=2)
 
 
 @pytest.mark.parametrize("seen", ["keep", "exclude"])

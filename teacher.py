@@ -55,6 +55,7 @@ from prebert import (
 )  # fmt: skip
 
 Loss = Callable[[PreBert, Batch], Tensor]
+SPARSE, SPARSE_DROPOUT = 100, 0.3  # interactions an item; below, item vectors start from titles as well
 
 # What a kind of question needs. Next items are five times as many questions an epoch, so a model overfits earlier:
 # fewer epochs, more dropout, smoothed labels.
@@ -377,7 +378,8 @@ def open_run(
         write_atomic(run / "log.csv", state["log"].encode())  # a crash may have come between a row and its checkpoint
         params = sum(parameter.numel() for parameter in model.parameters())
         where = f"{autocast_dtype(model.item_bias.device, args.precision)} on {model.item_bias.device}"
-        print(f"training {run}: {params:,} parameters, {where}" + f" x {processes}" * (processes > 1), flush=True)
+        where += f" x {processes}" * (processes > 1)
+        print(f"training {run}: {params:,} parameters, dropout {args.dropout:g}, {where}", flush=True)
     if not box[0]:  # from here on, weights without a checkpoint are no interrupted training
         save_state(run, model, optimizer, state)
     return state
@@ -511,7 +513,8 @@ def add_training_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict[
     add("--lr", type=number(0, above=True), help=f"peak learning rate {by_recipe('lr')}")
     add("--body-lr", type=number(0, above=True), help=f"the same for encoder and positions {by_recipe('body_lr')}")
     add("--tokens", type=positive, help=f"positions in a batch, over all processes {by_recipe('tokens')}")
-    add("--dropout", type=number(0, 0.9), help=f"share of activations zeroed {by_recipe('dropout')}")
+    add("--dropout", type=number(0, 0.9), help=f"share of activations zeroed {by_recipe('dropout')}, at least "
+        f"{SPARSE_DROPOUT} where items have fewer than {SPARSE} interactions on average")  # fmt: skip
     add("--label-smoothing", type=number(0, 0.9),
         help=f"share of a label given to all items alike {by_recipe('label_smoothing')}")  # fmt: skip
     add("--warmup", type=number(0, 0.99), default=0.05, help="share of the budget in which the rate rises")
@@ -527,6 +530,19 @@ def add_training_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict[
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on with an interrupted run, or start it")
     again.add_argument("--overwrite", action="store_true", help="start again in an existing run folder")
+
+
+def sparse(data: Interactions) -> bool:
+    """Whether items have so few interactions, SPARSE on average, that titles say more and models overfit sooner."""
+    return len(data.items) < SPARSE * data.num_items
+
+
+def default_init(data: Interactions, bert: str) -> str:
+    """How item vectors start where --item-init does not say; printed."""
+    kind = "text+cooc" if sparse(data) and any(data.texts) and bert != "none" else "cooc"
+    if world()[0] == 0:
+        print(f"item vectors start from {kind}, {len(data.items) / data.num_items:.0f} interactions an item")
+    return kind
 
 
 def settle(args: argparse.Namespace, recipes: dict[str, dict[str, float]], data: Interactions) -> None:
@@ -549,6 +565,8 @@ def settle(args: argparse.Namespace, recipes: dict[str, dict[str, float]], data:
         args.epochs = round(recipe["epochs"] * max(1.0, (1e6 / len(data.items)) ** 0.5))
         args.epochs = max(1, args.epochs // 5) if args.start else args.epochs
     args.name = f"{args.name}-all" if args.all else args.name
+    if args.dropout is None and sparse(data):
+        args.dropout = max(recipe["dropout"], SPARSE_DROPOUT)
     for key, value in recipe.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
@@ -584,11 +602,6 @@ def describe(data: Interactions, model: PreBert, args: argparse.Namespace, teach
     }  # fmt: skip
 
 
-def default_init(data: Interactions, bert: str) -> str:
-    """How item vectors start where --item-init does not say: from titles and co-occurrence, as far as there are any."""
-    return "text+cooc" if any(data.texts) and bert != "none" else "cooc"
-
-
 def build_teacher(args: argparse.Namespace, data: Interactions, part: Spans) -> tuple[PreBert, Reader | None]:
     """PreBERT with its item table: BERT's body, or (--bert none) the same shape with random weights; and that BERT."""
     torch.manual_seed(args.seed)
@@ -615,8 +628,8 @@ def main() -> None:
     add = parser.add_argument_group("teacher").add_argument
     add("--bert", default="minilm", help="minilm, bert-base-uncased, ORG/NAME on the hub, a folder, or none: random "
         "weights (default: %(default)s)")  # fmt: skip
-    add("--item-init", choices=ITEM_INITS, help="first item vectors: titles read by BERT, co-occurrence, their sum, or "
-        "random (default: the sum, without titles or BERT cooc)")  # fmt: skip
+    add("--item-init", choices=ITEM_INITS, help="first item vectors: titles read by BERT, co-occurrence, their sum or "
+        f"random (default: cooc; the sum where there are titles and fewer than {SPARSE} interactions an item)")
     add_training_flags(parser, RECIPES)
     parser.set_defaults(name="teacher", objective="next")
     args = parser.parse_args()
@@ -630,7 +643,7 @@ def main() -> None:
     loss = partial(item_loss, label_smoothing=args.label_smoothing, sampler=sampler)
     train(model, loss, data, parts, run, args, describe(data, model, args))
     if world()[0] == 0:
-        if bert and "text" in args.item_init:
+        if bert and any(data.texts):
             save_text_map(run, data, bert)
         command = shlex.join(["python", "distill.py", *data_flags(args), "--teacher", str(run), *["--all"] * args.all])
         print(f"the best weights are in {run}; next: {command}")

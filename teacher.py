@@ -55,7 +55,7 @@ from prebert import (
 )  # fmt: skip
 
 Loss = Callable[[PreBert, Batch], Tensor]
-SPARSE, SPARSE_DROPOUT = 100, 0.3  # interactions an item; below, item vectors start from titles as well
+SPARSE, SPARSE_DROPOUT = 100, 0.5  # interactions an item; below, item vectors start from titles as well
 
 # What a kind of question needs. Next items are five times as many questions an epoch, so a model overfits earlier:
 # fewer epochs, more dropout, smoothed labels.

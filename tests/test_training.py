@@ -28,8 +28,8 @@ from evaluate import benchmark, target_ranks
 from prebert import BertConfig, PreBert, read_safetensors
 from student import MiniBert
 from teacher import (
-    RECIPES, Sampler, add_training_flags, describe, draw_batch, draw_candidates, draw_windows, item_loss, locked,
-    make_optimizer, schedule, settle, train, validate,
+    RECIPES, Sampler, add_training_flags, default_init, describe, draw_batch, draw_candidates, draw_windows, item_loss,
+    locked, make_optimizer, schedule, settle, train, validate,
 )  # fmt: skip
 
 # ---------------------------------------------------------------- losses
@@ -401,6 +401,11 @@ def test_recipes_fill_in_what_the_flags_left_open_and_help_shows_them(ring, tmp_
     ):  # fmt: skip
         args = options(log, *given, **open_)
         assert (args.epochs, args.dropout, args.label_smoothing) == recipe and args.max_length == 200
+    few = replace(log, items=np.ones(99 * log.num_items, np.int64))  # an item has fewer than 100 interactions
+    assert options(few).dropout == 0.5 and options(few, "--dropout", "0.1").dropout == 0.1
+    assert options(replace(few, items=np.ones(100 * log.num_items, np.int64))).dropout < 0.5
+    assert default_init(few, "minilm") == "text+cooc" and default_init(few, "none") == "cooc"
+    assert default_init(replace(few, texts=[""]), "minilm") == default_init(log, "minilm") == "cooc"
     names = [str(n) for n in range(20_002)]
     assert options(replace(log, raw_ids=names[:-1])).negatives is None
     assert options(replace(log, raw_ids=names)).negatives > 1000

@@ -55,13 +55,17 @@ from prebert import (
 )  # fmt: skip
 
 Loss = Callable[[PreBert, Batch], Tensor]
-SPARSE, SPARSE_DROPOUT = 100, 0.5  # interactions an item; below, item vectors start from titles as well
+SPARSE = 100  # interactions an item; with fewer, item vectors start from titles as well, and dropout is sparse_dropout
 
 # What a kind of question needs. Next items are five times as many questions an epoch, so a model overfits earlier:
 # fewer epochs, more dropout, smoothed labels.
 RECIPES: dict[str, dict[str, float]] = {
-    "next": dict(epochs=6, lr=1e-3, body_lr=3e-4, tokens=2048, dropout=0.2, label_smoothing=0.1),
-    "masked": dict(epochs=10, lr=1e-3, body_lr=3e-4, tokens=2048, dropout=0.1, label_smoothing=0.0),
+    "next": dict(
+        epochs=6, lr=1e-3, body_lr=3e-4, tokens=2048, dropout=0.2, sparse_dropout=0.2, label_smoothing=0.1
+    ),
+    "masked": dict(
+        epochs=10, lr=1e-3, body_lr=3e-4, tokens=2048, dropout=0.1, sparse_dropout=0.1, label_smoothing=0.0
+    ),
 }
 
 
@@ -513,8 +517,8 @@ def add_training_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict[
     add("--lr", type=number(0, above=True), help=f"peak learning rate {by_recipe('lr')}")
     add("--body-lr", type=number(0, above=True), help=f"the same for encoder and positions {by_recipe('body_lr')}")
     add("--tokens", type=positive, help=f"positions in a batch, over all processes {by_recipe('tokens')}")
-    add("--dropout", type=number(0, 0.9), help=f"share of activations zeroed {by_recipe('dropout')}, at least "
-        f"{SPARSE_DROPOUT} where items have fewer than {SPARSE} interactions on average")  # fmt: skip
+    add("--dropout", type=number(0, 0.9), help=f"share of activations zeroed {by_recipe('dropout')}; with fewer than "
+        f"{SPARSE} interactions an item {by_recipe('sparse_dropout')}")  # fmt: skip
     add("--label-smoothing", type=number(0, 0.9),
         help=f"share of a label given to all items alike {by_recipe('label_smoothing')}")  # fmt: skip
     add("--warmup", type=number(0, 0.99), default=0.05, help="share of the budget in which the rate rises")
@@ -566,9 +570,9 @@ def settle(args: argparse.Namespace, recipes: dict[str, dict[str, float]], data:
         args.epochs = max(1, args.epochs // 5) if args.start else args.epochs
     args.name = f"{args.name}-all" if args.all else args.name
     if args.dropout is None and sparse(data):
-        args.dropout = max(recipe["dropout"], SPARSE_DROPOUT)
+        args.dropout = recipe["sparse_dropout"]
     for key, value in recipe.items():
-        if getattr(args, key) is None:
+        if vars(args).get(key, value) is None:
             setattr(args, key, value)
     args.patience = args.patience or max(5, args.epochs // 3)
 

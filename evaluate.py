@@ -304,7 +304,7 @@ def find_runs(runs: list[str] | None, data: Interactions) -> list[Path]:
     for run in list(found):
         split = read_json(run / "config.json").get("split", "last")
         if split != data.split:
-            print(f"skipped {run}: held out was {HELD_OUT[split]}")
+            print(f"skipped {run}: held out was {HELD_OUT.get(split, split)}")
             found.remove(run)
     released = Path(__file__).parent / "results" / data.name / "student"
     if not found and released.is_dir():

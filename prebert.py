@@ -306,7 +306,8 @@ def rename_bert_weights(tensors: dict[str, Tensor], path: Path) -> tuple[dict[st
         ours[ours_name] = tensor.float()
     for name in [name for name in ours if ".attention.query." in name]:
         parts = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
-        ours[name.replace(".query.", ".qkv.")] = torch.cat([ours.pop(part) for part in parts if part in ours])
+        if len({ours[part].shape if part in ours else part for part in parts}) == 1:  # if not, no name will fit
+            ours[name.replace(".query.", ".qkv.")] = torch.cat([ours.pop(part) for part in parts])
     return ours, ignored
 
 
@@ -322,6 +323,9 @@ def config_of(tensors: dict[str, Tensor], raw: dict, path: Path) -> BertConfig:
     if not hidden or not ups or {*ups} != {(ups[0][0], hidden)} or qkvs != len(ups) * [(3 * hidden, hidden)]:
         raise InputError(f"{path}: these weights are not those of a BERT encoder")
     names = ("num_attention_heads", "hidden_act", "hidden_dropout_prob", "layer_norm_eps", "causal")
+    for name in names[:2]:
+        if name not in raw:
+            raise InputError(f"{path.parent / 'config.json'}: {name} is missing; the weights alone do not tell it")
     config = BertConfig(
         hidden_size=hidden, num_hidden_layers=len(ups), intermediate_size=ups[0][0], max_position_embeddings=len(table),
         **{name: raw[name] for name in names if name in raw},
@@ -592,7 +596,7 @@ def check_catalogue(run: Path, config: dict, catalogue: dict, data: Interactions
     """InputError unless a run was trained on these interactions: on others, what it was trained on may be a target."""
     split = config.get("split", "last")
     if split != data.split:
-        raise InputError(f"{run}: held out were {HELD_OUT[split]}, not {HELD_OUT[data.split]}")
+        raise InputError(f"{run}: held out were {HELD_OUT.get(split, split)}, not {HELD_OUT[data.split]}")
     theirs, ours = set(catalogue["raw_ids"]), set(data.raw_ids)
     if theirs != ours:
         differ = f"{len(theirs - ours):,} of its {len(theirs) - 1:,} items are missing here, {len(ours - theirs):,} new"
@@ -717,15 +721,15 @@ def save_text_map(run: Path, data: Interactions, bert: Reader) -> None:
     write_safetensors(run / "text_map.safetensors", {"weight": weight, "bias": rows.mean(0) - weight @ texts.mean(0)})
 
 
-def with_new_items(model: PreBert, run: Path, bert: Reader, texts: list[str]) -> PreBert:
+def with_new_items(model: PreBert, run: Path, source: str, texts: list[str]) -> PreBert:
     """The model with an item more for each text, behind the others; InputError for a run without a map of texts.
 
-    Their bias is that of the mean item. The other items' scores stay as they are.
+    source: of the BERT that reads them. Their bias is that of the mean item; the other items' scores stay as they are.
     """
     if not (run / "text_map.safetensors").exists():
         raise InputError(f"{run} has no text_map.safetensors: trained without titles, it has no vector for new items")
     learnt = read_safetensors(run / "text_map.safetensors")
-    rows = F.linear(encode_texts(*bert, texts), learnt["weight"], learnt["bias"])
+    rows = F.linear(encode_texts(*load_bert(source), texts), learnt["weight"], learnt["bias"])
     table, bias = model.item_embedding.weight.detach().cpu(), model.item_bias.detach().cpu()
     larger = PreBert(model.config, model.num_items + len(texts))
     ours = {"item_embedding.weight": torch.cat([table[:-1], rows, table[-1:]]),

@@ -32,7 +32,7 @@ from data import (
     TABLE, InputError, Interactions, add_data_flags, at_once, batches, cache_folder, load_asked, pad_left, positive,
     read_lines, read_titles, run_command, write_atomic,
 )  # fmt: skip
-from prebert import BertConfig, PreBert, load_bert, load_run, machine, pick_device, with_new_items
+from prebert import BertConfig, PreBert, load_run, machine, pick_device, with_new_items
 
 STUDENTS = {  # hidden size, layers, heads; the feed-forward is four times as wide, as in BERT
     "tiny": (64, 2, 2),
@@ -221,8 +221,8 @@ class Recommender:
         named = dict(texts) if isinstance(texts, Mapping) else {text: text for text in texts}
         if known := [raw_id for raw_id in named if raw_id in self.by_id]:
             raise InputError(f"item {known[0]!r} is in the catalogue already")
-        bert = load_bert(self.config["settings"].get("bert", "minilm"))
-        larger = with_new_items(self.model, self.run, bert, list(named.values()))
+        source = self.config["settings"].get("bert", "minilm")
+        larger = with_new_items(self.model, self.run, source, list(named.values()))
         self.graph, self.compiled = self.use(larger, self.k, [*named], [*named.values()]), False
         self.allowed = torch.cat([self.allowed[:-1], self.allowed.new_ones(len(named) + 1)])
 

@@ -348,6 +348,16 @@ def test_unsuitable_bert_folders_are_refused(tmp_path, changes, words):
         load_bert(str(folder))
 
 
+@pytest.mark.parametrize("name", ["num_attention_heads", "hidden_act"])
+def test_what_the_weights_do_not_tell_is_not_guessed(tmp_path, name):
+    folder, _ = bert_folder(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    del config[name]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=f"{name} is missing"):
+        load_bert(str(folder))
+
+
 @pytest.mark.parametrize(
     "damage",
     [

@@ -565,8 +565,8 @@ def settle(args: argparse.Namespace, recipes: dict[str, dict[str, float]], data:
         raise InputError("--epochs 0 trains nothing; it is for --start RUN without --all")
     if args.epochs is None and args.all and not args.minutes:
         args.epochs = best_epoch(Path("runs") / data.name / args.name)
-    if args.epochs is None:  # a hundredth of the data gets ten times the passes, and a tenth of the steps
-        args.epochs = round(recipe["epochs"] * max(1.0, (1e6 / len(data.items)) ** 0.5))
+    if args.epochs is None:  # a hundredth of the data gets three times the passes
+        args.epochs = round(recipe["epochs"] * max(1.0, (1e6 / len(data.items)) ** 0.25))
         args.epochs = max(1, args.epochs // 5) if args.start else args.epochs
     args.name = f"{args.name}-all" if args.all else args.name
     if args.dropout is None and sparse(data):

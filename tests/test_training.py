@@ -384,7 +384,7 @@ def test_less_data_gets_more_passes_unless_told(ring):
     tenth = replace(log, items=np.ones(100_000, np.int64))
     twice = replace(log, items=np.ones(2_000_000, np.int64))
     for data, given, epochs, patience in (
-        (tenth, [], 32, 10), (twice, [], 10, 5), (tenth, ["--epochs", "7"], 7, 5),
+        (tenth, [], 18, 6), (twice, [], 10, 5), (tenth, ["--epochs", "7"], 7, 5),
         (tenth, ["--epochs", "40", "--patience", "3"], 40, 3),
     ):  # fmt: skip
         args = options(data, *given, epochs=None, patience=None)

@@ -92,7 +92,7 @@ class Interactions:
 
     @property
     def protocol(self) -> str:
-        seen = "seen items NOT excluded (users repeat items)" if self.repeats else "seen items excluded"
+        seen = f"seen items {'NOT ' * self.repeats}excluded"
         ranking = f"full ranking over {self.num_items:,} items, {seen}, ties counted against the target"
         return f"{HELD_OUT[self.split]}; {ranking}"
 
@@ -148,6 +148,9 @@ def last_day(data: Interactions) -> Parts:
     test = data.begins // (86400 * second) == latest // (86400 * second)
     rest = np.flatnonzero(~test)
     rest = rest[np.argsort(data.begins[rest], kind="stable")]
+    year = 1970 + latest / second / 31_556_952
+    if not 1980 < year < 2100:
+        raise InputError(f"{data.name}: --split sessions needs times; the last would be of {year:.0f}; use ISO dates")
     if len(rest) < 10:
         raise InputError(f"{data.name}: --split sessions needs sessions before the last day, of which there are few")
     valid, rest = rest[len(rest) - len(rest) // 10 :], np.sort(rest[: len(rest) - len(rest) // 10])
@@ -499,11 +502,12 @@ def place_of(names: list[str], known: str) -> int | None:
 
 
 def find_columns(
-    path: Path, names: list[str], split: Split, first: str, given: dict[str, str]
+    path: Path, names: list[str], split: Split, first: str, given: dict[str, str], sessions: bool = False
 ) -> dict[str, int | None]:
     """Where {"user", "item", "time", "label"} stand in a log whose first line is `first`.
 
-    given: names that override the known ones, "none" for no such column. Raises InputError where a column is missing
+    given: names that override the known ones, "none" for no such column. sessions: a session, if there is one, is the
+    user. Raises InputError where a column is missing
     or in doubt: an order of lines is no substitute for a time that is there.
     """
     found = f"found {', '.join(names[:12])}"
@@ -513,7 +517,11 @@ def find_columns(
     if lists := [name for name in names if name.endswith("_list")]:
         raise InputError(f"{path}: {lists[0]} holds histories; write one line a click: user_id, item_id, timestamp")
     places = {kind: place_of(names, known) for kind, known in COLUMNS.items()}
+    if sessions and (place := place_of(names, "sessionid session sid")) is not None:
+        places["user"] = place
     places |= {kind: names.index(name) if name != "none" else None for kind, name in given.items()}
+    if len({*places.values()} - {None}) < sum(place is not None for place in places.values()):
+        raise InputError(f"{path}:1: one column cannot be two things: --columns {given}")
     for kind in ("user", "item"):
         if places[kind] is None:
             raise InputError(f"{path}:1: no column is known as the {kind}; {found}; name it: --columns {kind}=NAME")
@@ -525,11 +533,11 @@ def find_columns(
     return places
 
 
-def read_log(path: Path, given: dict[str, str]) -> tuple[Clicks, dict[str, str]]:
-    """A log and what was taken for what; `given` as in `find_columns`."""
+def read_log(path: Path, given: dict[str, str], sessions: bool) -> tuple[Clicks, dict[str, str]]:
+    """A log and what was taken for what; `given` and `sessions` as in `find_columns`."""
     lines, split, names = open_table(path)
     number, first = next(lines, (1, ""))
-    places = find_columns(path, names, split, first, given)
+    places = find_columns(path, names, split, first, given, sessions)
     user, item, when, label = places.values()
     user_ids: dict[str, int] = {}
     item_ids: dict[str, int] = {}
@@ -537,9 +545,9 @@ def read_log(path: Path, given: dict[str, str]) -> tuple[Clicks, dict[str, str]]
 
     def take(line: str) -> bool:
         fields = split(line)
-        user_id, item_id = fields[user], fields[item]  # type: ignore[index]
-        if not (user_id and item_id) or "\0" in line:
-            raise ValueError("user and item must be there, without NUL bytes")
+        user_id, item_id = fields[user].strip(), fields[item].strip()  # type: ignore[index]
+        if not (user_id and item_id) or "\0" in line or "\t" in user_id + item_id:
+            raise ValueError("user and item must be there, without NUL bytes and tabs")
         time_of = 0.0 if when is None else moment(fields[when])
         if label is not None and fields[label].strip().lower() in NO:
             return False
@@ -599,7 +607,7 @@ def read_titles(path: Path) -> tuple[dict[str, tuple[str, str]], str]:
         # MovieLens' own titles end in the year; RecBole cut it off.
         text = f"{text} ({when})" if text and when and "(" + when not in text else text
         more = [(names[place], " ".join(LISTED.sub(" ", fields[place]).split())) for place in others]
-        return fields[item], text, ". ".join([text, *(f"{name}: {words}" for name, words in more if words)])
+        return fields[item].strip(), text, ". ".join([text, *(f"{name}: {words}" for name, words in more if words)])
 
     found = {item: (text, words) for item, text, words in rows_of(path, lines, parse) if item and text}
     return found, f", from {' and '.join(names[place] for place in (title, *others))} of {path.name}"
@@ -812,7 +820,7 @@ def write_copy(path: Path, data: Interactions, source: list) -> None:
 
 def load_dataset(
     name: str, root: str | Path | None = None, min_items: int = 5, min_length: int = 5, fraction: int = 1,
-    columns: dict[str, str] | None = None, titles_file: str | None = None,
+    columns: dict[str, str] | None = None, titles_file: str | None = None, sessions: bool = False,
 ) -> Interactions:  # fmt: skip
     """Load one of PUBLIC or a table with a header; a large one leaves a parsed copy under runs/.
 
@@ -821,16 +829,18 @@ def load_dataset(
     """
     paths = find_files(name, root, titles_file)
     source: list = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
-    source.append([4, fraction, columns or {}])  # 4 is the version of the copy
+    source.append([4, fraction, columns or {}, sessions])  # 4 is the version of the copy
     copy = Path("runs") / dataset_name(name) / f"interactions-{min_items}-{min_length}.npz"
     if copy.exists() and (data := read_copy(copy, source)):
         return data
-    clicks, taken = read_log(paths[0], columns or {})
+    clicks, taken = read_log(paths[0], columns or {}, sessions)
     titles: dict[str, tuple[str, str]] = {}
     taken["titles"] = "; no file of titles was found"
     if len(paths) > 1:
         titles, taken["titles"] = read_titles(paths[1])
     data = build(dataset_name(name), clicks, titles, taken, min_items, min_length, fraction, once=name == "steam")
+    if titles_file and not any(data.texts):
+        raise InputError(f"--titles {titles_file}: {data.taken['titles']}")
     if sum(size for _, size, _ in source[:-1]) >= CACHE_FROM:
         write_copy(copy, data, source)
     return data
@@ -906,7 +916,8 @@ def load_asked(args: argparse.Namespace) -> Interactions:
     args.min_items = args.min_items or args.min_count or 5
     args.min_length = args.min_length or args.min_count or (2 if args.split == "sessions" else 5)
     data = load_dataset(
-        args.data, args.root, args.min_items, args.min_length, args.fraction, args.columns, args.titles
+        args.data, args.root, args.min_items, args.min_length, args.fraction, args.columns, args.titles,
+        sessions=args.split == "sessions",
     )
     repeats = data.repeats if args.seen == "auto" else args.seen == "keep"
     return replace(data, repeats=repeats, split="none" if getattr(args, "all", False) else args.split)

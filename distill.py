@@ -245,8 +245,11 @@ def main() -> None:
     if world()[0] == 0:
         if "text" in args.item_init or (teachers and (Path(args.teacher[0]) / "text_map.safetensors").exists()):
             save_text_map(run, data, load_bert(args.bert))
-        print(f"the best weights are in {run}; next: {shlex.join(['python', 'evaluate.py', *data_flags(args)])}")
-        print(f"then: {shlex.join(['python', 'student.py', '--run', str(run), data.titles[1]])}")
+        title = data.titles[1] if data.titles.count(data.titles[1]) == 1 else "-"
+        item = f"id:{data.raw_ids[1]}" if title.startswith("-") else title
+        commands = ["evaluate.py", *data_flags(args)], ["student.py", "--run", str(run), item]
+        following = " then ".join(shlex.join(["python", *command]) for command in commands[args.all :])
+        print(f"the best weights are in {run}; next: {following}")
 
 
 if __name__ == "__main__":

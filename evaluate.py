@@ -26,10 +26,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import (
-    HELD_OUT, PAD, SPLITS, InputError, Interactions, Spans, add_data_flags, at_once, batches, data_flags, entries_of,
+    PAD, SPLITS, InputError, Interactions, Spans, add_data_flags, at_once, batches, data_flags, entries_of,
     item_counts, load_asked, pad_left, run_command, write_json,
 )  # fmt: skip
-from prebert import PreBert, check_catalogue, load_run, machine, pick_device, read_json
+from prebert import PreBert, check_catalogue, load_run, machine, pick_device, read_json, read_run
 from student import TopK, compile_ahead
 
 Scorer = Callable[[Tensor], Tensor]  # history (B, T), left-padded, newest last -> scores (B, I) of items 1..I
@@ -296,16 +296,17 @@ def compare(values: dict[str, list[Tensor]]) -> tuple[list[dict], dict[str, dict
 def find_runs(runs: list[str] | None, data: Interactions) -> list[Path]:
     """The run folders asked for, else all of this dataset's, the teacher first, else the released student.
 
-    Those of all that held out something else are skipped, and a line says so.
+    Those of all that were trained on another log or held out something else are skipped, and a line says so.
     """
     if runs:
         return [Path(run) for run in runs]
-    found = sorted(path.parent for path in (Path("runs") / data.name).glob("*/model.safetensors"))
-    for run in list(found):
-        split = read_json(run / "config.json").get("split", "last")
-        if split != data.split:
-            print(f"skipped {run}: held out was {HELD_OUT.get(split, split)}")
-            found.remove(run)
+    found = []
+    for run in sorted(path.parent for path in (Path("runs") / data.name).glob("*/model.safetensors")):
+        try:
+            check_catalogue(run, *read_run(run), data)
+            found.append(run)
+        except InputError as error:
+            print(f"skipped {error}")
     released = Path(__file__).parent / "results" / data.name / "student"
     if not found and released.is_dir():
         print(f"nothing is trained under runs/{data.name} yet: evaluating the released student, {released}")
@@ -373,7 +374,7 @@ def main() -> None:
         print(f"written to {args.json}")
     if not models:
         command = shlex.join(["python", "teacher.py", *data_flags(args)])
-        print(f"no runs under runs/{data.name} yet; next: {command}")
+        print(f"no runs of this log under runs/{data.name} yet; next: {command}")
 
 
 if __name__ == "__main__":

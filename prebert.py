@@ -625,6 +625,8 @@ def peak_memory_gb() -> float:
 
 def pick_device(name: str) -> torch.device:
     """`auto` is cuda, then mps, then cpu."""
+    if not re.fullmatch(r"auto|(cuda|mps|cpu)(:\d+)?", name):
+        raise InputError(f"--device {name}: it takes auto, cuda, mps or cpu")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -685,24 +687,34 @@ def start_from(model: PreBert, run: str, data: Interactions, vectors: Tensor | N
     """Begin from the weights of a run on an older log; its items are found by their raw ids.
 
     A new item starts where a linear map puts its first vector (num_items, D) of `item_vectors`: the map that does best
-    (ridge regression) for the items that the run knows. Raises InputError for a model of another shape.
+    (ridge regression) for the items that the run knows. Raises InputError for a model of another shape, and where what
+    is held out may have been trained on.
     """
     old, config, catalogue = load_run(run)
-    if replace(old.config, hidden_dropout_prob=model.config.hidden_dropout_prob) != model.config:
-        raise InputError(f"--start {run}: it is another kind of model, {old.config}; this is {model.config}")
+    theirs = old.config
+    if replace(theirs, hidden_dropout_prob=model.config.hidden_dropout_prob) != model.config:
+        shape = f"{theirs.num_hidden_layers} layers of {theirs.hidden_size}"
+        kind = f"--max-length {theirs.max_position_embeddings}, --objective {'next' if theirs.causal else 'masked'}"
+        raise InputError(f"--start {run}: it has {shape}, {kind}; ask for the same kind of model")
+    # What is held out here must not have been trained on there: an older log, held out alike.
+    split = config.get("split", "last")
+    if data.split not in ("none", split):
+        raise InputError(f"--start {run}: held out were {HELD_OUT.get(split, split)}; start from another, or add --all")
+    if data.split != "none" and config.get("interactions", 0) > len(data.items):
+        raise InputError(f"--start {run}: it was trained on a longer log, which may hold what is held out here")
     by_raw_id = {raw_id: item for item, raw_id in enumerate(catalogue["raw_ids"]) if item}
     matched = torch.tensor([by_raw_id.get(raw_id, 0) for raw_id in data.raw_ids[1:]])  # (I,) 0 for a new item
     known = matched > 0
+    if not known.any():
+        raise InputError(f"--start {run}: it knows none of the items of {data.name}")
     weights, table = old.state_dict(), model.item_embedding.weight.detach()
     rows = weights["item_embedding.weight"][matched]  # (I, D)
-    if vectors is not None and known.any():
+    if vectors is not None:
         table[1:-1] = F.linear(vectors, linear_map(vectors[known], rows[known]))
     table[1:-1][known], table[-1] = rows[known], weights["item_embedding.weight"][-1]
     bias = torch.where(known, weights["item_bias"][matched - 1], weights["item_bias"].mean())
     model.load_state_dict({**weights, "item_embedding.weight": table, "item_bias": bias})
     print(f"starting from {run}: {int(known.sum()):,} items known, {int((~known).sum()):,} new")
-    if config["settings"].get("all"):
-        print("it was trained on everything: what is held out of this log it may have seen, where nothing is new")
 
 
 def linear_map(inputs: Tensor, outputs: Tensor, ridge: float = 0.1) -> Tensor:
@@ -728,8 +740,11 @@ def with_new_items(model: PreBert, run: Path, source: str, texts: list[str]) -> 
     """
     if not (run / "text_map.safetensors").exists():
         raise InputError(f"{run} has no text_map.safetensors: trained without titles, it has no vector for new items")
-    learnt = read_safetensors(run / "text_map.safetensors")
-    rows = F.linear(encode_texts(*load_bert(source), texts), learnt["weight"], learnt["bias"])
+    learnt, bert, size = read_safetensors(run / "text_map.safetensors"), load_bert(source), model.config.hidden_size
+    shapes = {name: (*tensor.shape,) for name, tensor in learnt.items() if tensor.isfinite().all()}
+    if shapes != {"weight": (size, bert[0].config.hidden_size), "bias": (size,)}:
+        raise InputError(f"{run / 'text_map.safetensors'} does not fit the run and its BERT, {source}; train again")
+    rows = F.linear(encode_texts(*bert, texts), learnt["weight"], learnt["bias"])
     table, bias = model.item_embedding.weight.detach().cpu(), model.item_bias.detach().cpu()
     larger = PreBert(model.config, model.num_items + len(texts))
     ours = {"item_embedding.weight": torch.cat([table[:-1], rows, table[-1:]]),

@@ -176,13 +176,13 @@ class Recommender:
         self, run_dir: str | Path, k: int = 10, device: str = "auto", compile: bool | None = True,
         fallback: bool = True, allowed: Iterable[object] | None = None, exclude_seen: bool | None = None,
     ):  # fmt: skip
-        began, self.device, self.run = time.perf_counter(), pick_device(device), Path(run_dir)
+        began, self.device, self.run, self.most = time.perf_counter(), pick_device(device), Path(run_dir), k
         model, self.config, catalogue = load_run(run_dir)
         self.titles, self.raw_ids, self.counts = [""], [""], torch.tensor([-math.inf], dtype=torch.float64)
         self.exclude_seen = self.config["exclude_seen"] if exclude_seen is None else exclude_seen
         self.by_id: dict[str, int] = {}
         self.by_title: dict[str, list[int]] = {}  # exact titles, and those without case where that is another spelling
-        graph, compiled = self.use(model, k, catalogue["raw_ids"][1:], catalogue["titles"][1:]), None
+        graph, compiled = self.use(model, catalogue["raw_ids"][1:], catalogue["titles"][1:]), None
         self.counts[1:] = torch.tensor(catalogue["counts"][1:])
         try:
             compiled = None if compile is False else native(self.run, graph, bool(compile))
@@ -194,11 +194,13 @@ class Recommender:
         self.allowed = torch.full((len(self.raw_ids) + 1,), allowed is None)  # (V,)
         if allowed is not None:
             self.allowed[self.items(allowed)] = True
+            if not self.allowed.any():
+                raise InputError("none of the items allowed is a raw id or title of the catalogue")
         for _ in range(3):  # the first calls pay for memory and threads
             self.rank(torch.ones(self.max_length, dtype=torch.long), torch.tensor([self.max_length]), self.allowed)
         self.warm_up_s = time.perf_counter() - began
 
-    def use(self, model: PreBert, k: int, raw_ids: list[str], titles: list[str]) -> TopK:
+    def use(self, model: PreBert, raw_ids: list[str], titles: list[str]) -> TopK:
         """Serve with a model that has these items behind those known so far; returns its graph."""
         self.model, self.question, self.max_length = model.requires_grad_(False), model.question, model.max_length
         for item, (raw_id, title) in enumerate(zip(raw_ids, titles, strict=True), len(self.raw_ids)):
@@ -208,22 +210,28 @@ class Recommender:
                 self.by_title.setdefault(spelling, []).append(item)
         self.raw_ids, self.titles = self.raw_ids + raw_ids, self.titles + titles
         self.counts = torch.cat([self.counts, self.counts.new_zeros(len(raw_ids))])  # (num_items + 1,)
-        graph = TopK(model, k).to(self.device).eval()
+        graph = TopK(model, self.most).to(self.device).eval()
         self.k = graph.k
         return graph
 
-    def add_items(self, texts: Mapping[str, str] | Iterable[str]) -> None:
+    def add_items(self, texts: Mapping | Sequence[str], titles: Mapping | None = None) -> None:
         """Items that training never saw, {raw id: text} or texts alone; their vectors come from what BERT reads there.
 
-        They are recommended and accepted in histories from now on, by a graph that is not compiled. Raises InputError
-        for a run without titles and for a raw id that is known.
+        titles: {raw id: title} where that is not the text. They are recommended and accepted in histories from now on,
+        by a graph that is not compiled. Raises InputError for a run without titles and for an item that is known.
         """
-        named = dict(texts) if isinstance(texts, Mapping) else {text: text for text in texts}
-        if known := [raw_id for raw_id in named if raw_id in self.by_id]:
+        if isinstance(texts, str):
+            raise InputError("new items are given as {raw id: text} or as a list of texts")
+        named = {str(key): str(texts[key]) for key in texts} if isinstance(texts, Mapping) else {t: t for t in texts}
+        shown = {str(key): title for key, title in (titles or {}).items()}
+        if known := [raw_id for raw_id in named if self.matches(raw_id)]:
             raise InputError(f"item {known[0]!r} is in the catalogue already")
+        if not named:
+            return
         source = self.config["settings"].get("bert", "minilm")
         larger = with_new_items(self.model, self.run, source, list(named.values()))
-        self.graph, self.compiled = self.use(larger, self.k, [*named], [*named.values()]), False
+        names = [shown.get(raw_id, text) for raw_id, text in named.items()]
+        self.graph, self.compiled = self.use(larger, [*named], names), False
         self.allowed = torch.cat([self.allowed[:-1], self.allowed.new_ones(len(named) + 1)])
 
     @torch.inference_mode()
@@ -261,12 +269,11 @@ class Recommender:
         return sorted({*ids, *self.by_title.get(text, [])}) or self.by_title.get("any case: " + text.casefold(), [])
 
     def items(self, names: Iterable[object]) -> list[int]:
-        """Internal ids of all that these names fit, of which some may be unknown; InputError where all are."""
+        """Internal ids of all with these raw ids or, where that is none, these titles; unknown names are left out."""
+        if isinstance(names, str):
+            raise InputError(f"items are given as a list of names, not as {names!r}")
         texts = [str(name) for name in names]
-        found = [item for text in texts for item in self.matches(text)]
-        if texts and not found:
-            raise InputError(f"none of these {len(texts):,} is a raw id or title of the catalogue: {texts[0]!r} ...")
-        return found
+        return [item for text in texts for item in ([self.by_id[text]] if text in self.by_id else self.matches(text))]
 
     def item(self, name: object) -> int:
         """The internal id of an item given as raw id or title, text or number; `id:RAW` is a raw id for certain.
@@ -294,11 +301,12 @@ class Recommender:
         An empty history gets the most popular items, with their counts. Raises InputError for an unknown item of a
         history; what is unknown in `without` is not recommended anyway.
         """
+        people = list(people)
         if any(isinstance(history, str) or not isinstance(history, Sequence) for history in people):
             raise InputError("people are given as a list of histories, each a list of items")
         known = [[self.item(name) for name in history] for history in people]
         allowed = self.allowed.clone()
-        allowed[[item for name in without for item in self.matches(str(name))]] = False
+        allowed[self.items(without)] = False
         items = torch.tensor([item for history in known for item in history], dtype=torch.long)
         sizes = torch.tensor([len(history) for history in known], dtype=torch.long)
         return [self.named(*row) for row in zip(*self.rank(items, sizes, allowed), strict=True)]
@@ -313,6 +321,7 @@ class Recommender:
         vectors = F.normalize(self.model.item_embedding.weight[:-1], dim=1).cpu()  # (num_items + 1, D)
         cosines = vectors @ vectors[self.item(name)]
         cosines[[0, self.item(name)]] = -torch.inf
+        cosines[~self.allowed[:-1]] = -torch.inf
         return self.named(*cosines.topk(self.k))
 
 
@@ -341,10 +350,29 @@ def items_in(recommender: Recommender, path: str) -> list[int]:
     """Internal ids of the items that a file names, a raw id or title a line; InputError where it names none."""
     names = [line.strip() for line in read_lines(Path(path)) if line.strip()]
     unknown = [name for name in names if not recommender.matches(name)]
+    if len(unknown) == len(names):
+        raise InputError(f"{path}: none of its {len(names):,} lines is a raw id or title of the catalogue")
     if unknown:
         words = f"{len(unknown):,} of {len(names):,} are not in the catalogue, such as {unknown[0]!r}"
         print(f"{path}: {words}", file=sys.stderr)
     return recommender.items(names)
+
+
+def add_new_items(recommender: Recommender, names: list[str]) -> None:
+    """Items by their texts, or those of a table that the run does not know; InputError for a file without items."""
+    found: dict[str, tuple[str, str]] = {}
+    for name in names:
+        if TABLE.search(name):
+            read, where = read_titles(Path(name))
+            if not read:
+                raise InputError(f"{name}: no items with titles{where}")
+            found |= {raw_id: both for raw_id, both in read.items() if raw_id not in recommender.by_id}
+        elif Path(name).is_file():
+            raise InputError(f"{name}: a file of new items is a .csv, .tsv or .item with a header")
+        else:
+            found[name] = (name, name)
+    titles = {raw_id: title for raw_id, (title, _) in found.items()}
+    recommender.add_items({raw_id: text for raw_id, (_, text) in found.items()}, titles)
 
 
 def histories(recommender: Recommender, data: Interactions) -> tuple[Tensor, Tensor]:
@@ -352,6 +380,8 @@ def histories(recommender: Recommender, data: Interactions) -> tuple[Tensor, Ten
     items = torch.tensor([recommender.by_id.get(raw_id, 0) for raw_id in data.raw_ids])[torch.from_numpy(data.items)]
     users = torch.repeat_interleave(torch.arange(data.num_users), torch.from_numpy(np.diff(data.offsets)))
     sizes = torch.bincount(users[items > 0], minlength=data.num_users)
+    if not sizes.any():
+        raise InputError(f"{recommender.run} knows none of the items of {data.name}; is this the log that it is for?")
     known = f"{int((items > 0).sum()):,} of {len(items):,} interactions with items that the run knows"
     print(f"{data.name}: {data.num_users:,} users, {known}; {int((sizes == 0).sum()):,} users get the most popular")
     return items[items > 0], sizes
@@ -400,25 +430,25 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     parser.add_argument("--compile", action="store_true", help="compile first, for this and all later calls")
     add_data_flags(parser)
+    parser.set_defaults(data=None)
     args = parser.parse_args()
-    if sum(map(bool, (args.items, args.out, args.user is not None, args.similar))) > 1:
+    given = [args.items or None, args.out, args.user, args.similar]
+    if sum(way is not None for way in given) > 1:
         parser.error("give items, --out, --user or --similar, one of them")
+    if (args.out or args.user is not None) and not args.data:
+        parser.error("--out and --user are about the users of a log: give its --data")
     exclude_seen = None if args.seen == "auto" else args.seen == "exclude"
     recommender = Recommender(args.run, args.k, args.device, args.compile or None, not args.compile, None, exclude_seen)
-    new_items: dict[str, str] = {}
-    for text in args.new_items:
-        found = read_titles(Path(text))[0] if TABLE.search(text) else {text: (text, text)}
-        new_items |= {raw_id: words for raw_id, (_, words) in found.items()}
-    if new_items:
-        recommender.add_items(new_items)
-    if args.similar:
-        print_ranked(recommender.similar(args.similar))
-        return
+    if args.new_items:
+        add_new_items(recommender, args.new_items)
     if args.only:
         recommender.allowed = torch.zeros_like(recommender.allowed)
         recommender.allowed[items_in(recommender, args.only)] = True
     if args.without:
         recommender.allowed[items_in(recommender, args.without)] = False
+    if args.similar is not None:
+        print_ranked(recommender.similar(args.similar))
+        return
     if args.out or args.user is not None:
         args.min_items = args.min_length = 1  # whoever is in the log, with whatever history
         data = load_asked(args)

@@ -220,10 +220,11 @@ def train(
         objective: nn.Module = Objective(model, loss_of)
         objective = DistributedDataParallel(objective) if processes > 1 else objective
         caught, saved = catch_signals(), time.perf_counter()
-        if args.start and state["step"] == 0 and len(valid.targets):
-            state["best"], hits = validate(model, valid, not data.repeats, args.eval_users)
+        if args.start and state["step"] == 0:
             if rank == 0:
                 write_safetensors(run / "model.safetensors", model.state_dict())
+            if len(valid.targets):
+                state["best"], hits = validate(model, valid, not data.repeats, args.eval_users)
                 print(f"before training: validation NDCG@10 {state['best']:.4f}  HR@10 {hits:.4f}", flush=True)
         # When training would have begun, had it not been interrupted.
         began, began_cpu = saved - state["seconds"], time.process_time() - state["cpu_seconds"]
@@ -376,7 +377,7 @@ def open_run(
     state = load_state(box[0], run, model, optimizer) if box[0] else dict(FRESH)
     if rank == 0:
         if not box[0]:
-            for name in ("metrics.json", "train_state.pt", "model.safetensors", "log.csv"):
+            for name in ("metrics.json", "train_state.pt", "model.safetensors", "text_map.safetensors", "log.csv"):
                 (run / name).unlink(missing_ok=True)
             save_run(run, config, data, counts)
         write_atomic(run / "log.csv", state["log"].encode())  # a crash may have come between a row and its checkpoint
@@ -563,7 +564,7 @@ def settle(args: argparse.Namespace, recipes: dict[str, dict[str, float]], data:
         args.label_smoothing = 0.0
     if args.epochs == 0 and (args.all or not args.start):
         raise InputError("--epochs 0 trains nothing; it is for --start RUN without --all")
-    if args.epochs is None and args.all and not args.minutes:
+    if args.epochs is None and args.all and not (args.minutes or args.start):
         args.epochs = best_epoch(Path("runs") / data.name / args.name)
     if args.epochs is None:  # a hundredth of the data gets three times the passes
         args.epochs = round(recipe["epochs"] * max(1.0, (1e6 / len(data.items)) ** 0.25))

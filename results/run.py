@@ -83,7 +83,7 @@ def main() -> None:
     for data in args.only:
         names = [name for name in models_of(data) if name in (args.models or MODELS)]
         commands += [training(data, name, seed) for name in names for seed in args.seeds]
-        commands += [evaluation(data, names, args.seeds, part) for part in args.parts]
+        commands += [evaluation(data, names, args.seeds, part) for part in args.parts if names]
     if not args.models:
         commands.append([sys.executable, "results/plot.py"])
     for number, command in enumerate(commands, 1):

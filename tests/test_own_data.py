@@ -17,10 +17,11 @@ from data import HELD_OUT, PAD, InputError, SPLITS, load_dataset
 from evaluate import metrics, target_ranks
 from prebert import (
     centred, encode_texts, item_vectors, linear_map, load_bert, load_run, principal_components, read_safetensors,
-    save_text_map, start_from,
+    save_text_map, start_from, write_safetensors,
 )  # fmt: skip
 from student import MiniBert, Recommender
 from test_prebert import bert_folder
+from test_student import write_run
 
 ON_RING = ["--no-kd", "--size", "tiny", "--item-init", "cooc", *TINY]
 
@@ -84,7 +85,7 @@ def test_only_what_is_allowed_and_without_what_is_not(trained):
     assert [raw_id for raw_id, _, _ in everything([history], without=out)[0]] == ranked[7:]
     assert [raw_id for raw_id, _, _ in everything([history])[0]] == ranked  # of that call alone
     assert [raw_id for raw_id, _, _ in everything([history], without=[*out, "nothing"])[0]] == ranked[7:]
-    with pytest.raises(InputError, match="none of these 2"):
+    with pytest.raises(InputError, match="none of the items allowed"):
         Recommender(trained / RUN, compile=False, allowed=["nothing", "neither"])
     some = Recommender(trained / RUN, compile=False, allowed=["nothing", f"id:{ranked[3]}"])
     assert [raw_id for raw_id, _, _ in some([history])[0]] == [ranked[3]]
@@ -100,7 +101,7 @@ def test_files_of_items(trained):
     text = inside("student.py", "--run", RUN, "id:103", "-k", 60, *flags, cwd=trained).splitlines()[1:-1]
     assert [line.split()[3] for line in text] == [n for n in shown if int(n) % 2 == 0 and n not in ("10", "11")]
     (trained / "none.txt").write_text("not sold\n")
-    assert "none of these 1 is" in inside("student.py", "--run", RUN, "--only", "none.txt", cwd=trained, expect=2)
+    assert "none of its 1 lines is" in inside("student.py", "--run", RUN, "--only", "none.txt", cwd=trained, expect=2)
 
 
 @pytest.mark.parametrize("seen", ["keep", "exclude"])
@@ -179,9 +180,18 @@ def test_a_run_goes_on_with_a_catalogue_that_has_grown(trained):
     assert torch.equal(table[same], old.item_embedding.weight[places])
     assert "as-it-was" in inside("evaluate.py", "--data", "grown.inter", cwd=trained)
     assert "--epochs 0" in inside("distill.py", "--data", "grown.inter", *ON_RING, "--epochs", 0, cwd=trained, expect=2)
-    words = inside("distill.py", "--data", "grown.inter", *ON_RING, "--size", "small", "--start", RUN, "--name", "x",
-                   cwd=trained, expect=2)  # fmt: skip
-    assert "another kind of model" in words
+    flags = [*ON_RING, "--name", "x", "--start"]
+    words = inside("distill.py", "--data", "grown.inter", *flags, RUN, "--size", "small", cwd=trained, expect=2)
+    assert "2 layers of 64, --max-length 16, --objective next" in words
+    # Held-out items must not come in by a run that was trained on them.
+    words = inside("distill.py", "--data", "ring.inter", *flags, "runs/grown/as-it-was", cwd=trained, expect=2)
+    assert "trained on a longer log" in words
+    inside("distill.py", "--data", "ring.inter", *ON_RING, "--all", "--name", "seen", cwd=trained)
+    words = inside("distill.py", "--data", "ring.inter", *flags, "runs/ring/seen-all", cwd=trained, expect=2)
+    assert "everything is trained on" in words
+    inside("distill.py", "--data", "ring.inter", *flags, "runs/ring/seen-all", "--all", cwd=trained)
+    shutil.rmtree(trained / "runs/ring/seen-all")
+    shutil.rmtree(trained / "runs/ring/x-all")
 
 
 def test_new_items_start_where_a_linear_map_puts_them(trained):
@@ -252,8 +262,13 @@ def test_sessions_by_hand(tmp_path):
     assert questions(test) == sorted([((z,), x), ((x,), y), ((x, y), PAD)])  # nobody trained on "new"
     text = inside("data.py", "--data", "s.csv", "--split", "sessions", "--min-items", 1, cwd=tmp_path)
     assert "3 test targets" in text and "next item" in text
-    with pytest.raises(InputError, match="before the last day"):
+    with pytest.raises(InputError, match="the last would be of 1970"):
         SPLITS["sessions"](load_dataset(str(write_ring(tmp_path))))
+    both = "user_id,session_id,item_id,time\n" + "".join(f"u,{line}\n" for line in rows)
+    (tmp_path / "both.csv").write_text(both)
+    flags = ["--data", "both.csv", "--min-items", 1]
+    assert "user = session_id" in inside("data.py", *flags, "--split", "sessions", cwd=tmp_path)
+    assert "user = user_id" in inside("data.py", *flags, cwd=tmp_path)
 
 
 def test_a_target_that_training_never_saw_is_a_miss():
@@ -310,6 +325,15 @@ def test_new_items_are_recommended_by_their_texts_and_change_no_other_score(trai
     assert len(recommend([["n1", "n2"]])[0]) == 60  # accepted in histories, and left out as seen
     with pytest.raises(InputError, match="'n1' is in the catalogue already"):
         recommend.add_items({"n1": "toy"})
+    (tmp_path / "new.csv").write_text("item_id,title,brand\n900,New film,Acme\n103,An old one,Acme\n")
+    flags = ("--run", run, "--new-items", tmp_path / "new.csv")
+    text = inside("student.py", "New film", "id:103", "-k", 99, "--seen", "keep", *flags, cwd=trained)
+    assert "New film  (id:900)" in text
+    (tmp_path / "new.csv").write_text("item_id,brand\n900,Acme\n")
+    assert "no items with titles" in inside("student.py", "id:103", *flags, cwd=trained, expect=2)
+    write_safetensors(run / "text_map.safetensors", {"weight": torch.zeros(3, 4), "bias": torch.zeros(3)})
+    with pytest.raises(InputError, match="does not fit the run"):
+        Recommender(run, compile=False).add_items(["toy"])
 
 
 def test_the_map_from_texts_finds_a_linear_truth(trained, tmp_path):
@@ -342,3 +366,62 @@ def test_the_commands_behind_the_results_have_flags_that_exist():
             made.add(f"runs/{data}/{words[words.index('--name') + 1]}")
         else:
             assert made.issuperset(word for word in words if word.startswith("runs/"))
+
+
+# ---------------------------------------------------------------- what strangers do
+
+
+def test_raw_ids_in_lists_mean_that_item_alone(tmp_path):
+    run = write_run(tmp_path, ["", "1984", "7", "9"], ["", "A", "1984", "B"], True)
+    recommend = Recommender(run, compile=False, allowed=["1984"])
+    assert [raw_id for raw_id, _, _ in recommend([["id:9"]])[0]] == ["1984"]  # not the book of that name
+    everything = Recommender(run, compile=False)
+    assert {raw_id for raw_id, _, _ in everything([["id:9"]], without=["1984"])[0]} == {"7"}
+    assert len(everything(history for history in [["id:9"]])) == 1
+    for call in (lambda: everything([["id:9"]], without="1984"), lambda: everything.add_items("abc")):
+        with pytest.raises(InputError, match="list"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--out", "x.tsv"], "give its --data"),
+        (["--user", "1"], "give its --data"),
+        (["--out", "x.tsv", "--data", "other.inter"], "knows none of the items"),
+        (["--device", "meta", "id:103"], "--device meta"),
+        (["--only", "empty.txt", "id:103"], "none of its 0 lines"),
+        (["--only", "empty.txt", "--similar", "id:103"], "none of its 0 lines"),
+        (["--new-items", "empty.txt", "--similar", "id:103"], "with a header"),
+    ],
+)
+def test_what_is_asked_for_by_mistake_ends_in_one_line(trained, flags, words):
+    (trained / "empty.txt").write_text("")
+    (trained / "other.inter").write_text(HEAD + "".join(f"u\tother{n}\t{n}\n" for n in range(5)))
+    assert words in inside("student.py", "--run", RUN, *flags, cwd=trained, expect=2)
+
+
+def test_a_log_with_blanks_tabs_and_one_column_for_two(tmp_path):
+    rows = "".join(f"u{n % 3}, {n % 5}, {n}\n" for n in range(60))
+    (tmp_path / "x.csv").write_text("user_id, item_id, timestamp\n" + rows)
+    assert set(load_dataset(str(tmp_path / "x.csv")).raw_ids) == {"", *"01234"}
+    flags = ["--data", "x.csv", "--columns", "user=item_id"]
+    assert "one column cannot be two things" in inside("data.py", *flags, cwd=tmp_path, expect=2)
+    rows = '"a\tb",1,1\n' + "".join(f"u,{n},{n}\n" for n in range(200))
+    (tmp_path / "y.csv").write_text("user_id,item_id,timestamp\n" + rows)
+    assert load_dataset(str(tmp_path / "y.csv"), min_items=1, min_length=1).user_ids == ["u"]
+
+
+def test_titles_asked_for_that_are_none(trained):
+    (trained / "no.csv").write_text("a,b\n1,2\n")
+    assert "--titles no.csv" in inside("data.py", "--data", "ring.inter", "--titles", "no.csv", cwd=trained, expect=2)
+
+
+def test_the_map_of_texts_goes_with_the_weights_that_it_was_made_for(trained):
+    flags = ["--data", "ring.inter", *ON_RING, "--name", "again"]
+    inside("distill.py", *flags, cwd=trained)
+    run = trained / "runs/ring/again"
+    write_safetensors(run / "text_map.safetensors", {"weight": torch.zeros(1)})
+    inside("distill.py", *flags, "--overwrite", cwd=trained)
+    assert not (run / "text_map.safetensors").exists()
+    shutil.rmtree(run)

@@ -544,6 +544,7 @@ def read_log(path: Path, given: dict[str, str], sessions: bool) -> tuple[Clicks,
     users, items, times = array("q"), array("q"), array("d")
 
     def take(line: str) -> bool:
+        """Keep what a line says; False for one that says that nothing was clicked."""
         fields = split(line)
         user_id, item_id = fields[user].strip(), fields[item].strip()  # type: ignore[index]
         if not (user_id and item_id) or "\0" in line or "\t" in user_id + item_id:
@@ -599,6 +600,7 @@ def read_titles(path: Path) -> tuple[dict[str, tuple[str, str]], str]:
         return {}, f": {path.name} has no column of {what}, only {', '.join(names[:9])}"
 
     def parse(line: str) -> tuple[str, str, str]:
+        """Raw id, title and text."""
         fields = split(line)
         if len(fields) > len(names):
             raise ValueError(f"expected {len(names)} fields, not {len(fields)}")

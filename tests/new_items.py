@@ -1,6 +1,6 @@
 """How well items are recommended that nobody has clicked yet, by what BERT reads in their texts. Run by hand.
 
-    python tests/new_items.py FOLDER --data beauty.inter --seeds 1 2 3 --json results/new-items-beauty.json
+    python tests/new_items.py FOLDER --data beauty.inter --epochs 8 --json results/beauty/new-items.json
 
 Takes 5 % of the items, all their clicks, out of a log, trains a student without a teacher on what is left, adds the
 items by `Recommender.add_items`, and ranks the whole catalogue for those users whose next item is a new one. Beside
@@ -9,7 +9,6 @@ users: how much the new items cost. With --valid the next item is the validation
 """
 
 import argparse
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -49,15 +48,15 @@ def one_seed(folder: Path, data: Interactions, texts: torch.Tensor, seed: int, v
     cold[1 + np.random.default_rng(seed).permutation(data.num_items)[: data.num_items // 20]] = True
     write_warm(folder, data, cold, valid)
     command = [sys.executable, ROOT / "distill.py", "--no-kd", "--data", "warm.inter", "--min-count", "1", "--seed",
-               str(seed), "--overwrite", *flags]  # fmt: skip
+               str(seed), "--all", "--overwrite", *flags]  # fmt: skip
     subprocess.run(command, cwd=folder, check=True)
-    recommend = Recommender(folder / "runs/warm/student-no-kd", compile=False)
+    recommend = Recommender(folder / "runs/warm/student-no-kd-all", compile=False)
     warm_items = recommend.model.num_items
     recommend.add_items({str(item): data.texts[item] for item in np.flatnonzero(cold)})
     ours = torch.tensor([recommend.by_id.get(str(item), 0) for item in range(data.num_items + 1)])
     back = torch.zeros(recommend.model.num_items + 1, dtype=torch.long)
     back[ours] = torch.arange(data.num_items + 1)
-    ends = torch.from_numpy(data.offsets[1:]) - 1 - valid
+    ends = torch.from_numpy(data.offsets[1:]) - 1 - int(valid)
     starts, targets = torch.from_numpy(data.offsets[:-1]), ours[torch.from_numpy(data.items)[ends]]
     asked = (targets > 0) & (ends > starts)
     starts, ends, targets = starts[asked], ends[asked], targets[asked]
@@ -65,7 +64,7 @@ def one_seed(folder: Path, data: Interactions, texts: torch.Tensor, seed: int, v
     histories = pad_left(ours[torch.from_numpy(data.items)], starts, ends, int((ends - starts).max()))  # (R, S)
     # A new item in a history counts as not there, as on the day before it came.
     histories[histories > warm_items] = 0
-    order = (histories != 0).int().argsort(1, stable=True)
+    order = (histories != 0).int().argsort(dim=1, stable=True)
     histories = histories.gather(1, order)
     some = histories[:, -1] > 0
     histories, targets, is_cold = histories[some], targets[some], is_cold[some]
@@ -93,8 +92,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--valid", action="store_true")
     parser.add_argument("--json", type=Path)
-    args, flags = parser.parse_known_args()  # the rest goes to distill.py
-    data = load_dataset(args.data, os.environ.get("PREBERT_DATA"))
+    args, flags = parser.parse_known_args()  # the rest, such as --epochs, goes to distill.py
+    data = load_dataset(args.data)
     args.folder.mkdir(parents=True, exist_ok=True)
     texts = encode_texts(*load_bert("minilm"), data.texts[1:])
     rows = [one_seed(args.folder, data, texts, seed, args.valid, flags) for seed in args.seeds]

@@ -33,7 +33,7 @@ from data import (
 from evaluate import without_seed
 from prebert import (
     ITEM_INITS, PreBert, check_catalogue, item_vectors, load_bert, load_run, pick_device, principal_components,
-    save_text_map, set_item_table, start_from,
+    save_texts, set_item_table, start_from,
 )  # fmt: skip
 from student import STUDENTS, MiniBert
 from teacher import (
@@ -243,8 +243,8 @@ def main() -> None:
     run = Path("runs") / data.name / args.name
     train(model, loss, data, parts, run, args, describe(data, model, args, made_by))
     if world()[0] == 0:
-        if "text" in args.item_init or (teachers and (Path(args.teacher[0]) / "text_map.safetensors").exists()):
-            save_text_map(run, data, load_bert(args.bert))
+        if "text" in args.item_init or (teachers and (Path(args.teacher[0]) / "texts.safetensors").exists()):
+            save_texts(run, data, load_bert(args.bert))
         title = data.titles[1] if data.titles.count(data.titles[1]) == 1 else "-"
         item = f"id:{data.raw_ids[1]}" if title.startswith("-") else title
         commands = ["evaluate.py", *data_flags(args)], ["student.py", "--run", str(run), item]

@@ -724,32 +724,34 @@ def linear_map(inputs: Tensor, outputs: Tensor, ridge: float = 0.1) -> Tensor:
     return torch.linalg.solve(gram + penalty, inputs.T @ outputs).T
 
 
-def save_text_map(run: Path, data: Interactions, bert: Reader) -> None:
-    """Keep with a run the linear map from BERT's vectors of texts to its item rows: a new item gets one by its text."""
-    read = torch.tensor([bool(text) for text in data.texts[1:]])
-    texts = text_vectors(*bert, data.texts[1:])[read]  # (I with a text, D of BERT)
-    rows = load_run(run)[0].item_embedding.weight.detach()[1:-1][read]
-    weight = linear_map(texts - texts.mean(0), rows - rows.mean(0))
-    write_safetensors(run / "text_map.safetensors", {"weight": weight, "bias": rows.mean(0) - weight @ texts.mean(0)})
+def save_texts(run: Path, data: Interactions, bert: Reader) -> None:
+    """Keep with a run what BERT reads in its items' texts, (num_items, D), for items that come later."""
+    write_safetensors(run / "texts.safetensors", {"texts": text_vectors(*bert, data.texts[1:]).half()})
 
 
-def with_new_items(model: PreBert, run: Path, source: str, texts: list[str]) -> PreBert:
-    """The model with an item more for each text, behind the others; InputError for a run without a map of texts.
+def with_new_items(model: PreBert, run: Path, source: str, texts: list[str], neighbours: int = 5) -> PreBert:
+    """The model with an item more for each text, behind the others, whose scores stay as they are.
 
-    source: of the BERT that reads them. Their bias is that of the mean item; the other items' scores stay as they are.
+    Its row is a mean of those of the items with the nearest texts, weighted by softmax(10 cosine) and as long as
+    they are; its bias is their mean. source: of the BERT that reads. Raises InputError for a run without texts.
     """
-    if not (run / "text_map.safetensors").exists():
-        raise InputError(f"{run} has no text_map.safetensors: trained without titles, it has no vector for new items")
-    learnt, bert, size = read_safetensors(run / "text_map.safetensors"), load_bert(source), model.config.hidden_size
-    shapes = {name: (*tensor.shape,) for name, tensor in learnt.items() if tensor.isfinite().all()}
-    if shapes != {"weight": (size, bert[0].config.hidden_size), "bias": (size,)}:
-        raise InputError(f"{run / 'text_map.safetensors'} does not fit the run and its BERT, {source}; train again")
-    rows = F.linear(encode_texts(*bert, texts), learnt["weight"], learnt["bias"])
+    path, bert = run / "texts.safetensors", load_bert(source)
+    if not path.exists():
+        raise InputError(f"{run} has no texts.safetensors: trained without titles, it has no vector for new items")
+    known = read_safetensors(path).get("texts", torch.empty(0)).float()  # (I, D of BERT)
+    if known.ndim != 2 or known.shape[1] != bert[0].config.hidden_size or not 0 < len(known) <= model.num_items:
+        raise InputError(f"{path} does not fit the run and its BERT, {source}; train again")
+    read, middle = encode_texts(*bert, texts), known.mean(0)
+    cosines = F.normalize(read - middle, dim=1) @ F.normalize(known - middle, dim=1).T
+    best, nearest = cosines.topk(min(neighbours, len(known)))  # (n, 5) each
+    shares = (10 * best).softmax(1)[..., None]
     table, bias = model.item_embedding.weight.detach().cpu(), model.item_bias.detach().cpu()
-    larger = PreBert(model.config, model.num_items + len(texts))
-    ours = {"item_embedding.weight": torch.cat([table[:-1], rows, table[-1:]]),
-            "item_bias": torch.cat([bias, bias.mean().expand(len(texts))])}  # fmt: skip
-    return with_weights(larger, {**model.state_dict(), **ours}, run)
+    centre = table[1 : len(known) + 1].mean(0)
+    near = table[nearest + 1] - centre  # (n, 5, D)
+    rows, lengths = (shares * near).sum(1), (shares * near.norm(dim=2, keepdim=True)).sum(1)
+    ours = {"item_embedding.weight": torch.cat([table[:-1], centre + F.normalize(rows, dim=1) * lengths, table[-1:]]),
+            "item_bias": torch.cat([bias, (shares[..., 0] * bias[nearest]).sum(1)])}  # fmt: skip
+    return with_weights(PreBert(model.config, model.num_items + len(texts)), {**model.state_dict(), **ours}, run)
 
 
 @torch.no_grad()

@@ -50,12 +50,13 @@ from data import (
 from evaluate import hit_rate, ndcg, rank_targets
 from prebert import (
     ITEM_INITS, NEVER, VERSION, BertConfig, PreBert, Reader, check_catalogue, item_vectors, load_bert, machine,
-    peak_memory_gb, pick_device, prebert_from_bert, read_run, save_run, save_text_map, set_item_table, start_from,
+    peak_memory_gb, pick_device, prebert_from_bert, read_run, save_run, save_texts, set_item_table, start_from,
     write_safetensors,
 )  # fmt: skip
 
 Loss = Callable[[PreBert, Batch], Tensor]
-SPARSE = 100  # interactions an item; with fewer, item vectors start from titles as well, and dropout is sparse_dropout
+SPARSE = 100  # interactions an item. With fewer, item vectors start from titles as well, and where users do not come
+# back to items, dropout is sparse_dropout.
 
 # What a kind of question needs. Next items are five times as many questions an epoch, so a model overfits earlier:
 # fewer epochs, more dropout, smoothed labels.
@@ -377,7 +378,7 @@ def open_run(
     state = load_state(box[0], run, model, optimizer) if box[0] else dict(FRESH)
     if rank == 0:
         if not box[0]:
-            for name in ("metrics.json", "train_state.pt", "model.safetensors", "text_map.safetensors", "log.csv"):
+            for name in ("metrics.json", "train_state.pt", "model.safetensors", "texts.safetensors", "log.csv"):
                 (run / name).unlink(missing_ok=True)
             save_run(run, config, data, counts)
         write_atomic(run / "log.csv", state["log"].encode())  # a crash may have come between a row and its checkpoint
@@ -519,7 +520,7 @@ def add_training_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict[
     add("--body-lr", type=number(0, above=True), help=f"the same for encoder and positions {by_recipe('body_lr')}")
     add("--tokens", type=positive, help=f"positions in a batch, over all processes {by_recipe('tokens')}")
     add("--dropout", type=number(0, 0.9), help=f"share of activations zeroed {by_recipe('dropout')}; with fewer than "
-        f"{SPARSE} interactions an item {by_recipe('sparse_dropout')}")  # fmt: skip
+        f"{SPARSE} interactions an item and few repeats {by_recipe('sparse_dropout')}")  # fmt: skip
     add("--label-smoothing", type=number(0, 0.9),
         help=f"share of a label given to all items alike {by_recipe('label_smoothing')}")  # fmt: skip
     add("--warmup", type=number(0, 0.99), default=0.05, help="share of the budget in which the rate rises")
@@ -570,7 +571,7 @@ def settle(args: argparse.Namespace, recipes: dict[str, dict[str, float]], data:
         args.epochs = round(recipe["epochs"] * max(1.0, (1e6 / len(data.items)) ** 0.25))
         args.epochs = max(1, args.epochs // 5) if args.start else args.epochs
     args.name = f"{args.name}-all" if args.all else args.name
-    if args.dropout is None and sparse(data):
+    if args.dropout is None and sparse(data) and not data.repeats:
         args.dropout = recipe["sparse_dropout"]
     for key, value in recipe.items():
         if vars(args).get(key, value) is None:
@@ -649,7 +650,7 @@ def main() -> None:
     train(model, loss, data, parts, run, args, describe(data, model, args))
     if world()[0] == 0:
         if bert and any(data.texts):
-            save_text_map(run, data, bert)
+            save_texts(run, data, bert)
         command = shlex.join(["python", "distill.py", *data_flags(args), "--teacher", str(run), *["--all"] * args.all])
         print(f"the best weights are in {run}; next: {command}")
 

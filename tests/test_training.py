@@ -404,7 +404,9 @@ def test_recipes_fill_in_what_the_flags_left_open_and_help_shows_them(ring, tmp_
     few = replace(log, items=np.ones(99 * log.num_items, np.int64))  # an item has fewer than 100 interactions
     parser = argparse.ArgumentParser()
     add_training_flags(parser, distill.RECIPES)
-    for given, data, dropout in (([], few, 0.5), (["--dropout", "0.3"], few, 0.3), ([], log, 0.1)):
+    for given, data, dropout in (
+        ([], few, 0.5), (["--dropout", "0.3"], few, 0.3), ([], log, 0.1), ([], replace(few, repeats=True), 0.1)
+    ):  # fmt: skip
         args = parser.parse_args(["--objective", "next", *given])
         settle(args, distill.RECIPES, data)
         assert args.dropout == dropout

@@ -590,7 +590,7 @@ def best_epoch(run: Path) -> int:
 def describe(data: Interactions, model: PreBert, args: argparse.Namespace, teachers: list[str] | None = None) -> dict:
     """config.json: all that is needed to rebuild the model, to repeat the run and to trust its figures.
 
-    teachers: what made a student's teachers, see `evaluate.recipe`.
+    teachers: what made a student's teachers, see `evaluate.without_seed`.
     """
     commit = ""
     if shutil.which("git"):

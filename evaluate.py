@@ -296,17 +296,22 @@ def compare(values: dict[str, list[Tensor]]) -> tuple[list[dict], dict[str, dict
 def find_runs(runs: list[str] | None, data: Interactions) -> list[Path]:
     """The run folders asked for, else all of this dataset's, the teacher first, else the released student.
 
-    Those of all that were trained on another log or held out something else are skipped, and a line says so.
+    Those of all that were trained on another log or held out something else are skipped, and a line says so; where
+    nothing is left, that is an InputError.
     """
     if runs:
         return [Path(run) for run in runs]
-    found = []
+    found, others = [], []
     for run in sorted(path.parent for path in (Path("runs") / data.name).glob("*/model.safetensors")):
         try:
             check_catalogue(run, *read_run(run), data)
             found.append(run)
         except InputError as error:
-            print(f"skipped {error}")
+            others.append(error)
+    if others and not found:
+        raise others[0]
+    for error in others:
+        print(f"skipped {error}")
     released = Path(__file__).parent / "results" / data.name / "student"
     if not found and released.is_dir():
         print(f"nothing is trained under runs/{data.name} yet: evaluating the released student, {released}")

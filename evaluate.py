@@ -301,7 +301,8 @@ def find_runs(runs: list[str] | None, data: Interactions) -> list[Path]:
     """
     if runs:
         return [Path(run) for run in runs]
-    found, others = [], []
+    found: list[Path] = []
+    others: list[InputError] = []
     for run in sorted(path.parent for path in (Path("runs") / data.name).glob("*/model.safetensors")):
         try:
             check_catalogue(run, *read_run(run), data)

@@ -247,9 +247,10 @@ def main() -> None:
             save_texts(run, data, load_bert(args.bert))
         title = data.titles[1] if data.titles.count(data.titles[1]) == 1 else "-"
         item = f"id:{data.raw_ids[1]}" if title.startswith("-") else title
-        commands = ["evaluate.py", *data_flags(args)], ["student.py", "--run", str(run), item]
-        following = " then ".join(shlex.join(["python", *command]) for command in commands[args.all :])
-        print(f"the best weights are in {run}; next: {following}")
+        serve, check = ["student.py", "--run", str(run), item], ["evaluate.py", *data_flags(args)]
+        print(f"the best weights are in {run}; next: {shlex.join(['python', *(serve if args.all else check)])}")
+        if not args.all:
+            print(f"then: {shlex.join(['python', *serve])}")
 
 
 if __name__ == "__main__":

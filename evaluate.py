@@ -311,8 +311,8 @@ def find_runs(runs: list[str] | None, data: Interactions) -> list[Path]:
             others.append(error)
     if others and not found:
         raise others[0]
-    for error in others:
-        print(f"skipped {error}")
+    for reason in others:
+        print(f"skipped {reason}")
     released = Path(__file__).parent / "results" / data.name / "student"
     if not found and released.is_dir():
         print(f"nothing is trained under runs/{data.name} yet: evaluating the released student, {released}")

@@ -507,8 +507,7 @@ def find_columns(
     """Where {"user", "item", "time", "label"} stand in a log whose first line is `first`.
 
     given: names that override the known ones, "none" for no such column. sessions: a session, if there is one, is the
-    user. Raises InputError where a column is missing
-    or in doubt: an order of lines is no substitute for a time that is there.
+    user. Raises InputError where a column is missing or in doubt: an order of lines is no substitute for a time.
     """
     found = f"found {', '.join(names[:12])}"
     for name in given.values():

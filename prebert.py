@@ -686,9 +686,8 @@ def item_vectors(kind: str, data: Interactions, train: Spans, size: int, bert: R
 def start_from(model: PreBert, run: str, data: Interactions, vectors: Tensor | None) -> None:
     """Begin from the weights of a run on an older log; its items are found by their raw ids.
 
-    A new item starts where a linear map puts its first vector (num_items, D) of `item_vectors`: the map that does best
-    (ridge regression) for the items that the run knows. Raises InputError for a model of another shape, and where what
-    is held out may have been trained on.
+    vectors: first vectors (num_items, D) of `item_vectors`, by which a new item finds its `nearby` known ones. Raises
+    InputError for a model of another shape, and where what is held out may have been trained on.
     """
     old, config, catalogue = load_run(run)
     theirs = old.config
@@ -709,19 +708,26 @@ def start_from(model: PreBert, run: str, data: Interactions, vectors: Tensor | N
         raise InputError(f"--start {run}: it knows none of the items of {data.name}")
     weights, table = old.state_dict(), model.item_embedding.weight.detach()
     rows = weights["item_embedding.weight"][matched]  # (I, D)
-    if vectors is not None:
-        table[1:-1] = F.linear(vectors, linear_map(vectors[known], rows[known]))
-    table[1:-1][known], table[-1] = rows[known], weights["item_embedding.weight"][-1]
     bias = torch.where(known, weights["item_bias"][matched - 1], weights["item_bias"].mean())
+    if vectors is not None and not known.all():
+        table[1:-1][~known], bias[~known] = nearby(vectors[~known], vectors[known], rows[known], bias[known])
+    table[1:-1][known], table[-1] = rows[known], weights["item_embedding.weight"][-1]
     model.load_state_dict({**weights, "item_embedding.weight": table, "item_bias": bias})
     print(f"starting from {run}: {int(known.sum()):,} items known, {int((~known).sum()):,} new")
 
 
-def linear_map(inputs: Tensor, outputs: Tensor, ridge: float = 0.1) -> Tensor:
-    """W (D, E), by ridge regression: inputs (I, E) W^T come close to outputs (I, D). ridge: a share of mean square."""
-    gram = inputs.T @ inputs
-    penalty = ridge * gram.diagonal().mean() * torch.eye(len(gram))
-    return torch.linalg.solve(gram + penalty, inputs.T @ outputs).T
+def nearby(new: Tensor, known: Tensor, rows: Tensor, bias: Tensor, count: int = 5) -> tuple[Tensor, Tensor]:
+    """Item rows (n, D) and biases (n,) of new items with vectors (n, E), from those of known ones with vectors (I, E).
+
+    A new row is the mean of the `count` rows (I, D) whose vectors are nearest, weighted by softmax(10 cosine), and as
+    long as they are.
+    """
+    cosines = F.normalize(new - known.mean(0), dim=1) @ F.normalize(known - known.mean(0), dim=1).T
+    best, nearest = cosines.topk(min(count, len(known)))  # (n, 5) each
+    shares, centre = (10 * best).softmax(1)[..., None], rows.mean(0)
+    near = rows[nearest] - centre  # (n, 5, D)
+    mixed, lengths = (shares * near).sum(1), (shares * near.norm(dim=2, keepdim=True)).sum(1)
+    return centre + F.normalize(mixed, dim=1) * lengths, (shares[..., 0] * bias[nearest]).sum(1)
 
 
 def save_texts(run: Path, data: Interactions, bert: Reader) -> None:
@@ -729,11 +735,10 @@ def save_texts(run: Path, data: Interactions, bert: Reader) -> None:
     write_safetensors(run / "texts.safetensors", {"texts": text_vectors(*bert, data.texts[1:]).half()})
 
 
-def with_new_items(model: PreBert, run: Path, source: str, texts: list[str], neighbours: int = 5) -> PreBert:
-    """The model with an item more for each text, behind the others, whose scores stay as they are.
+def with_new_items(model: PreBert, run: Path, source: str, texts: list[str]) -> PreBert:
+    """The model with an item more for each text, behind the others, whose scores stay as they are; see `nearby`.
 
-    Its row is a mean of those of the items with the nearest texts, weighted by softmax(10 cosine) and as long as
-    they are; its bias is their mean. source: of the BERT that reads. Raises InputError for a run without texts.
+    source: of the BERT that reads. Raises InputError for a run without texts.
     """
     path, bert = run / "texts.safetensors", load_bert(source)
     if not path.exists():
@@ -741,16 +746,9 @@ def with_new_items(model: PreBert, run: Path, source: str, texts: list[str], nei
     known = read_safetensors(path).get("texts", torch.empty(0)).float()  # (I, D of BERT)
     if known.ndim != 2 or known.shape[1] != bert[0].config.hidden_size or not 0 < len(known) <= model.num_items:
         raise InputError(f"{path} does not fit the run and its BERT, {source}; train again")
-    read, middle = encode_texts(*bert, texts), known.mean(0)
-    cosines = F.normalize(read - middle, dim=1) @ F.normalize(known - middle, dim=1).T
-    best, nearest = cosines.topk(min(neighbours, len(known)))  # (n, 5) each
-    shares = (10 * best).softmax(1)[..., None]
     table, bias = model.item_embedding.weight.detach().cpu(), model.item_bias.detach().cpu()
-    centre = table[1 : len(known) + 1].mean(0)
-    near = table[nearest + 1] - centre  # (n, 5, D)
-    rows, lengths = (shares * near).sum(1), (shares * near.norm(dim=2, keepdim=True)).sum(1)
-    ours = {"item_embedding.weight": torch.cat([table[:-1], centre + F.normalize(rows, dim=1) * lengths, table[-1:]]),
-            "item_bias": torch.cat([bias, (shares[..., 0] * bias[nearest]).sum(1)])}  # fmt: skip
+    rows, biases = nearby(encode_texts(*bert, texts), known, table[1 : len(known) + 1], bias)
+    ours = {"item_embedding.weight": torch.cat([table[:-1], rows, table[-1:]]), "item_bias": torch.cat([bias, biases])}
     return with_weights(PreBert(model.config, model.num_items + len(texts)), {**model.state_dict(), **ours}, run)
 
 

@@ -226,7 +226,8 @@ def train(
                 write_safetensors(run / "model.safetensors", model.state_dict())
             if len(valid.targets):
                 state["best"], hits = validate(model, valid, not data.repeats, args.eval_users)
-                print(f"before training: validation NDCG@10 {state['best']:.4f}  HR@10 {hits:.4f}", flush=True)
+                if rank == 0:
+                    print(f"before training: validation NDCG@10 {state['best']:.4f}  HR@10 {hits:.4f}", flush=True)
         # When training would have begun, had it not been interrupted.
         began, began_cpu = saved - state["seconds"], time.process_time() - state["cpu_seconds"]
 

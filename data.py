@@ -36,6 +36,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -53,10 +54,12 @@ class InputError(ValueError):
 
 # ---------------------------------------------------------------- sequences
 
-HELD_OUT = {  # what --split and --all mean
+PREFIXES = "every prefix asks for its next item, one that training never saw is a miss"
+HELD_OUT = {  # what --split, --final and --all mean
     "last": "leave-one-out (test = last item, validation = second last)",
-    "sessions": "sessions (test = those of the last day, validation = the newest tenth of the rest), every prefix asks "
-    "for its next item, one that training never saw is a miss",
+    "last-final": "leave-one-out (test = last item, all others are trained on)",
+    "sessions": f"sessions (test = those of the last day, validation = the newest tenth of the rest), {PREFIXES}",
+    "sessions-final": f"sessions (test = those of the last day, all others are trained on), {PREFIXES}",
     "none": "nothing (--all: everything is trained on, so nothing is left to evaluate)",
 }
 
@@ -125,23 +128,26 @@ def everything(data: Interactions) -> Parts:
     return train, none, none
 
 
-def leave_one_out(data: Interactions) -> Parts:
+def leave_one_out(data: Interactions, final: bool = False) -> Parts:
     """Training, validation and test part: all but two items, the second last, the last of each user.
 
-    The test history holds the validation item. A user with under three items is training only.
+    The test history holds the validation item. A user with under three items is training only. final: the second
+    last is trained on as well, and the validation part is empty.
     """
-    whole, _, _ = everything(data)
+    whole, _, none = everything(data)
     items, long = whole.items, whole.sizes >= 3
     starts, ends = whole.starts[long], whole.ends[long]
-    train = replace(whole, ends=torch.where(long, whole.ends - 2, whole.ends))
-    return train, Spans(items, starts, ends - 2, items[ends - 2]), Spans(items, starts, ends - 1, items[ends - 1])
+    train = replace(whole, ends=torch.where(long, whole.ends - (1 if final else 2), whole.ends))
+    valid = none if final else Spans(items, starts, ends - 2, items[ends - 2])
+    return train, valid, Spans(items, starts, ends - 1, items[ends - 1])
 
 
-def last_day(data: Interactions) -> Parts:
+def last_day(data: Interactions, final: bool = False) -> Parts:
     """Sessions as users: test is those that begin on the log's last day (UTC), validation the newest tenth of the rest.
 
     Every prefix of a held-out session asks for its next item, as session-based recommenders are evaluated
-    (Hidasi et al. 2016, section 4). Raises InputError where all sessions begin on one day.
+    (Hidasi et al. 2016, section 4). final: all but the last day is trained on, and the validation part is empty.
+    Raises InputError where all sessions begin on one day.
     """
     latest = data.begins.max()
     second = next(unit for unit, most in ((1, 1e11), (1e3, 1e14), (1e6, 1e17), (1e9, np.inf)) if latest < most)
@@ -153,7 +159,8 @@ def last_day(data: Interactions) -> Parts:
         raise InputError(f"{data.name}: --split sessions needs times; the last would be of {year:.0f}; use ISO dates")
     if len(rest) < 10:
         raise InputError(f"{data.name}: --split sessions needs sessions before the last day, of which there are few")
-    valid, rest = rest[len(rest) - len(rest) // 10 :], np.sort(rest[: len(rest) - len(rest) // 10])
+    first_valid = len(rest) - (0 if final else len(rest) // 10)
+    valid, rest = rest[first_valid:], np.sort(rest[:first_valid])
     whole, _, _ = everything(data)
     items, starts, sizes = whole.items, whole.starts, whole.sizes
     train = Spans(items, starts[rest], whole.ends[rest], items[:0])
@@ -168,7 +175,10 @@ def last_day(data: Interactions) -> Parts:
     return train, prefixes(valid), prefixes(np.flatnonzero(test))
 
 
-SPLITS = {"last": leave_one_out, "sessions": last_day, "none": everything}
+SPLITS: dict[str, Callable[[Interactions], Parts]] = {
+    "last": leave_one_out, "last-final": partial(leave_one_out, final=True),
+    "sessions": last_day, "sessions-final": partial(last_day, final=True), "none": everything,
+}  # fmt: skip
 
 
 def ragged(counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -908,6 +918,8 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     add("--fraction", type=positive, default=1, metavar="N", help="keep the latest 1/N of the users")
     add("--split", choices=("last", "sessions"), default="last", help="held out: each user's last two items (default), "
         "or the sessions of the last day and the newest tenth of the rest")  # fmt: skip
+    add("--final", action="store_true", help="hold out the test part alone: runs <name>-final, trained on validation "
+        "too, for as many epochs as were best for <name>")  # fmt: skip
     add("--seen", choices=("auto", "keep", "exclude"), default="auto", help="items of the history: rank them or leave "
         "them out (default: leave out, unless 1 %% of the interactions or more are repeats)")  # fmt: skip
 
@@ -921,7 +933,8 @@ def load_asked(args: argparse.Namespace) -> Interactions:
         sessions=args.split == "sessions",
     )
     repeats = data.repeats if args.seen == "auto" else args.seen == "keep"
-    return replace(data, repeats=repeats, split="none" if getattr(args, "all", False) else args.split)
+    split = "none" if getattr(args, "all", False) else args.split + "-final" * args.final
+    return replace(data, repeats=repeats, split=split)
 
 
 def data_flags(args: argparse.Namespace) -> list[str]:
@@ -931,7 +944,8 @@ def data_flags(args: argparse.Namespace) -> list[str]:
     given = {"data": args.data} | {key: getattr(args, key) for key in usual if getattr(args, key) != usual[key]}
     if args.columns:
         given["columns"] = ",".join(f"{kind}={name}" for kind, name in args.columns.items())
-    return [word for key, value in given.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+    words = [word for key, value in given.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+    return [*words, *["--final"] * args.final]
 
 
 def run_command(main: Callable[[], None]) -> None:

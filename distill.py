@@ -227,7 +227,8 @@ def main() -> None:
     join_processes(args.device)
     data = load_asked(args)
     args.item_init = args.item_init or (default_init(data, args.bert or "minilm") if args.no_kd else "pca")
-    args.teacher = [str(Path(run)) for run in args.teacher or [f"runs/{data.name}/teacher{'-all' * args.all}"]]
+    usual = f"runs/{data.name}/teacher" + "-all" * args.all + "-final" * args.final
+    args.teacher = [str(Path(run)) for run in args.teacher or [usual]]
     teachers, made_by = load_teachers(args, data)
     settle(args, RECIPES, data)
     parts = SPLITS[data.split](data)

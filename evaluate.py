@@ -334,7 +334,8 @@ def main() -> None:
     train, valid, test = SPLITS[data.split](data)
     part = valid if args.valid else test
     if not len(part.targets):
-        raise InputError(f"{data.name}: no user has three items, so there is nothing to evaluate")
+        why = "--final trains on the validation part" if args.final else "no user has three items"
+        raise InputError(f"{data.name}: {why}, so there is nothing to evaluate")
     rare = (part.targets > 0) & (item_counts(train, data.num_items)[part.targets - 1] <= RARE)  # (R,)
     loaded = []
     for run in find_runs(args.runs, data):
@@ -351,7 +352,7 @@ def main() -> None:
         of_users = ndcg(ranks, 10)  # (R,)
         interval = np.percentile(resampled(of_users[None]), [2.5, 97.5]).tolist()
         rows.append({"name": name, **row, **metrics(ranks), "ci95": interval})
-        if data.split == "sessions":
+        if data.split.startswith("sessions"):
             rows[-1]["Recall@20"] = rows[-1]["HR@20"]
         if rare.any():
             rows[-1] |= {"rare users": int(rare.sum()), "rare NDCG@10": of_users[rare].mean().item()}

@@ -207,7 +207,8 @@ def train(
     """
     part, valid, _ = parts
     asks = len(grid_windows(part, model.max_length)[0]) if model.config.causal else len(part.sizes)
-    if not asks or not (args.all or len(valid.targets)):
+    held_out = len(valid.targets) > 0  # not with --all and --final, where the last epoch's weights are the best
+    if not asks or not (held_out or data.split not in ("last", "sessions")):
         raise InputError(f"{data.name}: no user has the three items that training needs, four for next items")
     if data.num_items <= FULL_SOFTMAX:  # with huge catalogues, keeping freed blocks fragments memory
         keep_freed_memory()
@@ -224,7 +225,7 @@ def train(
         if args.start and state["step"] == 0:
             if rank == 0:
                 write_safetensors(run / "model.safetensors", model.state_dict())
-            if len(valid.targets):
+            if held_out:
                 state["best"], hits = validate(model, valid, not data.repeats, args.eval_users)
                 if rank == 0:
                     print(f"before training: validation NDCG@10 {state['best']:.4f}  HR@10 {hits:.4f}", flush=True)
@@ -284,8 +285,8 @@ def train(
             bar.close()
             # Evaluate on validation users, keep the weights if they are the best so far, log, checkpoint.
             state["epoch"], state["batch"] = epoch + 1, 0
-            quality, hits = (0.0, 0.0) if args.all else validate(model, valid, not data.repeats, args.eval_users)
-            best = args.all or quality > state["best"]
+            quality, hits = validate(model, valid, not data.repeats, args.eval_users) if held_out else (0.0, 0.0)
+            best = not held_out or quality > state["best"]
             state["best"], state["waited"] = max(quality, state["best"]), 0 if best else state["waited"] + 1
             state["cpu_seconds"], saved = time.process_time() - began_cpu, time.perf_counter()
             minutes, loss_now = state["seconds"] / 60, state["loss"]
@@ -294,12 +295,12 @@ def train(
                 if best:
                     write_safetensors(run / "model.safetensors", model.state_dict())
                 write_atomic(run / "log.csv", state["log"].encode())
-                scores = f"  validation NDCG@10 {quality:.4f}  HR@10 {hits:.4f}{'  best' * best}" * (not args.all)
+                scores = f"  validation NDCG@10 {quality:.4f}  HR@10 {hits:.4f}{'  best' * best}" * held_out
                 print(f"epoch {epoch + 1:>3}  {minutes:6.1f} min  loss {loss_now:.3f}{scores}", flush=True)
             save_state(run, model, optimizer, state)
         if rank == 0:
             costs = {"minutes": state["seconds"] / 60, "cpu_minutes": state["cpu_seconds"] / 60}
-            ended = {"valid_NDCG@10": None if args.all else state["best"], "peak_memory_gb": peak_memory_gb()}
+            ended = {"valid_NDCG@10": state["best"] if held_out else None, "peak_memory_gb": peak_memory_gb()}
             write_json(run / "metrics.json", {**ended, "steps": state["step"], "epochs": state["epoch"], **costs})
             (run / "train_state.pt").unlink(missing_ok=True)
 
@@ -509,8 +510,8 @@ def add_training_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict[
         return f"(default: {', '.join(f'{recipe[key]:g} {kind}' for kind, recipe in recipes.items())})"
 
     add("--name", help="run folder runs/<data>/<name> (default: teacher, student or student-no-kd)")
-    add("--all", action="store_true", help="train on everything, into <name>-all, for as many epochs as were best for "
-        "<name>; it cannot be evaluated")  # fmt: skip
+    add("--all", action="store_true", help="hold out nothing: runs <name>-all, for as many epochs as were best for "
+        "<name>, that cannot be evaluated")  # fmt: skip
     add("--start", metavar="RUN", help="begin from the weights of a run on an older log, in a fifth of the epochs")
     add("--objective", choices=tuple(recipes), help="predict each next item, or fill in blanks, the paper's own")
     add("--epochs", type=lambda text: 0 if text == "0" else positive(text),
@@ -564,14 +565,16 @@ def settle(args: argparse.Namespace, recipes: dict[str, dict[str, float]], data:
         raise InputError("--label-smoothing needs the full softmax, which --negatives and large catalogues do without")
     if args.negatives:
         args.label_smoothing = 0.0
-    if args.epochs == 0 and (args.all or not args.start):
-        raise InputError("--epochs 0 trains nothing; it is for --start RUN without --all")
-    if args.epochs is None and args.all and not (args.minutes or args.start):
+    if args.epochs == 0 and (args.all or args.final or not args.start):
+        raise InputError("--epochs 0 trains nothing; it is for --start RUN without --all and --final")
+    if args.all and args.final:
+        raise InputError("--all holds out nothing, --final the test part: give one of them")
+    if args.epochs is None and (args.all or args.final) and not (args.minutes or args.start):
         args.epochs = best_epoch(Path("runs") / data.name / args.name)
     if args.epochs is None:  # a hundredth of the data gets three times the passes
         args.epochs = round(recipe["epochs"] * max(1.0, (1e6 / len(data.items)) ** 0.25))
         args.epochs = max(1, args.epochs // 5) if args.start else args.epochs
-    args.name = f"{args.name}-all" if args.all else args.name
+    args.name += "-all" * args.all + "-final" * args.final
     if args.dropout is None and sparse(data) and not data.repeats:
         args.dropout = recipe["sparse_dropout"]
     for key, value in recipe.items():
@@ -584,7 +587,8 @@ def best_epoch(run: Path) -> int:
     """The epoch that validation found best, from a run's log.csv; InputError where there is none."""
     rows = (run / "log.csv").read_text().split()[1:] if (run / "log.csv").exists() else []
     if not rows:
-        raise InputError(f"no {run / 'log.csv'} to learn the best epoch from; train without --all first, or --epochs N")
+        advice = "train without --all and --final first, or give --epochs N"
+        raise InputError(f"no {run / 'log.csv'} to learn the best epoch from; {advice}")
     return 1 + max(range(len(rows)), key=lambda row: float(rows[row].split(",")[4]))
 
 
@@ -597,7 +601,8 @@ def describe(data: Interactions, model: PreBert, args: argparse.Namespace, teach
     if shutil.which("git"):
         git = ["git", "describe", "--always", "--dirty"]
         commit = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    hidden = ("resume", "overwrite", "device", "root", "data", "columns", "titles", "no_cache")  # not what is learnt
+    # What does not decide what is learnt, or stands beside the settings, as the split does.
+    hidden = ("resume", "overwrite", "device", "root", "data", "columns", "titles", "no_cache", "final")
     settings = {key: value for key, value in vars(args).items() if key not in hidden}
     return {
         "version": VERSION, "data": data.name, "num_items": data.num_items, "interactions": len(data.items),

@@ -7,10 +7,16 @@ Each peer lives in a process of its own, in a virtual environment that is made o
 Mini-BERT, 128 x 2, must name the same ten items for the same histories of 200, and are then timed in
 turns, round after round; a ratio is the median over rounds of theirs / ours. Training is compared the
 same way, in items a second. Serving is timed in float32, training in bf16 where the processor multiplies it.
+
+    python tests/peers.py --accuracy --data steam --runs runs/steam/student-no-kd-s1 --json results/steam/peers.json
+
+trains RecTools' SASRec and BERT4Rec on our split instead, until validation no longer gains, and puts NDCG@10 after each
+epoch beside that of our runs, with the minutes that it took.
 """
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -20,10 +26,14 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from data import Interactions
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -250,6 +260,66 @@ def train_recbole(_: dict) -> Callable[[int], None]:
     return training(model, loss, torch.optim.Adam(model.parameters(), 1e-3))
 
 
+# ---------------------------------------------------------------- accuracy
+
+
+def write_split(data: "Interactions", path: Path) -> None:
+    """Leave-one-out as plain arrays, users and items counted from 0, for a peer that knows nothing of our code."""
+    import numpy as np
+
+    from data import entries_of, leave_one_out
+
+    arrays: dict = {"num_users": data.num_users, "num_items": data.num_items, "repeats": data.repeats}
+    train, valid, test = leave_one_out(data)
+    for name, part in (("train", train), ("valid", valid), ("test", test)):
+        asked = np.searchsorted(data.offsets, part.starts.numpy(), side="right") - 1  # (R,) users
+        known = part if name != "valid" else train  # users who are not asked are trained on, and known as well
+        rows, places = entries_of(known)
+        users = (np.searchsorted(data.offsets, known.starts.numpy(), side="right") - 1)[rows.numpy()]
+        arrays |= {f"{name}_users": users, f"{name}_items": data.items[places.numpy()] - 1}
+        if name != "train":
+            arrays |= {f"{name}_asked": asked, f"{name}_targets": part.targets.numpy() - 1}
+    np.savez(path, **arrays)
+
+
+def curve_of(run: Path) -> list[dict]:
+    """NDCG@10 on validation after each epoch of one of our runs, with its minutes, those of its teachers included."""
+    config, ended = json.loads((run / "config.json").read_text()), json.loads((run / "metrics.json").read_text())
+    before = 0.0
+    for teacher in [] if config["settings"].get("no_kd", True) else config["settings"]["teacher"]:
+        teacher_run = run.parents[2] / teacher
+        before += json.loads((teacher_run / "metrics.json").read_text())["minutes"]
+        before += curve_of(teacher_run)[0]["before"]
+    rate = ended["cpu_minutes"] / ended["minutes"]
+    lines = [line.split(",") for line in (run / "log.csv").read_text().split()[1:]]
+    return [{"epoch": int(epoch), "minutes": before + float(minutes), "before": before, "valid_NDCG@10": float(ndcg),
+             "cpu_minutes": rate * (before + float(minutes))} for _, epoch, minutes, _, ndcg, _ in lines]  # fmt: skip
+
+
+def accuracy(name: str, runs: list[Path], models: list[str], length: int, minutes: float, folder: Path) -> dict:
+    """Train the peers on a dataset, {model: [a row an epoch]}, and read the curves of our runs."""
+    from data import load_dataset
+
+    data = load_dataset(name)
+    curves = {run.name: curve_of(run) for run in runs}
+    with tempfile.TemporaryDirectory() as temporary:
+        split = Path(temporary) / "split.npz"
+        write_split(data, split)
+        for model in models:
+            flags = ["--length", str(length), "--minutes", str(minutes)]
+            command = [python_of("rectools", folder), str(ROOT / "tests/rectools_peer.py"), model, str(split), *flags]
+            curves[model] = []
+            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+                for line in process.stdout or ():
+                    if line.startswith("{"):
+                        curves[model].append(json.loads(line))
+                        print(model, line, end="", flush=True)
+            if process.returncode:
+                raise SystemExit(f"{model} ended with exit code {process.returncode}")
+    return {"data": {"name": data.name, "users": data.num_users, "items": data.num_items}, "protocol": data.protocol,
+            "curves": curves}  # fmt: skip
+
+
 # ---------------------------------------------------------------- processes
 
 PEERS = {"ours": "ours", "teacher": "ours", "hf_eager": "hf", "hf_compiled": "hf", "onnxruntime": "hf",
@@ -283,7 +353,9 @@ def python_of(place: str, folder: Path) -> str:
     if not done.exists():
         print(f"making {folder / place}", file=sys.stderr)
         venv.create(folder / place, with_pip=True, clear=True)
-        needed = RECBOLE if place == "recbole" else ["-r", str(ROOT / "tests" / "peers.txt")]
+        needed = {"recbole": RECBOLE, "rectools": ["rectools[torch]==0.19.0"]}.get(
+            place, ["-r", str(ROOT / "tests" / "peers.txt")]
+        )
         for part in (
             (needed[:1], needed) if place == "recbole" else (needed,)
         ):  # torch first: recbole would pull its own
@@ -345,12 +417,25 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--accuracy", action="store_true", help="train peers on our split instead")
+    parser.add_argument("--data", default="steam", help="with --accuracy")
+    parser.add_argument("--runs", nargs="*", type=Path, default=[], help="with --accuracy: ours, beside them")
+    parser.add_argument("--models", nargs="+", choices=("sasrec", "bert4rec"), default=["sasrec", "bert4rec"])
+    parser.add_argument("--length", type=int, default=50, help="with --accuracy: items that they read")
+    parser.add_argument("--minutes", type=float, default=60, help="with --accuracy: at most, a peer")
     parser.add_argument("--worker", nargs=2, metavar=("PEER", "WEIGHTS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         return work(*args.worker, args.threads)
     from prebert import machine
 
+    if args.accuracy:
+        report = accuracy(args.data, args.runs, args.models, args.length, args.minutes, args.venvs.resolve())
+        report = {"command": shlex.join(["python", *sys.argv]), "machine": machine(), **report}
+        if args.json:
+            args.json.write_text(json.dumps(report, indent=1) + "\n")
+            print(f"written to {args.json}")
+        return None
     report = compare(args.venvs.resolve(), args.rounds, args.threads)
     report = {"machine": machine(), "threads": args.threads, "shape": f"{HIDDEN} x {LAYERS}, length {LENGTH}", **report}
     for kind, ratio in report["ratios"].items():

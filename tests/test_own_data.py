@@ -223,7 +223,26 @@ def test_final_training_uses_everything_and_cannot_be_evaluated(trained):
     assert "everything is trained on" in inside("distill.py", *student, cwd=trained, expect=2)
     flags = ("--data", "ring.inter", *ON_RING[:-8], "--all", "--name", "none")
     words = inside("distill.py", *flags, cwd=trained, expect=2)
-    assert "train without --all first" in words
+    assert "train without --all and --final first" in words
+
+
+def test_training_on_validation_too_leaves_test_alone(trained):
+    whole = load_dataset(str(trained / "ring.inter"))
+    train, valid, test = SPLITS["last-final"](whole)
+    assert len(valid.targets) == 0 and torch.equal(train.ends + 1, torch.from_numpy(whole.offsets[1:]))
+    assert torch.equal(test.targets, SPLITS["last"](whole)[2].targets)
+    flags = ("--data", "ring.inter", "--final")
+    text = inside("distill.py", *flags, *ON_RING[:-8], cwd=trained)
+    assert "validation" not in text and "evaluate.py --data ring.inter --final" in text
+    counts = json.loads((trained / (RUN + "-final") / "catalogue.json").read_text())["counts"]
+    assert sum(counts) == len(whole.items) - whole.num_users
+    text = inside("evaluate.py", *flags, cwd=trained)
+    assert "student-no-kd-final" in text and "all others are trained on" in text and "skipped" in text
+    assert "--final trains on" in inside("evaluate.py", *flags, "--valid", cwd=trained, expect=2)
+    run = ("--runs", RUN + "-final")
+    words = inside("evaluate.py", "--data", "ring.inter", *run, "--valid", cwd=trained, expect=2)
+    assert "all others are trained on" in words
+    assert "give one of them" in inside("distill.py", *flags, "--no-kd", "--all", cwd=trained, expect=2)
 
 
 # ---------------------------------------------------------------- sessions
@@ -248,6 +267,8 @@ def test_sessions_by_hand(tmp_path):
     x, y, z = names["x"], names["y"], names["z"]
     assert questions(valid) == sorted([((z,), y), ((z, y), x)])
     assert questions(test) == sorted([((z,), x), ((x,), y), ((x, y), PAD)])  # nobody trained on "new"
+    final = SPLITS["sessions-final"](log)
+    assert len(final[0].sizes) == 12 and len(final[1].targets) == 0 and questions(final[2]) == questions(test)
     text = inside("data.py", "--data", "s.csv", "--split", "sessions", "--min-items", 1, cwd=tmp_path)
     assert "3 test targets" in text and "next item" in text
     with pytest.raises(InputError, match="the last would be of 1970"):

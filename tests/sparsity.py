@@ -1,0 +1,99 @@
+"""What item texts and a pre-trained body are worth the fewer users there are to learn from. Run by hand, resumable.
+
+    python tests/sparsity.py --data beauty.inter --shares 5 10 25 50 100 --json results/beauty/sparsity.json
+    python tests/sparsity.py --data ml-1m --body --shares 5 10 --json sparsity.json      # PreBERT instead of students
+
+Trains on a share of the users, drawn at random, and evaluates everybody on the same items: students without a teacher
+whose item vectors start with and without the texts, or, with --body, PreBERT with BERT's weights and with random
+ones. Settings are those that the recipes would take for a log of that size. Validation chooses the weights, test
+is looked at once; results/plot.py draws the picture. Other flags, such as --size tiny, go to the training script.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from contextlib import redirect_stdout
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import data as data_module  # noqa: E402
+import distill  # noqa: E402
+import evaluate  # noqa: E402
+import teacher  # noqa: E402
+from data import Interactions, Parts, dataset_name, leave_one_out, load_dataset, write_json  # noqa: E402
+from prebert import machine  # noqa: E402
+
+STUDENTS = {"text+cooc": ["--item-init", "text+cooc"], "cooc": ["--item-init", "cooc"]}
+BODIES = {
+    "BERT's body, text+cooc": ["--item-init", "text+cooc"],
+    "BERT's body, cooc": ["--item-init", "cooc"],
+    "random body, cooc": ["--item-init", "cooc", "--bert", "none"],
+}
+
+
+def thinned(data: Interactions, percent: int, seed: int) -> Parts:
+    """Leave-one-out whose training part holds a share of the users; validation and test are those of everybody."""
+    train, valid, test = leave_one_out(data)
+    order = torch.randperm(len(train.starts), generator=torch.Generator().manual_seed(seed))
+    kept = order[: len(order) * percent // 100].sort().values
+    return data_module.Spans(train.items, train.starts[kept], train.ends[kept], train.targets), valid, test
+
+
+def one_run(name: str, data: Interactions, flags: list[str], percent: int, body: bool, seed: int) -> dict:
+    """Train, unless that was done, and evaluate; a row of the report."""
+    script = teacher if body else distill
+    left = len(data.items) * percent / 100
+    epochs = round(script.RECIPES["next"]["epochs"] * max(1.0, (1e6 / left) ** 0.25))
+    sparse = left < teacher.SPARSE * data.num_items and not data.repeats
+    dropout = script.RECIPES["next"]["sparse_dropout" if sparse else "dropout"]
+    kind = [*flags, "--epochs", str(epochs), "--dropout", str(dropout), "--seed", str(seed), "--eval-users", "10000"]
+    # "of the share" is no flag: it is in the run's name, and the training part is thinned behind main's back.
+    run = "sparsity-" + "-".join(word.strip("-") for word in [str(percent), *flags, f"s{seed}"]).replace("/", "_")
+    train = [f"{script.__name__}.py", "--data", name, "--name", run, "--resume", *kind]
+    train += [] if body else ["--no-kd"]
+    with mock.patch.dict(data_module.SPLITS, last=lambda data: thinned(data, percent, seed)):
+        with mock.patch.object(sys, "argv", train):
+            script.main()
+        with tempfile.TemporaryDirectory() as folder:
+            rows = {}
+            for part in ("--valid", "--test"):
+                file = f"{folder}/{part}.json"
+                words = ["evaluate.py", "--data", name, "--runs", f"runs/{dataset_name(name)}/{run}", "--json", file]
+                with mock.patch.object(sys, "argv", words + ["--valid"] * (part == "--valid")), redirect_stdout(None):
+                    evaluate.main()
+                rows[part] = json.loads(Path(file).read_text())["rows"][-1]
+    test = rows["--test"]
+    return {"users": percent, "seed": seed, "valid NDCG@10": rows["--valid"]["NDCG@10"], "NDCG@10": test["NDCG@10"],
+            "HR@10": test["HR@10"], "minutes": test["minutes"], "commit": test["commit"],
+            "command": " ".join(train)}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--shares", type=int, nargs="+", default=[5, 10, 25, 50, 100], help="per cent of the users")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--body", action="store_true", help="PreBERT, with BERT's body and with a random one")
+    parser.add_argument("--json", type=Path, required=True, help="rows that it holds already are kept")
+    args, flags = parser.parse_known_args()
+    data = load_dataset(args.data)
+    report = json.loads(args.json.read_text()) if args.json.exists() else {"data": data.name, "rows": []}
+    report |= {"command": " ".join(["python", *sys.argv]), "machine": machine()}
+    for percent in args.shares:
+        for seed in args.seeds:
+            for label, kind in (BODIES if args.body else STUDENTS).items():
+                row = {"model": label, **one_run(args.data, data, [*kind, *flags], percent, args.body, seed)}
+                same = ("model", "users", "seed")
+                kept = [other for other in report["rows"] if [other[key] for key in same] != [row[key] for key in same]]
+                report["rows"] = [*kept, row]
+                write_json(args.json, report)
+                print(f"{label}, {percent} % of the users, seed {seed}: test NDCG@10 {row['NDCG@10']:.4f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -406,7 +406,7 @@ def read_lines(path: Path) -> Iterator[str]:
                 except UnicodeDecodeError:
                     text = line.decode("latin-1")
                 yield text.rstrip("\r\n")
-                if not number & 0x3FFF:
+                if not number & 0x3FFF and raw.seekable():  # a pipe has no place
                     bar.update(raw.tell() - bar.n)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise InputError(f"{path}: broken gzip file ({error}); download it again") from error
@@ -449,11 +449,31 @@ def split_at(separator: str) -> Split:
         if '"' in line and len(separator) == 1:
             with suppress(csv.Error):
                 return next(csv.reader([line], delimiter=separator, strict=True))
-            if any(field[:1] == '"' and field.count('"') == 1 for field in line.split(separator)):
+            if open_quote(line, separator):
                 raise InputError(f"a quote is not closed on the line {line[:60]!r}")
         return line.split(separator)
 
     return split
+
+
+def open_quote(line: str, separator: str) -> bool:
+    """Whether the last field in quotes goes on after the line's end."""
+    return line.count('"') % 2 > 0 and any(f[:1] == '"' and f.count('"') % 2 for f in line.split(separator))
+
+
+def whole_rows(lines: Lines, separator: str) -> Lines:
+    """Lines of a table, one a row: what stands in quotes, such as a description, may have line breaks, up to 50."""
+    for number, line in lines:
+        ahead: list[tuple[int, str]] = []
+        if '"' in line and open_quote(line, separator):
+            for more in itertools.islice(lines, 50):
+                ahead.append(more)
+                if more[1].count('"') % 2:
+                    line = " ".join([line, *(text for _, text in ahead)])
+                    ahead.clear()
+                    break
+        yield number, line
+        yield from ahead  # the quote stays open: a misprint, which spoils its own line only
 
 
 def open_table(path: Path) -> tuple[Lines, Split, list[str]]:
@@ -462,12 +482,13 @@ def open_table(path: Path) -> tuple[Lines, Split, list[str]]:
     if path.name in OFFICIAL:
         return lines, *OFFICIAL[path.name]
     _, header = next(lines, (1, ""))
-    split = split_at(max("\t,;|", key=header.count))
+    separator = max("\t,;|", key=header.count)
+    split = split_at(separator)
     names = [re.sub(r":(token|float)(_seq)?$", "", name).strip() for name in split(header)]  # RecBole: user_id:token
     for name, word in zip(names, plain(names), strict=True):
         if word and plain(names).count(word) > 1:
             raise InputError(f"{path}:1: column {name!r} occurs twice; rename one")
-    return lines, split, names
+    return whole_rows(lines, separator), split, names
 
 
 def rows_of(path: Path, lines: Lines, parse: Callable[[str], Row]) -> Iterator[Row]:

@@ -435,6 +435,8 @@ def main() -> None:
     given = [args.items or None, args.out, args.user, args.similar]
     if sum(way is not None for way in given) > 1:
         parser.error("give items, --out, --user or --similar, one of them")
+    if args.out and args.out.is_dir():
+        parser.error(f"--out {args.out}: is a folder; name a file in it")
     if (args.out or args.user is not None) and not args.data:
         parser.error("--out and --user are about the users of a log: give its --data")
     exclude_seen = None if args.seen == "auto" else args.seen == "exclude"

@@ -207,6 +207,7 @@ def titled(folder: Path, table: str | bytes, name: str = "x.item") -> Interactio
         ("item_id\ttitle\tbrand\tprice\np\tBear\nq\tDoll\tX\n", ["Bear", "Doll"]),  # trailing empty fields
         ('item_id\ttitle\np\t5" pipe\nq\t"Doll ""X"""\n', ['5" pipe', 'Doll "X"']),  # inches stay, quotes go
         ('item_id,title,x\np,"Bear, The",1\nq,12" single,2\n', ["Bear, The", '12" single']),
+        ('item_id,title,about\np,"Bear","Soft.\n\n""Brown"", 12""\n"\nq,"A\nDoll",x\n', ["Bear", "A Doll"]),
         ('item_id\ttitle\np\t"Wonderful" World\nq\t" "\n', ['"Wonderful" World', "q"]),
         ("item_id\ttitle\np\t\nq\t \n", ["p", "q"]),  # no title is no title
         ("item_id\ttitle\n\tNobody\nq\tDoll\n", ["p", "Doll"]),  # and no id no item

@@ -3,6 +3,7 @@
     python results/plot.py                   # results/ml-1m: bench-latency.png, bench-trade.png, curves.png
     python results/plot.py bench.json        # of your own `evaluate.py --bench --json bench.json`: the first two
     python results/plot.py runs/ml-1m/*      # of your own runs: runs/ml-1m/curves.png
+    python results/plot.py sparsity.json     # of tests/sparsity.py; or peers.json of tests/peers.py --accuracy
 
 Runs whose config.json differs in the seed alone are one model: one colour, a line through the mean, and a band
 from the lowest to the highest seed.
@@ -85,23 +86,60 @@ def bench(file: Path, reported: dict) -> None:
     trade.figure.savefig(file.with_name(file.stem + "-trade.png"))
 
 
+def draw_seeds(axes: Axes, color: str, seeds: list[dict[float, float]], label: str) -> None:
+    """One model: {x: y} of each seed as a line through the mean and a band from the lowest to the highest."""
+    places = sorted(set.intersection(*map(set, seeds)))
+    values = [[points[place] for points in seeds] for place in places]  # (places, seeds)
+    label += f" ({len(seeds)} seeds)" if len(seeds) > 1 else ""
+    axes.plot(places, [sum(row) / len(row) for row in values], "o-", color=color, markersize=3, label=label)
+    axes.fill_between(places, [*map(min, values)], [*map(max, values)], color=color, alpha=0.2, linewidth=0)
+
+
+def sparsity(file: Path) -> None:
+    """Test NDCG@10 against the share of the users that a model was trained on."""
+    report = json.loads(file.read_text())
+    axes = new_picture(
+        f"{report['data']}: trained on a share of the users", "% of the users", "test NDCG@10 of all users"
+    )
+    models: dict[str, dict[int, dict[float, float]]] = {}
+    for row in report["rows"]:
+        models.setdefault(row["model"], {}).setdefault(row["seed"], {})[row["users"]] = row["NDCG@10"]
+    for color, (name, seeds) in zip(COLORS, models.items(), strict=False):
+        draw_seeds(axes, color, list(seeds.values()), name)
+    axes.set_xscale("log")
+    log_axis(axes.xaxis, (1,))
+    axes.set_xticks(sorted({row["users"] for row in report["rows"]}))
+    axes.legend(frameon=False, loc="upper left")
+    axes.figure.savefig(file.with_suffix(".png"))
+
+
+def peers(file: Path) -> None:
+    """Validation NDCG@10 against CPU minutes, after each epoch, of others and of ours."""
+    report = json.loads(file.read_text())
+    axes = new_picture(f"{report['data']['name']}: accuracy over time, two cores", "CPU minutes", "validation NDCG@10")
+    for color, (name, rows) in zip(COLORS, report["curves"].items(), strict=False):
+        draw_seeds(axes, color, [{row["cpu_minutes"]: row["valid_NDCG@10"] for row in rows}], name)
+    axes.set_xscale("log")
+    log_axis(axes.xaxis, (1, 2, 5))
+    axes.legend(frameon=False, loc="lower right")
+    axes.figure.savefig(file.with_suffix(".png"))
+
+
 def curves(runs: list[Path], path: Path) -> None:
     """Validation NDCG@10 after each epoch, from log.csv."""
-    models: dict[str, list[tuple[str, dict]]] = {}  # {what decides the weights: [(run's name, {epoch: NDCG@10})]}
+    names: dict[str, str] = {}  # {what decides the weights: the first run's name}
+    models: dict[str, list[dict[float, float]]] = {}  # {the same: {epoch: NDCG@10} of each seed}
     for run in runs:
         config = json.loads((run / "config.json").read_text())
         settings = {key: value for key, value in config["settings"].items() if key not in ("seed", "name", "teacher")}
         same = json.dumps([config["data"], config["model"], settings, config.get("teachers")], sort_keys=True)
         with open(run / "log.csv", newline="") as file:
             points = {float(row["epoch"]): float(row["valid_NDCG@10"]) for row in csv.DictReader(file)}
-        models.setdefault(same, []).append((run.name, points))
+        models.setdefault(same, []).append(points)
+        names.setdefault(same, re.sub(r"-s\d+$", "", run.name))
     axes = new_picture("learning curves", "epoch", "validation NDCG@10")
-    for color, seeds in zip(COLORS * len(models), models.values(), strict=False):
-        epochs = sorted(set.intersection(*(set(points) for _, points in seeds)))
-        values = [[points[epoch] for _, points in seeds] for epoch in epochs]  # (epochs, seeds)
-        label = re.sub(r"-s\d+$", "", seeds[0][0]) + (f" ({len(seeds)} seeds)" if len(seeds) > 1 else "")
-        axes.plot(epochs, [sum(row) / len(row) for row in values], "o-", color=color, markersize=3, label=label)
-        axes.fill_between(epochs, [*map(min, values)], [*map(max, values)], color=color, alpha=0.2, linewidth=0)
+    for color, (same, seeds) in zip(COLORS * len(models), models.items(), strict=False):
+        draw_seeds(axes, color, seeds, names[same])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False, loc="lower right")
     axes.figure.savefig(path)
@@ -109,7 +147,14 @@ def curves(runs: list[Path], path: Path) -> None:
 
 if __name__ == "__main__":
     paths = [Path(path) for path in sys.argv[1:]]
-    for file in [path for path in paths if path.suffix == ".json"] or [RESULTS / "bench.json"] * (not paths):
-        bench(file, {} if paths else REPORTED)
+    for file in [path for path in paths if path.suffix == ".json"]:
+        kind = json.loads(file.read_text())
+        peers(file) if "curves" in kind else bench(file, {}) if "bench" in kind else sparsity(file)
+    if not paths:
+        bench(RESULTS / "bench.json", REPORTED)
+        for file in RESULTS.parent.glob("*/sparsity.json"):
+            sparsity(file)
+        for file in RESULTS.parent.glob("*/peers.json"):
+            peers(file)
     if runs := [path for path in paths or [RESULTS / "student"] if (path / "log.csv").exists()]:
         curves(runs, runs[0].parent / "curves.png")

@@ -954,8 +954,10 @@ def load_asked(args: argparse.Namespace) -> Interactions:
         sessions=args.split == "sessions",
     )
     repeats = data.repeats if args.seen == "auto" else args.seen == "keep"
-    split = "none" if getattr(args, "all", False) else args.split + "-final" * args.final
-    return replace(data, repeats=repeats, split=split)
+    nothing = getattr(args, "all", False)
+    if nothing and args.final:
+        raise InputError("--all holds out nothing, --final the test part: give one of them")
+    return replace(data, repeats=repeats, split="none" if nothing else args.split + "-final" * args.final)
 
 
 def data_flags(args: argparse.Namespace) -> list[str]:

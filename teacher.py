@@ -55,8 +55,8 @@ from prebert import (
 )  # fmt: skip
 
 Loss = Callable[[PreBert, Batch], Tensor]
-SPARSE = 100  # interactions an item. With fewer, item vectors start from titles as well, and where users do not come
-# back to items, dropout is sparse_dropout.
+SPARSE = 100  # interactions an item. With fewer, item vectors start from titles as well, and dropout is sparse_dropout,
+# or halfway there if users come back to items.
 
 # What a kind of question needs. Next items are five times as many questions an epoch, so a model overfits earlier:
 # fewer epochs, more dropout, smoothed labels.
@@ -522,7 +522,7 @@ def add_training_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict[
     add("--body-lr", type=number(0, above=True), help=f"the same for encoder and positions {by_recipe('body_lr')}")
     add("--tokens", type=positive, help=f"positions in a batch, over all processes {by_recipe('tokens')}")
     add("--dropout", type=number(0, 0.9), help=f"share of activations zeroed {by_recipe('dropout')}; with fewer than "
-        f"{SPARSE} interactions an item and few repeats {by_recipe('sparse_dropout')}")  # fmt: skip
+        f"{SPARSE} interactions an item {by_recipe('sparse_dropout')}, halfway if users repeat items")  # fmt: skip
     add("--label-smoothing", type=number(0, 0.9),
         help=f"share of a label given to all items alike {by_recipe('label_smoothing')}")  # fmt: skip
     add("--warmup", type=number(0, 0.99), default=0.05, help="share of the budget in which the rate rises")
@@ -565,18 +565,18 @@ def settle(args: argparse.Namespace, recipes: dict[str, dict[str, float]], data:
         raise InputError("--label-smoothing needs the full softmax, which --negatives and large catalogues do without")
     if args.negatives:
         args.label_smoothing = 0.0
-    if args.epochs == 0 and (args.all or args.final or not args.start):
+    suffix = {"none": "-all", "last": "", "sessions": ""}.get(data.split, "-final")
+    if args.epochs == 0 and (suffix or not args.start):
         raise InputError("--epochs 0 trains nothing; it is for --start RUN without --all and --final")
-    if args.all and args.final:
-        raise InputError("--all holds out nothing, --final the test part: give one of them")
-    if args.epochs is None and (args.all or args.final) and not (args.minutes or args.start):
+    if args.epochs is None and suffix and not (args.minutes or args.start):
         args.epochs = best_epoch(Path("runs") / data.name / args.name)
     if args.epochs is None:  # a hundredth of the data gets three times the passes
         args.epochs = round(recipe["epochs"] * max(1.0, (1e6 / len(data.items)) ** 0.25))
         args.epochs = max(1, args.epochs // 5) if args.start else args.epochs
-    args.name += "-all" * args.all + "-final" * args.final
-    if args.dropout is None and sparse(data) and not data.repeats:
-        args.dropout = recipe["sparse_dropout"]
+    args.name = f"{args.name}{suffix}"
+    if args.dropout is None and sparse(data):
+        other = "dropout" if data.repeats else "sparse_dropout"
+        args.dropout = (recipe["sparse_dropout"] + recipe[other]) / 2
     for key, value in recipe.items():
         if vars(args).get(key, value) is None:
             setattr(args, key, value)

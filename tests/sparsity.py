@@ -49,7 +49,7 @@ def one_run(name: str, data: Interactions, flags: list[str], percent: int, body:
     script = teacher if body else distill
     left = len(data.items) * percent / 100
     epochs = round(script.RECIPES["next"]["epochs"] * max(1.0, (1e6 / left) ** 0.25))
-    sparse = left < teacher.SPARSE * data.num_items and not data.repeats
+    sparse = left < teacher.SPARSE * data.num_items
     dropout = script.RECIPES["next"]["sparse_dropout" if sparse else "dropout"]
     kind = [*flags, "--epochs", str(epochs), "--dropout", str(dropout), "--seed", str(seed), "--eval-users", "10000"]
     # "of the share" is no flag: it is in the run's name, and the training part is thinned behind main's back.

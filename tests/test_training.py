@@ -405,7 +405,7 @@ def test_recipes_fill_in_what_the_flags_left_open_and_help_shows_them(ring, tmp_
     parser = argparse.ArgumentParser()
     add_training_flags(parser, distill.RECIPES)
     for given, data, dropout in (
-        ([], few, 0.5), (["--dropout", "0.3"], few, 0.3), ([], log, 0.1), ([], replace(few, repeats=True), 0.1)
+        ([], few, 0.5), (["--dropout", "0.3"], few, 0.3), ([], log, 0.1), ([], replace(few, repeats=True), 0.3)
     ):  # fmt: skip
         args = parser.parse_args(["--objective", "next", *given])
         settle(args, distill.RECIPES, data)

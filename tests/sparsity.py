@@ -51,7 +51,7 @@ def one_run(name: str, data: Interactions, flags: list[str], percent: int, body:
     epochs = round(script.RECIPES["next"]["epochs"] * max(1.0, (1e6 / left) ** 0.25))
     sparse = left < teacher.SPARSE * data.num_items
     dropout = script.RECIPES["next"]["sparse_dropout" if sparse else "dropout"]
-    kind = [*flags, "--epochs", str(epochs), "--dropout", str(dropout), "--seed", str(seed), "--eval-users", "10000"]
+    kind = ["--epochs", str(epochs), "--dropout", str(dropout), "--seed", str(seed), "--eval-users", "10000", *flags]
     # "of the share" is no flag: it is in the run's name, and the training part is thinned behind main's back.
     run = "sparsity-" + "-".join(word.strip("-") for word in [str(percent), *flags, f"s{seed}"]).replace("/", "_")
     train = [f"{script.__name__}.py", "--data", name, "--name", run, "--resume", *kind]

@@ -32,10 +32,11 @@ import urllib.request
 import zipfile
 import zlib
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -63,6 +64,7 @@ HELD_OUT = {  # what --split, --final and --all mean
     "none": "nothing (--all: everything is trained on, so nothing is left to evaluate)",
 }
 
+
 @dataclass(frozen=True)
 class Interactions:
     """A filtered log: user u's history, oldest first, is items[offsets[u]:offsets[u + 1]]."""
@@ -77,7 +79,7 @@ class Interactions:
     begins: np.ndarray  # (U,) float64, the time of each user's first item
     repeats: bool  # whether users come back to items, see `build`; if so, seen items are not excluded
     taken: dict[str, str]  # what was taken for what, and what became of the lines; the card prints it
-    split: str = "last"  # a key of SPLITS
+    split: str = "last"  # a key of HELD_OUT and SPLITS
 
     @property
     def num_users(self) -> int:
@@ -116,6 +118,11 @@ class Spans:
     def __getitem__(self, rows: Tensor) -> "Spans":
         return Spans(self.items, self.starts[rows], self.ends[rows], self.targets[rows])
 
+    def histories(self, rows: Tensor, device: torch.device) -> Tensor:
+        """Whole histories of these rows, left-padded, (B, S); S is 2 or more, which compiled graphs need."""
+        width = max(2, int(self.sizes[rows].max()))
+        return pad_left(self.items, self.starts[rows], self.ends[rows], width).to(device)
+
 
 Parts = tuple[Spans, Spans, Spans]  # training, validation, test
 
@@ -142,6 +149,12 @@ def leave_one_out(data: Interactions, final: bool = False) -> Parts:
     return train, valid, Spans(items, starts, ends - 1, items[ends - 1])
 
 
+def in_seconds(times: np.ndarray) -> np.ndarray:
+    """Times since 1970 in seconds; their size tells whether they are seconds, milli-, micro- or nanoseconds."""
+    latest = times.max()
+    return times / (1 if latest < 1e11 else 1e3 if latest < 1e14 else 1e6 if latest < 1e17 else 1e9)
+
+
 def last_day(data: Interactions, final: bool = False) -> Parts:
     """Sessions as users: test is those that begin on the log's last day (UTC), validation the newest tenth of the rest.
 
@@ -149,14 +162,13 @@ def last_day(data: Interactions, final: bool = False) -> Parts:
     (Hidasi et al. 2016, section 4). final: all but the last day is trained on, and the validation part is empty.
     Raises InputError where all sessions begin on one day.
     """
-    latest = data.begins.max()
-    second = next(unit for unit, most in ((1, 1e11), (1e3, 1e14), (1e6, 1e17), (1e9, np.inf)) if latest < most)
-    test = data.begins // (86400 * second) == latest // (86400 * second)
-    rest = np.flatnonzero(~test)
-    rest = rest[np.argsort(data.begins[rest], kind="stable")]
-    year = 1970 + latest / second / 31_556_952
+    days = in_seconds(data.begins) // 86400
+    year = 1970 + days.max() / 365.2425
     if not 1980 < year < 2100:
         raise InputError(f"{data.name}: --split sessions needs times; the last would be of {year:.0f}; use ISO dates")
+    test = days == days.max()
+    rest = np.flatnonzero(~test)
+    rest = rest[np.argsort(data.begins[rest], kind="stable")]
     if len(rest) < 10:
         raise InputError(f"{data.name}: --split sessions needs sessions before the last day, of which there are few")
     first_valid = len(rest) - (0 if final else len(rest) // 10)
@@ -214,7 +226,7 @@ def grid_windows(part: Spans, length: int) -> tuple[Tensor, Tensor]:
     that every item but the first is asked for once; one of a single item gives none. What stands to the left of an
     item is the same in every epoch: a causal teacher says the same there each time, and can be asked once for all.
     """
-    rows, places = ragged((part.sizes - 2).div(length, rounding_mode="floor") + 1)
+    rows, places = ragged((part.sizes + length - 2) // length)
     ends = part.ends[rows] - length * places
     return torch.maximum(part.starts[rows], ends - length - 1), ends
 
@@ -232,13 +244,14 @@ def random_windows(part: Spans, length: int, generator: Generator) -> tuple[Tens
     rows, places = ragged((sizes + length - 1) // length)
     uniform = torch.rand(2, len(rows), generator=generator)
     last_only = (uniform[0] < LAST_SHARE) & (sizes[rows] >= 2)
-    earliest = torch.where(last_only, 2, torch.where(places == 0, sizes[rows], length)).minimum(sizes[rows])
-    cut = earliest + (uniform[1] * (sizes[rows] - earliest + 1)).long()
+    newest = places == 0
+    least = torch.where(last_only, 2, torch.where(newest, sizes[rows], length)).minimum(sizes[rows])
+    cut = least + (uniform[1] * (sizes[rows] - least + 1)).long()
     ends = part.starts[rows] + cut.minimum(sizes[rows])  # a uniform number may round up to 1
     return torch.maximum(part.starts[rows], ends - length), ends, last_only
 
 
-def batches(sizes: Tensor, tokens: int, rows: int | None = None, generator: Generator | None = None) -> list[Tensor]:
+def batches(sizes: Tensor, tokens: int, rows: int = sys.maxsize, generator: Generator | None = None) -> list[Tensor]:
     """Group rows of similar size (R,) so that a batch, padded, holds about `tokens` positions and at most `rows`.
 
     Returns a list of row numbers (B,). With a generator, ties and the order of batches are random.
@@ -247,7 +260,7 @@ def batches(sizes: Tensor, tokens: int, rows: int | None = None, generator: Gene
     order = torch.argsort(sizes + noise, stable=True)
     groups, begin = [], len(order)
     while begin > 0:  # longest first: a batch is as wide as its last row
-        count = min(max(1, tokens // max(1, int(sizes[order[begin - 1]]))), begin if rows is None else rows)
+        count = min(max(1, tokens // max(1, int(sizes[order[begin - 1]]))), rows)
         groups.append(order[max(0, begin - count) : begin])
         begin -= count
     if generator:
@@ -318,7 +331,7 @@ class Clicks(NamedTuple):
     raw_items: list[str]
 
 
-def core_filter(users: np.ndarray, items: np.ndarray, min_length: int, min_items: int) -> np.ndarray:
+def core_filter(users: np.ndarray, items: np.ndarray, min_items: int, min_length: int) -> np.ndarray:
     """Indices of the largest sub-log where every user occurs `min_length` and every item `min_items` times (k-core)."""
     keep = np.arange(len(users))
     while True:
@@ -366,9 +379,11 @@ def build(
     items if a share REPEATS_FROM of what is kept was theirs before. Raises InputError when nothing is left.
     """
     read = len(clicks.users)
+    if not read:
+        raise InputError(f"{name}: the log has no interactions")
     keep = first_times(clicks) if once else np.arange(read)
     keep = latest_users(clicks, keep, fraction) if fraction > 1 else keep
-    core = keep[core_filter(clicks.users[keep], clicks.items[keep], min_length, min_items)]
+    core = keep[core_filter(clicks.users[keep], clicks.items[keep], min_items, min_length)]
     lines = f"{read:,} read, {read - len(keep):,} repeated or older, {len(keep) - len(core):,} of rare users or items"
     lines += f", {taken['left out']}" if "left out" in taken else ""
     if not len(core):
@@ -381,7 +396,7 @@ def build(
     pairs = np.sort(users * len(kept) + items)
     repeats = bool((pairs[1:] == pairs[:-1]).sum() >= REPEATS_FROM * len(pairs))
     taken = {**taken, "interactions": f"{lines}; {len(core):,} kept"}
-    taken["titles"] = f"{sum(map(titles.__contains__, raw_ids)):,} of {len(kept):,} items{taken.get('titles', '')}"
+    taken["titles"] = f"{sum(map(titles.__contains__, raw_ids)):,} of {len(kept):,} items; {taken['titles']}"
     shown, texts = map(list, zip(*(titles.get(raw_id, (raw_id, "")) for raw_id in raw_ids), strict=True))
     user_ids = [clicks.raw_users[user] for user in users[starts]]
     offsets, begins = np.append(starts, len(order)), clicks.times[order[starts]]
@@ -396,10 +411,12 @@ def read_lines(path: Path) -> Iterator[str]:
     bar = tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name, leave=False, delay=1)
     with open(path, "rb") as raw, bar:
         try:
-            for number, line in enumerate(gzip.open(raw) if path.suffix == ".gz" else raw):
+            for number, line in enumerate(gzip.open(raw) if path.suffix.lower() == ".gz" else raw):
                 if not number:
                     if b"\0" in line[:200] or line[:2] in (b"\xff\xfe", b"\xfe\xff"):
                         raise InputError(f"{path} looks like UTF-16; save it as UTF-8")
+                    if b"\r" in line.rstrip(b"\r\n"):
+                        raise InputError(f"{path} ends its lines with \\r alone; save it with \\n")
                     line = line.removeprefix(b"\xef\xbb\xbf")  # a byte-order mark
                 try:
                     text = line.decode()
@@ -412,21 +429,19 @@ def read_lines(path: Path) -> Iterator[str]:
             raise InputError(f"{path}: broken gzip file ({error}); download it again") from error
 
 
-EPOCH = datetime(1970, 1, 1)
-
-
 def moment(text: str) -> float:
     """A time as a number that orders: 978300760, 1.5e9, 2014-04-07, 2014-04-07T10:51:09.277Z, 2014/04/07 10:51.
 
     Seconds, milliseconds and nanoseconds order alike, so the unit does not matter. ValueError for anything else.
     """
     if len(text) > 9 and text[4] in "-/":
-        when = datetime.fromisoformat(text.removesuffix(" UTC") if text[4] == "-" else text.replace("/", "-"))
-        return when.timestamp() if when.tzinfo else (when - EPOCH).total_seconds()
-    number = float(text or "nan")
-    if not abs(number) < 2**63:  # false for nan, too
-        raise ValueError(f"{text!r} is not a time")
-    return number
+        when = datetime.fromisoformat(text.replace("/", "-").removesuffix(" UTC"))
+        return (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
+    with suppress(ValueError):
+        number = float(text)
+        if abs(number) < 2**63:  # false for nan, too
+            return number
+    raise ValueError(f"{text!r} is not a time; write 2020-01-31 10:00 or a number")
 
 
 # ---------------------------------------------------------------- tables
@@ -438,14 +453,14 @@ def plain(names: list[str]) -> list[str]:
 
 
 Lines = Iterator[tuple[int, str]]  # number and text
-Split = Callable[[str], list[str]]  # a line into its fields
+Fields = Callable[[str], list[str]]  # a line into its fields
 Row = TypeVar("Row")
 
 
-def split_at(separator: str) -> Split:
-    """Takes quotes around a field off, by the rules of CSV; others, such as inches, belong to the text."""
+def fields_at(separator: str) -> Fields:
+    """A function that cuts a line at `separator`; as in CSV, quotes around a whole field are removed, others stay."""
 
-    def split(line: str) -> list[str]:
+    def fields_of(line: str) -> list[str]:
         if '"' in line and len(separator) == 1:
             with suppress(csv.Error):
                 return next(csv.reader([line], delimiter=separator, strict=True))
@@ -453,7 +468,7 @@ def split_at(separator: str) -> Split:
                 raise InputError(f"a quote is not closed on the line {line[:60]!r}")
         return line.split(separator)
 
-    return split
+    return fields_of
 
 
 def open_quote(line: str, separator: str) -> bool:
@@ -461,42 +476,61 @@ def open_quote(line: str, separator: str) -> bool:
     return line.count('"') % 2 > 0 and any(f[:1] == '"' and f.count('"') % 2 for f in line.split(separator))
 
 
-def whole_rows(lines: Lines, separator: str) -> Lines:
-    """Lines of a table, one a row: what stands in quotes, such as a description, may have line breaks, up to 50."""
-    for number, line in lines:
-        ahead: list[tuple[int, str]] = []
-        if '"' in line and open_quote(line, separator):
-            for more in itertools.islice(lines, 50):
-                ahead.append(more)
-                if more[1].count('"') % 2:
-                    line = " ".join([line, *(text for _, text in ahead)])
-                    ahead.clear()
-                    break
+def whole_rows(lines: Lines, separator: str, width: int) -> Lines:
+    """Lines of a table, one a row: what stands in quotes, such as a description, may go over up to 50 lines.
+
+    Lines are joined only where that makes a row of `width` fields, and where none of them could be one by itself.
+    """
+    ahead: deque[tuple[int, str]] = deque()  # lines that were looked at and belong to nothing yet
+    while True:
+        if not ahead:
+            ahead.extend(itertools.islice(lines, 1))
+        if not ahead:
+            return
+        number, line = ahead.popleft()
+        row = line
+        for place in range(50 if '"' in line and open_quote(line, separator) else 0):
+            if place == len(ahead):
+                ahead.extend(itertools.islice(lines, 1))
+            if place == len(ahead):
+                break
+            more, closes = ahead[place][1], ahead[place][1].count('"') % 2 > 0
+            row = f"{row} {more}"
+            if more.count(separator) == width - 1 and not (closes and separator not in line):
+                break
+            if closes:
+                with suppress(csv.Error):
+                    if len(next(csv.reader([row], delimiter=separator, strict=True))) == width:
+                        line = row
+                        ahead = deque(itertools.islice(ahead, place + 1, None))
+                        break
         yield number, line
-        yield from ahead  # the quote stays open: a misprint, which spoils its own line only
 
 
-def open_table(path: Path) -> tuple[Lines, Split, list[str]]:
-    """Lines of a table, what splits them, and field names, by OFFICIAL or a header; InputError if one is twice."""
+def open_table(path: Path) -> tuple[Lines, Fields, list[str]]:
+    """Lines of a table, what cuts them, names of fields by OFFICIAL or a header; InputError where a name is twice."""
     lines = enumerate(read_lines(path), 1)
     if path.name in OFFICIAL:
         return lines, *OFFICIAL[path.name]
-    _, header = next(lines, (1, ""))
+    # Excel may put a line such as sep=; before the header.
+    _, header = next((line for line in lines if line[1] and not line[1].startswith("sep=")), (1, ""))
     separator = max("\t,;|", key=header.count)
-    split = split_at(separator)
-    names = [re.sub(r":(token|float)(_seq)?$", "", name).strip() for name in split(header)]  # RecBole: user_id:token
+    fields_of, kind = fields_at(separator), re.compile(r":(token|float)(_seq)?$")  # RecBole writes user_id:token
+    names = [kind.sub("", name).strip() for name in fields_of(header)]
     for name, word in zip(names, plain(names), strict=True):
         if word and plain(names).count(word) > 1:
             raise InputError(f"{path}:1: column {name!r} occurs twice; rename one")
-    return whole_rows(lines, separator), split, names
+    rows = whole_rows((line for line in lines if line[1].strip(separator) and line[1] != header), separator, len(names))
+    return rows, fields_of, names
 
 
 def rows_of(path: Path, lines: Lines, parse: Callable[[str], Row]) -> Iterator[Row]:
     """What `parse` makes of the lines; those at which it raises are reported, and an InputError if more than 1 %."""
     skipped: list[str] = []
-    number = 0
+    count = 0
     for number, line in lines:
         if line:
+            count += 1
             try:
                 row = parse(line)
             except (ValueError, IndexError, KeyError, SyntaxError) as error:
@@ -505,8 +539,8 @@ def rows_of(path: Path, lines: Lines, parse: Callable[[str], Row]) -> Iterator[R
                 skipped.append(f"{path}:{number}: {words}; found {line[:60]!r}" if len(skipped) < 3 else "")
             else:
                 yield row
-    if len(skipped) > 0.01 * number:
-        raise InputError(f"{skipped[0]} ({len(skipped):,} of {number:,} lines are unreadable)")
+    if len(skipped) > 0.01 * count:
+        raise InputError(f"{skipped[0]} ({len(skipped):,} of {count:,} lines are unreadable)")
     for example in skipped[:3]:
         print(f"skipped, one of {len(skipped):,}: {example}", file=sys.stderr)
 
@@ -522,7 +556,8 @@ COLUMNS = {
     "reviewtime createdat createdtime clicktime viewtime purchasedate orderdate invoicedate transactiondate tdat",
     "label": "label click clicked isclick isclicked purchased bought liked",
 }
-NO = {"0", "0.0", "false", "no"}  # a label that says: shown, but not clicked
+NO = {"0", "0.0", "0.00", "-1", "false", "f", "no", "n"}  # labels that say: shown, but not clicked
+MISSING = {"", "null", "none", "nan", "\\n"}  # how databases and pandas write an id that is not there
 LOOKS_LIKE_TIME = re.compile(r"time|date|stamp|epoch|when|(^|_)(ts|at|on|day)$", re.IGNORECASE)
 DATED = re.compile(r"\d{9,19}(\.\d+)?|\d{4}[-/]\d\d?[-/]\d\d?.*")  # the value of what may be a time
 
@@ -533,7 +568,7 @@ def place_of(names: list[str], known: str) -> int | None:
 
 
 def find_columns(
-    path: Path, names: list[str], split: Split, first: str, given: dict[str, str], sessions: bool = False
+    path: Path, names: list[str], fields_of: Fields, first: str, given: dict[str, str], sessions: bool = False
 ) -> dict[str, int | None]:
     """Where {"user", "item", "time", "label"} stand in a log whose first line is `first`.
 
@@ -550,14 +585,15 @@ def find_columns(
     if sessions and (place := place_of(names, "sessionid session sid")) is not None:
         places["user"] = place
     places |= {kind: names.index(name) if name != "none" else None for kind, name in given.items()}
-    if len({*places.values()} - {None}) < sum(place is not None for place in places.values()):
+    used = [place for place in places.values() if place is not None]
+    if len(set(used)) < len(used):
         raise InputError(f"{path}:1: one column cannot be two things: --columns {given}")
     for kind in ("user", "item"):
         if places[kind] is None:
             raise InputError(f"{path}:1: no column is known as the {kind}; {found}; name it: --columns {kind}=NAME")
     if places["time"] is None and "time" not in given:
-        for place, (name, value) in enumerate(zip(names, split(first), strict=False)):
-            if place not in places.values() and (LOOKS_LIKE_TIME.search(name) or DATED.fullmatch(value.strip())):
+        for place, (name, value) in enumerate(zip(names, fields_of(first), strict=False)):
+            if place not in used and (LOOKS_LIKE_TIME.search(name) or DATED.fullmatch(value.strip())):
                 way = f"--columns time={name}, or time=none if the lines are in the order of time"
                 raise InputError(f"{path}:1: no column is known as the time, but {name} could be one; say {way}")
     return places
@@ -565,9 +601,9 @@ def find_columns(
 
 def read_log(path: Path, given: dict[str, str], sessions: bool) -> tuple[Clicks, dict[str, str]]:
     """A log and what was taken for what; `given` and `sessions` as in `find_columns`."""
-    lines, split, names = open_table(path)
+    lines, fields_of, names = open_table(path)
     number, first = next(lines, (1, ""))
-    places = find_columns(path, names, split, first, given, sessions)
+    places = find_columns(path, names, fields_of, first, given, sessions)
     user, item, when, label = places.values()
     user_ids: dict[str, int] = {}
     item_ids: dict[str, int] = {}
@@ -575,11 +611,13 @@ def read_log(path: Path, given: dict[str, str], sessions: bool) -> tuple[Clicks,
 
     def take(line: str) -> bool:
         """Keep what a line says; False for one that says that nothing was clicked."""
-        fields = split(line)
+        fields = fields_of(line)
         user_id, item_id = fields[user].strip(), fields[item].strip()  # type: ignore[index]
-        if not (user_id and item_id) or "\0" in line or "\t" in user_id + item_id:
+        if MISSING & {user_id.lower(), item_id.lower()} or "\0" in line or "\t" in user_id + item_id:
             raise ValueError("user and item must be there, without NUL bytes and tabs")
-        time_of = 0.0 if when is None else moment(fields[when])
+        if any(fields[len(names) :]):  # which column has a field too many is not known
+            raise ValueError(f"expected {len(names)} fields, not {len(fields)}")
+        time_of = 0.0 if when is None else moment(fields[when].strip())
         if label is not None and fields[label].strip().lower() in NO:
             return False
         users.append(user_ids.setdefault(user_id, len(user_ids)))
@@ -587,7 +625,7 @@ def read_log(path: Path, given: dict[str, str], sessions: bool) -> tuple[Clicks,
         times.append(time_of)
         return True
 
-    left_out = sum(not taken for taken in rows_of(path, itertools.chain([(number, first)], lines), take))
+    left_out = sum(not clicked for clicked in rows_of(path, itertools.chain([(number, first)], lines), take))
     named = {kind: names[place] for kind, place in places.items() if place is not None}
     columns = ", ".join(f"{kind} = {name}" for kind, name in named.items())
     taken = {"columns": f"{columns} of {path.name}" + "; no time: lines are in its order" * (when is None)}
@@ -622,27 +660,27 @@ def read_titles(path: Path) -> tuple[dict[str, tuple[str, str]], str]:
 
     The text, which BERT reads, is the title and the columns that DESCRIBES knows, each after its name.
     """
-    lines, split, names = open_table(path)
+    lines, fields_of, names = open_table(path)
     item, title, year = place_of(names, COLUMNS["item"] + " id"), title_place(names), place_of(names, "releaseyear")
     others = [place for place, name in enumerate(names) if DESCRIBES.search(name) and place not in (item, title)]
     if item is None or title is None:
         what = "items" if item is None else "titles"
-        return {}, f": {path.name} has no column of {what}, only {', '.join(names[:9])}"
+        return {}, f"{path.name} has no column of {what}, only {', '.join(names[:9])}"
 
     def parse(line: str) -> tuple[str, str, str]:
         """Raw id, title and text."""
-        fields = split(line)
+        fields = fields_of(line)
         if len(fields) > len(names):
             raise ValueError(f"expected {len(names)} fields, not {len(fields)}")
         fields += [""] * (len(names) - len(fields))
-        text, when = fields[title].strip(), fields[year] if year is not None else ""
+        shown, when = fields[title].strip(), fields[year] if year is not None else ""
         # MovieLens' own titles end in the year; RecBole cut it off.
-        text = f"{text} ({when})" if text and when and "(" + when not in text else text
+        shown = f"{shown} ({when})" if shown and when and "(" + when not in shown else shown
         more = [(names[place], " ".join(LISTED.sub(" ", fields[place]).split())) for place in others]
-        return fields[item].strip(), text, ". ".join([text, *(f"{name}: {words}" for name, words in more if words)])
+        return fields[item].strip(), shown, ". ".join([shown, *(f"{name}: {value}" for name, value in more if value)])
 
-    found = {item: (text, words) for item, text, words in rows_of(path, lines, parse) if item and text}
-    return found, f", from {' and '.join(names[place] for place in (title, *others))} of {path.name}"
+    titles = {raw_id: (shown, text) for raw_id, shown, text in rows_of(path, lines, parse) if raw_id and shown}
+    return titles, f"from {' and '.join(names[place] for place in (title, *others))} of {path.name}"
 
 
 # ---------------------------------------------------------------- public datasets
@@ -686,11 +724,11 @@ def steam_game(line: str) -> list[str]:
 
 STEAM_GAME = ["id", "title", "genres", "tags", "developer"]
 OFFICIAL = {  # files without a header: how their lines are split, and the names of the fields
-    "ratings.dat": (split_at("::"), ["user_id", "item_id", "rating", "timestamp"]),
-    "movies.dat": (split_at("::"), ["item_id", "title", "genres"]),
+    "ratings.dat": (fields_at("::"), ["user_id", "item_id", "rating", "timestamp"]),
+    "movies.dat": (fields_at("::"), ["item_id", "title", "genres"]),
     "steam_reviews.json.gz": (steam_review, ["username", "product_id", "date"]),
     "steam_games.json.gz": (steam_game, STEAM_GAME),
-    "yoochoose-clicks.dat": (split_at(","), ["session_id", "timestamp", "item_id"]),
+    "yoochoose-clicks.dat": (fields_at(","), ["session_id", "timestamp", "item_id", "category"]),
 }
 
 
@@ -701,6 +739,7 @@ class Public(NamedTuple):
     files: list[str]  # the log and the titles
     sha256: str = ""
     inside: str = ""  # the archive's folder of the files
+    once: bool = False  # a user's repeated item counts once, its first time
 
 
 PUBLIC = {
@@ -713,7 +752,7 @@ PUBLIC = {
         "a6898adb50b9ca05aa231689da44c217cb524e7ebd39d264c56e2832f2c54e20", "ml-1m/",
     ),
     "steam": Public(
-        "https://cseweb.ucsd.edu/~jmcauley/datasets.html", ["steam_reviews.json.gz", "steam_games.json.gz"]
+        "https://cseweb.ucsd.edu/~jmcauley/datasets.html", ["steam_reviews.json.gz", "steam_games.json.gz"], once=True
     ),
     "yoochoose": Public(
         "https://s3-eu-west-1.amazonaws.com/yc-rdata/yoochoose-data.7z, unpack it: 7z x yoochoose-data.7z",
@@ -776,8 +815,9 @@ def download(source: str) -> bytes:
         return next(Path(folder).iterdir()).read_bytes()
 
 
-def fetch(folder: Path, source: str, files: Sequence[str], sha256: str, inside: str) -> None:
-    """Bring the files of a `Public` into a folder, or say which to put there (InputError)."""
+def fetch(folder: Path, public: Public) -> None:
+    """Bring the files of a public dataset into a folder, or say which to put there (InputError)."""
+    source, files, sha256, inside, _ = public
     advice = f"download it elsewhere and put {' and '.join(files)} into {folder}"
     if not sha256:
         raise InputError(f"no {folder / files[0]}; from {source}: {advice}")
@@ -819,7 +859,7 @@ def find_files(name: str, root: str | Path | None, titles: str | None = None) ->
         if not log.exists() and (folder / f"{name}.inter").exists():
             log = folder / f"{name}.inter"
         if not log.exists():
-            fetch(folder, *PUBLIC[name])
+            fetch(folder, PUBLIC[name])
     else:
         what = "no file" if TABLE.search(name) else "unknown dataset"
         raise InputError(f"{what} {name!r}; --data takes {', '.join(PUBLIC)} or a path to a .inter, .csv or .tsv file")
@@ -866,11 +906,9 @@ def load_dataset(
     if copy.exists() and (data := read_copy(copy, source)):
         return data
     clicks, taken = read_log(paths[0], columns or {}, sessions)
-    titles: dict[str, tuple[str, str]] = {}
-    taken["titles"] = "; no file of titles was found"
-    if len(paths) > 1:
-        titles, taken["titles"] = read_titles(paths[1])
-    data = build(dataset_name(name), clicks, titles, taken, min_items, min_length, fraction, once=name == "steam")
+    titles, taken["titles"] = read_titles(paths[1]) if len(paths) > 1 else ({}, "no file of titles was found")
+    once = name in PUBLIC and PUBLIC[name].once
+    data = build(dataset_name(name), clicks, titles, taken, min_items, min_length, fraction, once)
     if titles_file and not any(data.texts):
         raise InputError(f"--titles {titles_file}: {data.taken['titles']}")
     if sum(size for _, size, _ in source[:-1]) >= CACHE_FROM:
@@ -928,7 +966,8 @@ def pairs(text: str) -> dict[str, str]:
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that every script shares; `load_asked` reads them."""
-    add = parser.add_argument_group("data").add_argument
+    group = parser.add_argument_group("data")
+    add, alone = group.add_argument, group.add_mutually_exclusive_group().add_argument
     add("--data", default="ml-1m", help=f"{', '.join(PUBLIC)} or a path to a .inter, .csv or .tsv file")
     add("--root", help="folder of datasets (default: $PREBERT_DATA, else ./data)")
     add("--columns", type=pairs, default={}, help="of a file of your own: user=NAME,item=NAME,time=NAME,label=NAME")
@@ -939,8 +978,9 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     add("--fraction", type=positive, default=1, metavar="N", help="keep the latest 1/N of the users")
     add("--split", choices=("last", "sessions"), default="last", help="held out: each user's last two items (default), "
         "or the sessions of the last day and the newest tenth of the rest")  # fmt: skip
-    add("--final", action="store_true", help="hold out the test part alone: runs <name>-final, trained on validation "
-        "too, for as many epochs as were best for <name>")  # fmt: skip
+    alone("--final", action="store_true", help="hold out the test part alone: runs <name>-final, trained on validation "
+          "too, for as many epochs as were best for <name>")  # fmt: skip
+    alone("--all", action="store_true", help="hold out nothing: runs <name>-all, that cannot be evaluated")
     add("--seen", choices=("auto", "keep", "exclude"), default="auto", help="items of the history: rank them or leave "
         "them out (default: leave out, unless 1 %% of the interactions or more are repeats)")  # fmt: skip
 
@@ -954,10 +994,7 @@ def load_asked(args: argparse.Namespace) -> Interactions:
         sessions=args.split == "sessions",
     )
     repeats = data.repeats if args.seen == "auto" else args.seen == "keep"
-    nothing = getattr(args, "all", False)
-    if nothing and args.final:
-        raise InputError("--all holds out nothing, --final the test part: give one of them")
-    return replace(data, repeats=repeats, split="none" if nothing else args.split + "-final" * args.final)
+    return replace(data, repeats=repeats, split="none" if args.all else args.split + "-final" * args.final)
 
 
 def data_flags(args: argparse.Namespace) -> list[str]:
@@ -967,13 +1004,13 @@ def data_flags(args: argparse.Namespace) -> list[str]:
     given = {"data": args.data} | {key: getattr(args, key) for key in usual if getattr(args, key) != usual[key]}
     if args.columns:
         given["columns"] = ",".join(f"{kind}={name}" for kind, name in args.columns.items())
-    words = [word for key, value in given.items() for word in (f"--{key.replace('_', '-')}", str(value))]
-    return [*words, *["--final"] * args.final]
+    flags = [word for key, value in given.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+    return [*flags, *["--final"] * args.final, *["--all"] * args.all]
 
 
 def run_command(main: Callable[[], None]) -> None:
     """Run a script's main(); an error that the user can fix ends in one line on stderr and exit code 2."""
-    if sys.stdout is None or sys.stderr is None:  # closed, as under cron: what is printed goes nowhere
+    if sys.stdout is None or sys.stderr is None:  # closed, as by >&-: what is printed goes nowhere
         sys.stdout, sys.stderr = sys.stdout or open(os.devnull, "w"), sys.stderr or open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal that knows ASCII only
@@ -1001,6 +1038,7 @@ def main() -> None:
     began = time.perf_counter()
     data = load_asked(args)
     print(card(data))
+    args.final = args.all = False  # those come after a training that has held out more
     command = shlex.join(["python", "teacher.py", *data_flags(args)])
     print(f"loaded in {time.perf_counter() - began:.1f} s; next: {command}")
 

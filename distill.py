@@ -30,10 +30,9 @@ from data import (
     PAD, SPLITS, Batch, InputError, Interactions, Spans, add_data_flags, at_once, batches, data_flags, grid_windows,
     load_asked, number, pad_left, run_command,
 )  # fmt: skip
-from evaluate import without_seed
 from prebert import (
     ITEM_INITS, PreBert, check_catalogue, item_vectors, load_bert, load_run, pick_device, principal_components,
-    save_texts, set_item_table, start_from,
+    save_texts, set_item_table, start_from, without_seed,
 )  # fmt: skip
 from student import STUDENTS, MiniBert
 from teacher import (
@@ -42,14 +41,10 @@ from teacher import (
 )  # fmt: skip
 
 States = Callable[[Batch], list[Tensor]]  # every teacher's states where a batch asks, (Q, D) each
-TOP = 64  # items that the teachers find likeliest, looked at whatever is sampled besides
+TEACHER_TOP = 64  # items that the teachers find likeliest, looked at whatever is sampled besides
 RECIPES: dict[str, dict[str, float]] = {
-    "next": dict(
-        epochs=8, lr=3e-3, body_lr=3e-3, tokens=4096, dropout=0.1, sparse_dropout=0.5, label_smoothing=0.0
-    ),
-    "masked": dict(
-        epochs=20, lr=3e-3, body_lr=3e-3, tokens=4096, dropout=0.1, sparse_dropout=0.1, label_smoothing=0.0
-    ),
+    "next": dict(epochs=8, lr=3e-3, body_lr=3e-3, tokens=4096, dropout=0.1, sparse_dropout=0.5, label_smoothing=0.0),
+    "masked": dict(epochs=20, lr=3e-3, body_lr=3e-3, tokens=4096, dropout=0.1, sparse_dropout=0.1, label_smoothing=0.0),
 }
 CACHE_AT_MOST = 2**32  # bytes of teachers' states
 
@@ -90,18 +85,18 @@ def student_loss(
 
     Over the full catalogue, or, with a sampler, over the label, the teachers' top items and shared negatives.
     """
-    asked = batch.labels != PAD
-    own, columns = student(batch.tokens, batch.positions)[asked], batch.labels[asked] - 1  # (Q, S), (Q,)
+    is_asked = batch.labels != PAD  # (B, M)
+    own, columns = student(batch.tokens, batch.positions)[is_asked], batch.labels[is_asked] - 1  # (Q, S), (Q,)
     pairs = list(zip(teachers, states_at(batch), strict=True))
     if sampler is None:
         with torch.no_grad():
             answers = mean_of([teacher.logits(states) for teacher, states in pairs])  # (Q, I)
         return distillation_loss(student.logits(own), answers, columns, temperature, alpha)
     with torch.no_grad():
-        certain = torch.cat([columns[:, None], top_items(pairs, TOP)], dim=1)  # (Q, 1 + TOP)
+        certain = torch.cat([columns[:, None], top_items(pairs, TEACHER_TOP)], dim=1)  # (Q, 1 + TEACHER_TOP)
         negatives, correction = draw_candidates(sampler, certain)
         scores = [candidate_logits(*pair, certain, negatives) + correction for pair in pairs]
-        answers = mean_of(scores) - correction  # (Q, 1 + TOP + N)
+        answers = mean_of(scores) - correction  # (Q, 1 + TEACHER_TOP + N)
     logits = candidate_logits(student, own, certain, negatives)
     return distillation_loss(logits, answers, torch.zeros_like(columns), temperature, alpha, correction)
 
@@ -151,10 +146,10 @@ def teacher_states(teachers: list[PreBert], part: Spans, dtype: torch.dtype, cac
 
     @torch.no_grad()
     def states_at(batch: Batch) -> list[Tensor]:
-        asked = batch.labels != PAD
+        is_asked = batch.labels != PAD  # (B, M)
         if memory:
-            return [states[batch.entries[asked].cpu()].to(asked.device) for states in memory]
-        return [teacher(batch.tokens, batch.positions)[asked] for teacher in teachers]
+            return [states[batch.entries[is_asked].cpu()].to(is_asked.device) for states in memory]
+        return [teacher(batch.tokens, batch.positions)[is_asked] for teacher in teachers]
 
     return states_at
 
@@ -180,7 +175,7 @@ def build_student(args: argparse.Namespace, data: Interactions, part: Spans, tea
 
 
 def load_teachers(args: argparse.Namespace, data: Interactions) -> tuple[list[PreBert], list[str]]:
-    """The teachers' runs, frozen, and what made them; the student takes objective and length from the first.
+    """The teachers, frozen, and what made them. Also fills args.objective, max_length and bert from the first.
 
     Raises InputError if one was trained on other data or another kind of question.
     """
@@ -209,8 +204,8 @@ def main() -> None:
     add = parser.add_argument_group("distillation").add_argument
     add("--teacher", nargs="+", metavar="RUN", help="run folder (default: runs/<data>/teacher); of several, the mean")
     add("--size", choices=tuple(STUDENTS), default="base", help="(default: %(default)s)")
-    add("--temperature", type=number(0, above=True), help="T in the loss (default: 1)")
-    add("--alpha", type=number(0, 1), help="weight of the teacher in the loss (default: 0.5)")
+    add("--temperature", type=number(0, above=True), default=1.0, help="T in the loss (default: %(default)s)")
+    add("--alpha", type=number(0, 1), default=0.5, help="weight of the teacher in the loss (default: %(default)s)")
     add("--no-kd", action="store_true", help="labels only, no teacher: the control")
     add("--no-cache", action="store_true", help="ask a teacher of next items at every step, not once for the whole log")
     add("--item-init", choices=("pca", *ITEM_INITS),
@@ -218,11 +213,10 @@ def main() -> None:
     add("--bert", help="reads titles, for --item-init text and new items, see teacher.py (default: as the teacher's)")
     add_training_flags(parser, RECIPES)
     args = parser.parse_args()
-    if args.no_kd and (args.no_cache or (args.temperature, args.alpha) != (None, None)):
+    if args.no_kd and (args.no_cache or args.temperature != 1 or args.alpha != 0.5):
         parser.error("--temperature, --alpha and --no-cache say nothing with --no-kd")
     if not args.no_kd and args.label_smoothing:
         parser.error("--label-smoothing is for --no-kd: the teacher's answers are smooth already")
-    args.temperature, args.alpha = args.temperature or 1.0, 0.5 if args.alpha is None else args.alpha
     args.name = args.name or ("student-no-kd" if args.no_kd else "student")
     join_processes(args.device)
     data = load_asked(args)
@@ -244,14 +238,14 @@ def main() -> None:
     run = Path("runs") / data.name / args.name
     train(model, loss, data, parts, run, args, describe(data, model, args, made_by))
     if world()[0] == 0:
-        if "text" in args.item_init or (teachers and (Path(args.teacher[0]) / "texts.safetensors").exists()):
+        from_texts = "text" in args.item_init or (teachers and (Path(args.teacher[0]) / "texts.safetensors").exists())
+        if from_texts and any(data.texts):
             save_texts(run, data, load_bert(args.bert))
-        title = data.titles[1] if data.titles.count(data.titles[1]) == 1 else "-"
-        item = f"id:{data.raw_ids[1]}" if title.startswith("-") else title
-        serve, check = ["student.py", "--run", str(run), item], ["evaluate.py", *data_flags(args)]
-        print(f"the best weights are in {run}; next: {shlex.join(['python', *(serve if args.all else check)])}")
+        serve = shlex.join(["python", "student.py", "--run", str(run), f"id:{data.raw_ids[1]}"])
+        check = shlex.join(["python", "evaluate.py", *data_flags(args)])
+        print(f"the best weights are in {run}; next: {serve if args.all else check}")
         if not args.all:
-            print(f"then: {shlex.join(['python', *serve])}")
+            print(f"then: {serve}")
 
 
 if __name__ == "__main__":

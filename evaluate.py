@@ -13,7 +13,6 @@ Letters: B batch (users), T sequence length, S whole history, R users asked abou
 
 import argparse
 import itertools
-import json
 import shlex
 import tempfile
 import time
@@ -26,10 +25,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import (
-    PAD, SPLITS, InputError, Interactions, Spans, add_data_flags, at_once, batches, data_flags, entries_of,
-    item_counts, load_asked, pad_left, run_command, write_json,
+    HELD_OUT, PAD, SPLITS, InputError, Interactions, Spans, add_data_flags, at_once, batches, data_flags, entries_of,
+    item_counts, load_asked, run_command, write_json,
 )  # fmt: skip
-from prebert import PreBert, check_catalogue, load_run, machine, pick_device, read_json, read_run
+from prebert import PreBert, check_catalogue, load_run, machine, pick_device, read_json, read_run, without_seed
 from student import TopK, compile_ahead
 
 Scorer = Callable[[Tensor], Tensor]  # history (B, T), left-padded, newest last -> scores (B, I) of items 1..I
@@ -64,11 +63,12 @@ def ndcg(ranks: Tensor, k: int) -> Tensor:
 
 
 def metrics(ranks: Tensor) -> dict[str, float]:
-    """Means over users of HR@{1,5,10,20} (with one target the same as Recall), NDCG@{5,10,20}, MRR and MRR@20, (R,)."""
+    """Means over the targets with these ranks (R,): HR@K, which is Recall@K here, NDCG@K, MRR and MRR@20."""
     row = {f"HR@{k}": hit_rate(ranks, k).mean().item() for k in (1, 5, 10, 20)}
     row |= {f"NDCG@{k}": ndcg(ranks, k).mean().item() for k in (5, 10, 20)}
     reciprocal = 1 / ranks.double()
-    return row | {"MRR": reciprocal.mean().item(), "MRR@20": (reciprocal * (ranks <= 20)).mean().item()}
+    row |= {"MRR": reciprocal.mean().item(), "MRR@20": (reciprocal * (ranks <= 20)).mean().item()}
+    return row | {"Recall@20": row["HR@20"]}
 
 
 @torch.inference_mode()
@@ -83,8 +83,7 @@ def rank_targets(
     bar = tqdm(total=len(ranks), desc=title, leave=False, disable=not title)
     limits = at_once(torch.device(device), int(part.items.max()))
     for rows in batches(part.sizes.clamp(max=max_length), *limits):
-        width = max(2, int(part.sizes[rows].max()))
-        seen = pad_left(part.items, part.starts[rows], part.ends[rows], width).to(device)  # (B, S)
+        seen = part.histories(rows, torch.device(device))  # (B, S)
         scores = score(seen[:, -max_length:]).float()  # (B, I)
         targets = part.targets[rows].to(device)  # (B,)
         ranks[rows] = target_ranks(scores, targets, seen if exclude_seen else None).cpu()
@@ -98,17 +97,18 @@ def rank_targets(
 DRAWS = 2000
 
 
-def resampled(values: Tensor, seed: int = 0) -> np.ndarray:
+def resampled(values: Tensor, owners: np.ndarray, seed: int = 0) -> np.ndarray:
     """Means of values (E, R) over DRAWS resamples of the users, and of the seeds where there are several, (N,).
 
-    What another set of users, and other seeds, would show. Calls with one number of users draw the same users each
-    time, so that two models are compared on the same ones; their seeds are drawn apart.
+    What another set of users, and other seeds, would show. owners (R,): the user, from 0, of each value; a session
+    with several questions is drawn as one. Calls with the same owners draw the same users each time, so that two
+    models are compared on the same ones; their seeds are drawn apart.
     """
     users, seeds = np.random.default_rng(0), np.random.default_rng([seed, 1])
-    table, means = values.numpy(), np.empty(DRAWS)
+    table, means, count = values.numpy(), np.empty(DRAWS), owners.max() + 1
     for draw in range(DRAWS):
-        weights = np.bincount(users.integers(0, table.shape[1], table.shape[1]), minlength=table.shape[1])
-        of_seeds = table @ weights / table.shape[1]  # (E,)
+        weights = np.bincount(users.integers(0, count, count), minlength=count)[owners]  # (R,)
+        of_seeds = table @ weights / weights.sum()  # (E,)
         means[draw] = of_seeds[seeds.integers(0, len(of_seeds), len(of_seeds))].mean()
     return means
 
@@ -165,10 +165,10 @@ def bench_inputs(model: PreBert, known: Tensor, size: int) -> list[list[tuple[Te
     inputs, allowed = [], torch.ones(model.num_items + 2, dtype=torch.bool, device=device)
     for sizes in lengths.split(size):
         items, ends = torch.randint(1, model.num_items + 1, (int(sizes.sum()),), generator=generator), sizes.cumsum(0)
+        people = Spans(items, ends - sizes, ends, items[:0])
         groups = batches(sizes.clamp(max=model.max_length), *at_once(device, model.num_items))
-        widths = [max(2, int(sizes[rows].max())) for rows in groups]
-        padded = [pad_left(items, (ends - sizes)[rows], ends[rows], n) for rows, n in zip(groups, widths, strict=True)]
-        inputs.append([(model.question(history), history, allowed) for history in (rows.to(device) for rows in padded)])
+        histories = [people.histories(rows, device) for rows in groups]  # (B, S) each
+        inputs.append([(model.question(history), history, allowed) for history in histories])
     return inputs
 
 
@@ -206,7 +206,8 @@ def benchmark(models: dict[str, PreBert], real: Tensor, rounds: int = 6) -> list
                 if items.is_cuda:
                     torch.cuda.synchronize()
                 times[-1].append(1000 * (time.perf_counter() - began))
-    for row, _, _, (_, *times) in cells:
+    for row, _, _, all_times in cells:
+        times = all_times[1:]  # without the warm-up
         row["p50_ms"] = float(np.median([np.median(part) for part in times]))
         row |= {f"p{q}_ms": max(row["p50_ms"], float(np.percentile(np.concatenate(times), q))) for q in (95, 99)}
         row["users_per_s"] = row["batch_size"] / float(np.median([np.mean(part) for part in times])) * 1000
@@ -227,13 +228,6 @@ def print_bench(rows: list[dict]) -> None:
 # ---------------------------------------------------------------- the table
 
 
-def without_seed(config: dict) -> str:
-    """What makes two runs the same model: all of config.json that decides the weights but the seed."""
-    settings = {key: value for key, value in config["settings"].items() if key not in ("seed", "name", "teacher")}
-    same = [config.get("data"), config["model"], settings, config.get("teachers")]
-    return json.dumps(same, sort_keys=True)
-
-
 def run_row(run: Path, model: PreBert, config: dict) -> dict:
     """What is known of a run before it is evaluated: its size, how it was made, and what that has cost."""
     made = read_json(run / "metrics.json") if (run / "metrics.json").exists() else {}
@@ -247,15 +241,15 @@ def run_row(run: Path, model: PreBert, config: dict) -> dict:
 RARE = 2  # clicks in the training part: how well items are ranked that have hardly been clicked
 
 # What the table shows of each split; the interval and the gain over the better baseline are those of NDCG@10.
-TABLE = {
+COLUMNS_OF = {
     "last": ("HR@1", "HR@5", "HR@10", "MRR", "NDCG@10"),
     "sessions": ("Recall@20", "MRR@20", "HR@10", "NDCG@10"),
 }
 
 
-def print_table(rows: list[dict]) -> None:
-    """One line a model."""
-    names = TABLE["sessions" if "Recall@20" in rows[0] else "last"]
+def print_table(rows: list[dict], split: str) -> None:
+    """One line per model."""
+    names = COLUMNS_OF[split.removesuffix("-final")]
     columns = "".join(f"{name:>10}" for name in names)
     print(f"\n{'model':<24}{'params':>12}{'MB':>7}{columns}{'95 % interval':>16}{'on baseline':>13}")
     best = max(row["NDCG@10"] for row in rows if row["name"] in ("popularity", "markov"))
@@ -267,14 +261,14 @@ def print_table(rows: list[dict]) -> None:
         print(f"{row['name']:<24}{sizes}{values}{f'{low:.4f}-{high:.4f}':>16}{gain:>13}")
 
 
-def compare(values: dict[str, list[Tensor]]) -> tuple[list[dict], dict[str, dict]]:
+def compare(values: dict[str, list[Tensor]], owners: np.ndarray) -> tuple[list[dict], dict[str, dict]]:
     """Every pair of models by the mean over users and seeds, with p of a bootstrap over both.
 
-    values: {model: NDCG@10 of each user (R,), one tensor a seed}. Prints and returns gains, None over a model that
-    has nothing, and {model: seeds, mean and standard deviation of NDCG@10 over seeds}.
+    values: {model: NDCG@10 of each target (R,), one tensor per seed}; owners as in `resampled`. Prints and returns
+    gains, None over a model that has nothing, and {model: seeds, mean and standard deviation of NDCG@10 over seeds}.
     """
     tables = {name: torch.stack(parts) for name, parts in values.items()}  # (E, R) each
-    draws = {name: resampled(table, seed) for seed, (name, table) in enumerate(tables.items())}
+    draws = {name: resampled(table, owners, seed) for seed, (name, table) in enumerate(tables.items())}
     seeds = {}
     for name, table in tables.items():
         if len(table) > 1:
@@ -330,12 +324,15 @@ def main() -> None:
     add("--json", type=Path, metavar="FILE", help="write everything to this file")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args()
+    if args.json and args.json.is_dir():
+        parser.error(f"--json {args.json}: is a folder; name a file in it")
     data, device = load_asked(args), pick_device(args.device)
     train, valid, test = SPLITS[data.split](data)
     part = valid if args.valid else test
     if not len(part.targets):
-        why = "--final trains on the validation part" if args.final else "no user has three items"
+        why = f"held out is {HELD_OUT[data.split]}" if args.final or args.all else "no user has three items"
         raise InputError(f"{data.name}: {why}, so there is nothing to evaluate")
+    owners = np.unique(part.starts.numpy(), return_inverse=True)[1]  # (R,)
     rare = (part.targets > 0) & (item_counts(train, data.num_items)[part.targets - 1] <= RARE)  # (R,)
     loaded = []
     for run in find_runs(args.runs, data):
@@ -350,10 +347,8 @@ def main() -> None:
         """Append a row to the table; returns NDCG@10 of each target, (R,)."""
         ranks = rank_targets(score, part, not data.repeats, longest, where, title=name)
         of_users = ndcg(ranks, 10)  # (R,)
-        interval = np.percentile(resampled(of_users[None]), [2.5, 97.5]).tolist()
+        interval = np.percentile(resampled(of_users[None], owners), [2.5, 97.5]).tolist()
         rows.append({"name": name, **row, **metrics(ranks), "ci95": interval})
-        if data.split.startswith("sessions"):
-            rows[-1]["Recall@20"] = rows[-1]["HR@20"]
         if rare.any():
             rows[-1] |= {"rare users": int(rare.sum()), "rare NDCG@10": of_users[rare].mean().item()}
         return of_users
@@ -367,10 +362,12 @@ def main() -> None:
         name = run.name if run.name not in (*models, "popularity", "markov") else str(run)
         models[name] = model
         of_users = evaluate(name, model.score_next, model.max_length, device, **run_row(run, model, config))
-        shared = first.setdefault(without_seed(config), name)
-        values.setdefault(name if config["seed"] in values.get(shared, {}) else shared, {})[config["seed"]] = of_users
-    print_table(rows)
-    pairs, seeds = compare({name: list(of_seeds.values()) for name, of_seeds in values.items()})
+        model_name = first.setdefault(without_seed(config), name)
+        if config["seed"] in values.get(model_name, {}):  # the same seed twice: a model of its own
+            model_name = name
+        values.setdefault(model_name, {})[config["seed"]] = of_users
+    print_table(rows, data.split)
+    pairs, seeds = compare({name: list(of_seeds.values()) for name, of_seeds in values.items()}, owners)
     size = {"users": data.num_users, "items": data.num_items, "interactions": len(data.items), "taken": data.taken}
     report = {"data": {"name": data.name, **size}, "protocol": protocol, "machine": machine(), "rows": rows}
     report |= {"comparisons": pairs, "seeds": seeds}

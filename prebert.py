@@ -30,9 +30,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import (
-    HELD_OUT, PAD, InputError, Interactions, Public, Spans, cache_folder, entries_of, fetch, write_atomic, write_json
-)  # fmt: skip
+from data import HELD_OUT, PAD, InputError, Interactions, Public, Spans, cache_folder, entries_of, fetch, write_atomic
 
 # ---------------------------------------------------------------- encoder
 
@@ -60,7 +58,7 @@ ACTIVATIONS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
 class Dropout(nn.Module):
     """Zero a share `p` of the entries, in steps of 1 / 256, and scale up the rest.
 
-    nn.Dropout draws one random number an entry, which on a CPU takes a tenth of a training step;
+    nn.Dropout draws one random number per entry, which on a CPU takes a tenth of a training step;
     here each random 64-bit integer decides for eight entries.
     """
 
@@ -73,8 +71,8 @@ class Dropout(nn.Module):
             return x
         if not x.is_cpu:
             return F.dropout(x, self.out_of_256 / 256)
-        words = torch.empty(x.numel() // 8 + 1, dtype=torch.int64, device=x.device).random_(-(2**63), None)
-        dropped = words.view(torch.uint8)[: x.numel()].view(x.shape) < self.out_of_256
+        random = torch.empty(x.numel() // 8 + 1, dtype=torch.int64).random_(-(2**63), None)
+        dropped = random.view(torch.uint8)[: x.numel()].view(x.shape) < self.out_of_256
         return x.masked_fill(dropped, 0) * (256 / (256 - self.out_of_256))
 
 
@@ -96,7 +94,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
 class SelfAttention(nn.Module):
     """Attention with N heads: each looks at the sequence through its own K numbers of every state.
 
-    One matrix makes queries, keys and values, which is one large product instead of three small ones.
+    One matrix makes queries, keys and values, which is one large product instead of three small ones. BERT's dropout
+    of attention weights is left out: ours is on the outputs of the layers.
     """
 
     def __init__(self, config: BertConfig):
@@ -108,29 +107,29 @@ class SelfAttention(nn.Module):
     def heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, N, T, K)
 
-    def forward(self, x: Tensor, bias: Tensor, asked: Tensor | None = None) -> Tensor:
-        """x (B, T, D), bias (B, 1, 1 or M, T) very low where a key is hidden, asked (B, M, D) or None for all of x."""
-        if asked is not None and asked.shape[1] == 1:
-            return self.output(self.one_query(x, bias, asked))
-        if asked is None:
+    def forward(self, x: Tensor, bias: Tensor, queries: Tensor | None = None) -> Tensor:
+        """x (B, T, D), bias (B, 1, 1 or M, T) very low where a key is hidden, queries (B, M, D) or None: all of x."""
+        if queries is not None and queries.shape[1] == 1:
+            return self.output(self.one_query(x, bias, queries))
+        if queries is None:
             query, key, value = self.qkv(x).chunk(3, dim=-1)  # (B, T, D) each
         else:
             size = x.shape[-1]
-            query = F.linear(asked, self.qkv.weight[:size], self.qkv.bias[:size])  # (B, M, D)
+            query = F.linear(queries, self.qkv.weight[:size], self.qkv.bias[:size])  # (B, M, D)
             key, value = F.linear(x, self.qkv.weight[size:], self.qkv.bias[size:]).chunk(2, dim=-1)
         mixed = attend(self.heads(query), self.heads(key), self.heads(value), bias.to(query.dtype))
         return self.output(mixed.transpose(1, 2).flatten(2))  # (B, M, D)
 
-    def one_query(self, x: Tensor, bias: Tensor, asked: Tensor) -> Tensor:
-        """The same mix of values for one query a row, asked (B, 1, D), without keys and values of all T positions.
+    def one_query(self, x: Tensor, bias: Tensor, queries: Tensor) -> Tensor:
+        """The same mix of values for one query a row, queries (B, 1, D), without keys and values of all T positions.
 
         q (W_k x + b) = (W_k^T q) x + a constant that the softmax drops, and sum p (W_v x) = W_v (sum p x).
         """
         query_matrix, key_matrix, value_matrix = self.qkv.weight.unflatten(0, (3, self.num_heads, -1))  # (N, K, D) each
         query_bias, _, value_bias = self.qkv.bias.unflatten(0, (3, self.num_heads, -1))  # (N, K) each
-        query = torch.einsum("bd,nkd->bnk", asked[:, 0], query_matrix) + query_bias  # (B, N, K)
-        seeker = torch.einsum("bnk,nkd->bnd", query * query.shape[-1] ** -0.5, key_matrix)  # (B, N, D)
-        shares = (seeker @ x.transpose(1, 2) + bias[:, 0].to(x.dtype)).softmax(-1)  # (B, N, T)
+        query = torch.einsum("bd,nkd->bnk", queries[:, 0], query_matrix) + query_bias  # (B, N, K)
+        key_query = torch.einsum("bnk,nkd->bnd", query * query.shape[-1] ** -0.5, key_matrix)  # (B, N, D)
+        shares = (key_query @ x.transpose(1, 2) + bias[:, 0].to(x.dtype)).softmax(-1)  # (B, N, T)
         mixed = torch.einsum("bnd,nkd->bnk", shares @ x, value_matrix) + value_bias
         return mixed.flatten(1)[:, None]  # (B, 1, D)
 
@@ -161,13 +160,13 @@ class EncoderLayer(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor, positions: Tensor | None = None) -> Tensor:
         """x (B, T, D) to (B, T, D), or to (B, M, D) when only `positions` (B, M) are wanted."""
-        asked = None
+        queries = None
         if positions is not None:
-            asked = x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))  # (B, M, D)
+            queries = x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))  # (B, M, D)
             if bias.shape[2] > 1:  # causal: each query has a row of its own
                 bias = bias.gather(2, positions[:, None, :, None].expand(-1, -1, -1, x.shape[1]))  # (B, 1, M, T)
-        attended = self.dropout(self.attention(x, bias, asked))
-        x = self.attention_norm((x if asked is None else asked) + attended)
+        attended = self.dropout(self.attention(x, bias, queries))
+        x = self.attention_norm((x if queries is None else queries) + attended)
         return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
 
 
@@ -362,7 +361,7 @@ CONVERT = (
 
 
 def download_bert(repository: str) -> Path:
-    """The folder of a model of the Hugging Face hub, its weights in one file or in shards; InputError if not had."""
+    """The folder of a model of the Hugging Face hub, its weights in one file or in shards; else InputError."""
     from huggingface_hub import constants, snapshot_download  # a slow import that only a first run needs
 
     offline = False
@@ -393,7 +392,7 @@ def find_bert(source: str) -> Path:
             return download_bert(HUB[source])
         except InputError as error:
             print(str(error).partition(";")[0], file=sys.stderr)
-        fetch(folder, *MINILM)
+        fetch(folder, MINILM)
     return folder
 
 
@@ -407,35 +406,35 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for file in files for name, tensor in read_safetensors(file).items()}
 
 
-def load_bert(source: str) -> tuple[Bert, Tokenizer]:
+Reader = tuple[Bert, Tokenizer]
+
+
+def load_bert(source: str) -> Reader:
     """A pre-trained BERT encoder and its tokenizer, see `find_bert`.
 
     Every weight is consumed or reported as ignored. Raises InputError for other model types, decoders,
     relative positions, missing, unknown or misshapen weights, and a tokenizer with more words than the weights.
     """
     folder = find_bert(source)
-    path, known = folder / "model.safetensors", {"position_embedding_type": "absolute", "is_decoder": False}
-    raw = {"model_type": None, **known, **read_json(folder / "config.json")}
-    for name, wanted in {"model_type": "bert", **known}.items():
-        if raw[name] != wanted:
-            raise InputError(f"{folder / 'config.json'}: {name} {raw[name]!r} is not supported, only {wanted!r} is")
+    path, usual = folder / "model.safetensors", {"position_embedding_type": "absolute", "is_decoder": False}
+    raw = {**usual, **read_json(folder / "config.json")}
+    for name, wanted in {"model_type": "bert", **usual}.items():
+        if raw.get(name) != wanted:
+            raise InputError(f"{folder / 'config.json'}: {name} {raw.get(name)!r} is not supported, only {wanted!r} is")
     tensors, ignored = rename_bert_weights(read_weights(folder), path)
     config = config_of(tensors, raw, path)
-    words, segments = (
-        tensors.get(f"{name}_embedding.weight", torch.empty(0)).numel() // config.hidden_size
-        for name in ("word", "segment")
-    )
-    bert = with_weights(Bert(config, words, segments), tensors, path)
+    none = torch.empty(0)
+    vocab_size = tensors.get("word_embedding.weight", none).numel() // config.hidden_size
+    segments = tensors.get("segment_embedding.weight", none).numel() // config.hidden_size
+    bert = with_weights(Bert(config, vocab_size, segments), tensors, path)
     print(f"BERT: {len(tensors)} weights from {folder}; {len(ignored)} ignored: {', '.join(ignored) or 'none'}")
-    if raw.get("attention_probs_dropout_prob"):
-        print("its dropout of attention weights is not used: ours is on the outputs of the layers")
     try:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # the Rust tokenizer raises bare Exception for a malformed file
         raise InputError(f"{folder / 'tokenizer.json'}: {error}") from error
     vocabulary = 1 + max(tokenizer.get_vocab().values(), default=-1)
-    if vocabulary > words:
-        raise InputError(f"{folder}: tokenizer.json knows {vocabulary} words, the weights only {words}")
+    if vocabulary > vocab_size:
+        raise InputError(f"{folder}: tokenizer.json knows {vocabulary} words, the weights only {vocab_size}")
     return bert, tokenizer
 
 
@@ -471,7 +470,6 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-MAX_HEADER = 100_000_000  # bytes, the limit of the reference implementation
 
 
 def check(good: bool, words: str) -> None:
@@ -504,7 +502,7 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size - 8
             length = int.from_bytes(file.read(8), "little")
-            check(length <= min(MAX_HEADER, size), "the header does not fit; truncated, or not safetensors")
+            check(length <= size, "the header does not fit; truncated, or not safetensors")
             header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=unique_names)
             check(isinstance(header, dict), "the header is not a JSON object")
             metadata = header.pop("__metadata__", {})
@@ -558,16 +556,10 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def save_run(run: Path, config: dict, data: Interactions, counts: Tensor) -> None:
-    """config.json, and catalogue.json, with which a run serves without the raw data; counts (I,) are of training."""
-    catalogue = {"raw_ids": data.raw_ids, "titles": data.titles, "counts": [0, *counts.tolist()]}
-    write_json(run / "catalogue.json", catalogue)
-    write_json(run / "config.json", config)
-
-
 def read_run(run: Path) -> tuple[dict, dict]:
     """config.json and catalogue.json {raw_ids, titles, counts}; InputError if one is missing, broken or out of date."""
-    config, catalogue = read_json(run / "config.json"), read_json(run / "catalogue.json")
+    config = {"split": "last", "interactions": 0, **read_json(run / "config.json")}
+    catalogue = read_json(run / "catalogue.json")
     if config.get("version") != VERSION:
         raise InputError(f"{run}: made by version {config.get('version')} of this code, which is version {VERSION}")
     for key, kind in {"exclude_seen": bool, "model": dict, "settings": dict, "seed": int}.items():
@@ -594,17 +586,29 @@ def load_run(run: str | Path) -> tuple[PreBert, dict, dict]:
 
 def check_catalogue(run: Path, config: dict, catalogue: dict, data: Interactions) -> None:
     """InputError unless a run was trained on these interactions: on others, what it was trained on may be a target."""
-    split = config.get("split", "last")
-    if split != data.split:
-        raise InputError(f"{run}: held out were {HELD_OUT.get(split, split)}, not {HELD_OUT[data.split]}")
+    if config["split"] != data.split:
+        theirs = HELD_OUT.get(config["split"], config["split"])
+        raise InputError(f"{run}: held out were {theirs}, not {HELD_OUT[data.split]}")
     theirs, ours = set(catalogue["raw_ids"]), set(data.raw_ids)
     if theirs != ours:
         differ = f"{len(theirs - ours):,} of its {len(theirs) - 1:,} items are missing here, {len(ours - theirs):,} new"
         raise InputError(f"{run} was trained on another catalogue ({differ}); pass its --data and --min-count")
     if catalogue["raw_ids"] != data.raw_ids or config.get("fingerprint") != data.fingerprint:
-        was, now = config.get("interactions", 0), len(data.items)
+        was, now = config["interactions"], len(data.items)
         what = "in another order" if was == now else f"{was} of them, not {now}"
         raise InputError(f"{run} was trained on other interactions of the same items ({what}); pass the log it knows")
+
+
+def without_seed(config: dict) -> str:
+    """What makes two runs the same model: all of config.json that decides the weights but the seed.
+
+    Where nothing is left to validate on, each seed has the epochs that were best for it, so they do not count.
+    """
+    own = ["seed", "name", "teacher", "start"]
+    own += ["epochs", "patience"] if config["split"] not in ("last", "sessions") else []
+    settings = {key: value for key, value in config["settings"].items() if key not in own}
+    started = bool(config["settings"].get("start"))
+    return json.dumps([config.get("data"), config["model"], settings, started, config.get("teachers")], sort_keys=True)
 
 
 def machine() -> dict:
@@ -644,112 +648,12 @@ def centred(table: Tensor) -> Tensor:
     return table / table.pow(2).sum(1).mean().sqrt().clamp(min=1e-12)
 
 
-def set_item_table(model: PreBert, table: Tensor, norm: float) -> None:
-    """Put (num_items, D) vectors, centred, with root-mean-square row length `norm`, into the item rows.
-
-    The tied softmax reads the table's scale directly, and the first LayerNorm weighs it against the
-    positions; word vectors' length is what the pre-trained body has learnt to expect.
-    """
-    with torch.no_grad():
-        model.item_embedding.weight[1:-1] = centred(table) * norm
-
-
 def principal_components(table: Tensor, size: int) -> Tensor:
     """Rows of (I, D) in the `size` directions in which they differ most, (I, size): PCA of the item table."""
     middle = (table - table.mean(0)).double()
     _, directions = torch.linalg.eigh(middle.T @ middle)  # ascending
     kept = directions[:, -min(size, table.shape[1]) :].flip(1)  # (D, S)
     return F.pad((middle @ kept).float(), (0, size - kept.shape[1]))
-
-
-Reader = tuple[Bert, Tokenizer]
-ITEM_INITS = ("text+cooc", "text", "cooc", "random")
-
-
-def item_vectors(kind: str, data: Interactions, train: Spans, size: int, bert: Reader | None) -> Tensor | None:
-    """First vectors of the items, (num_items, size), by one of ITEM_INITS; None for random ones.
-
-    What BERT reads in their texts, the company that they keep in the training part, or the sum of the two, which have
-    the same length. Raises InputError for texts where there are none, or no BERT to read them.
-    """
-    vectors = []
-    if "text" in kind:
-        if bert is None or not any(data.texts):
-            raise InputError(f"--item-init {kind} needs a BERT and item titles; use --item-init cooc")
-        texts = text_vectors(*bert, data.texts[1:])
-        vectors.append(centred(texts if texts.shape[1] == size else principal_components(texts, size)))
-    if "cooc" in kind:
-        vectors.append(centred(cooccurrence_vectors(train, data.num_items, size)))
-    return torch.stack(vectors).sum(0) if vectors else None
-
-
-def start_from(model: PreBert, run: str, data: Interactions, vectors: Tensor | None) -> None:
-    """Begin from the weights of a run on an older log; its items are found by their raw ids.
-
-    vectors: first vectors (num_items, D) of `item_vectors`, by which a new item finds its `nearby` known ones. Raises
-    InputError for a model of another shape, and where what is held out may have been trained on.
-    """
-    old, config, catalogue = load_run(run)
-    theirs = old.config
-    if replace(theirs, hidden_dropout_prob=model.config.hidden_dropout_prob) != model.config:
-        shape = f"{theirs.num_hidden_layers} layers of {theirs.hidden_size}"
-        kind = f"--max-length {theirs.max_position_embeddings}, --objective {'next' if theirs.causal else 'masked'}"
-        raise InputError(f"--start {run}: it has {shape}, {kind}; ask for the same kind of model")
-    # What is held out here must not have been trained on there: an older log, held out alike.
-    split = config.get("split", "last")
-    if data.split not in ("none", split):
-        raise InputError(f"--start {run}: held out were {HELD_OUT.get(split, split)}; start from another, or add --all")
-    if data.split != "none" and config.get("interactions", 0) > len(data.items):
-        raise InputError(f"--start {run}: it was trained on a longer log, which may hold what is held out here")
-    by_raw_id = {raw_id: item for item, raw_id in enumerate(catalogue["raw_ids"]) if item}
-    matched = torch.tensor([by_raw_id.get(raw_id, 0) for raw_id in data.raw_ids[1:]])  # (I,) 0 for a new item
-    known = matched > 0
-    if not known.any():
-        raise InputError(f"--start {run}: it knows none of the items of {data.name}")
-    weights, table = old.state_dict(), model.item_embedding.weight.detach()
-    rows = weights["item_embedding.weight"][matched]  # (I, D)
-    bias = torch.where(known, weights["item_bias"][matched - 1], weights["item_bias"].mean())
-    if vectors is not None and not known.all():
-        table[1:-1][~known], bias[~known] = nearby(vectors[~known], vectors[known], rows[known], bias[known])
-    table[1:-1][known], table[-1] = rows[known], weights["item_embedding.weight"][-1]
-    model.load_state_dict({**weights, "item_embedding.weight": table, "item_bias": bias})
-    print(f"starting from {run}: {int(known.sum()):,} items known, {int((~known).sum()):,} new")
-
-
-def nearby(new: Tensor, known: Tensor, rows: Tensor, bias: Tensor, count: int = 5) -> tuple[Tensor, Tensor]:
-    """Item rows (n, D) and biases (n,) of new items with vectors (n, E), from those of known ones with vectors (I, E).
-
-    A new row is the mean of the `count` rows (I, D) whose vectors are nearest, weighted by softmax(10 cosine), and as
-    long as they are.
-    """
-    cosines = F.normalize(new - known.mean(0), dim=1) @ F.normalize(known - known.mean(0), dim=1).T
-    best, nearest = cosines.topk(min(count, len(known)))  # (n, 5) each
-    shares, centre = (10 * best).softmax(1)[..., None], rows.mean(0)
-    near = rows[nearest] - centre  # (n, 5, D)
-    mixed, lengths = (shares * near).sum(1), (shares * near.norm(dim=2, keepdim=True)).sum(1)
-    return centre + F.normalize(mixed, dim=1) * lengths, (shares[..., 0] * bias[nearest]).sum(1)
-
-
-def save_texts(run: Path, data: Interactions, bert: Reader) -> None:
-    """Keep with a run what BERT reads in its items' texts, (num_items, D), for items that come later."""
-    write_safetensors(run / "texts.safetensors", {"texts": text_vectors(*bert, data.texts[1:]).half()})
-
-
-def with_new_items(model: PreBert, run: Path, source: str, texts: list[str]) -> PreBert:
-    """The model with an item more for each text, behind the others, whose scores stay as they are; see `nearby`.
-
-    source: of the BERT that reads. Raises InputError for a run without texts.
-    """
-    path, bert = run / "texts.safetensors", load_bert(source)
-    if not path.exists():
-        raise InputError(f"{run} has no texts.safetensors: trained without titles, it has no vector for new items")
-    known = read_safetensors(path).get("texts", torch.empty(0)).float()  # (I, D of BERT)
-    if known.ndim != 2 or known.shape[1] != bert[0].config.hidden_size or not 0 < len(known) <= model.num_items:
-        raise InputError(f"{path} does not fit the run and its BERT, {source}; train again")
-    table, bias = model.item_embedding.weight.detach().cpu(), model.item_bias.detach().cpu()
-    rows, biases = nearby(encode_texts(*bert, texts), known, table[1 : len(known) + 1], bias)
-    ours = {"item_embedding.weight": torch.cat([table[:-1], rows, table[-1:]]), "item_bias": torch.cat([bias, biases])}
-    return with_weights(PreBert(model.config, model.num_items + len(texts)), {**model.state_dict(), **ours}, run)
 
 
 @torch.no_grad()
@@ -762,13 +666,13 @@ def encode_texts(bert: Bert, tokenizer: Tokenizer, texts: list[str]) -> Tensor:
     tokenizer.no_padding()
     tokenizer.enable_truncation(min(64, bert.config.max_position_embeddings))
     encoded = tokenizer.encode_batch(texts)
-    words = [entry.ids if 0 in entry.special_tokens_mask else [] for entry in encoded]  # more than [CLS] [SEP]
+    token_ids = [entry.ids if 0 in entry.special_tokens_mask else [] for entry in encoded]  # more than [CLS] [SEP]
     vectors = torch.full((len(texts), bert.config.hidden_size), torch.nan)
-    sizes = torch.tensor([len(ids) for ids in words])
+    sizes = torch.tensor([len(ids) for ids in token_ids])
     with tqdm(total=len(texts), desc="BERT reads titles", leave=False, delay=1) as bar:
         for size in sizes.unique().tolist():
             for rows in (sizes == size).nonzero()[:, 0].split(256):
-                tokens = torch.tensor([words[row] for row in rows], dtype=torch.long)  # (B, T)
+                tokens = torch.tensor([token_ids[row] for row in rows], dtype=torch.long)  # (B, T)
                 if size:
                     vectors[rows] = bert(tokens, torch.ones_like(tokens, dtype=torch.bool)).mean(1)
                 bar.update(len(rows))
@@ -810,3 +714,106 @@ def cooccurrence_vectors(train: Spans, num_items: int, size: int, window: int = 
     rank = min(size, num_items)
     u, s, _ = torch.svd_lowrank(matrix.coalesce(), q=rank, niter=4)
     return F.pad(u * s.sqrt(), (0, size - rank))
+
+
+ITEM_INITS = ("text+cooc", "text", "cooc", "random")
+
+
+def item_vectors(kind: str, data: Interactions, train: Spans, size: int, bert: Reader | None) -> Tensor | None:
+    """First vectors of the items, (num_items, size), by one of ITEM_INITS; None for random ones.
+
+    What BERT reads in their texts, the company that they keep in the training part, or the sum of the two, which have
+    the same length. Raises InputError for texts where there are none, or no BERT to read them.
+    """
+    vectors = []
+    if "text" in kind:
+        if bert is None or not any(data.texts):
+            raise InputError(f"--item-init {kind} needs a BERT and item titles; use --item-init cooc")
+        texts = text_vectors(*bert, data.texts[1:])
+        vectors.append(centred(texts if texts.shape[1] == size else principal_components(texts, size)))
+    if "cooc" in kind:
+        vectors.append(centred(cooccurrence_vectors(train, data.num_items, size)))
+    return torch.stack(vectors).sum(0) if vectors else None
+
+
+def set_item_table(model: PreBert, table: Tensor, norm: float) -> None:
+    """Put (num_items, D) vectors, centred, with root-mean-square row length `norm`, into the item rows.
+
+    The tied softmax reads the table's scale directly, and the first LayerNorm weighs it against the
+    positions; word vectors' length is what the pre-trained body has learnt to expect.
+    """
+    with torch.no_grad():
+        model.item_embedding.weight[1:-1] = centred(table) * norm
+
+
+def nearby(new: Tensor, known: Tensor, rows: Tensor, bias: Tensor, count: int = 5) -> tuple[Tensor, Tensor]:
+    """Item rows (n, D) and biases (n,) of new items with vectors (n, E), from those of known ones with vectors (I, E).
+
+    A new row is the mean of the `count` rows (I, D) whose vectors are nearest, weighted by softmax(10 cosine), and as
+    long as they are.
+    """
+    centre, row_centre = known.mean(0), rows.mean(0)
+    cosines = F.normalize(new - centre, dim=1) @ F.normalize(known - centre, dim=1).T  # (n, I)
+    best, nearest = cosines.topk(min(count, len(known)))  # (n, count) each
+    shares = (10 * best).softmax(1)
+    neighbours = rows[nearest] - row_centre  # (n, count, D)
+    directions = F.normalize((shares[..., None] * neighbours).sum(1), dim=1)
+    lengths = (shares * neighbours.norm(dim=2)).sum(1, keepdim=True)
+    return row_centre + directions * lengths, (shares * bias[nearest]).sum(1)
+
+
+def start_from(model: PreBert, run: str, data: Interactions, vectors: Tensor | None) -> None:
+    """Begin from the weights of a run on an older log; its items are found by their raw ids.
+
+    vectors: first vectors (num_items, D) of `item_vectors`, by which a new item finds its `nearby` known ones. Raises
+    InputError for a model of another shape, and where what is held out may have been trained on.
+    """
+    old, config, catalogue = load_run(run)
+    theirs = old.config
+    if replace(theirs, hidden_dropout_prob=model.config.hidden_dropout_prob) != model.config:
+        shape = f"{theirs.num_hidden_layers} layers of {theirs.hidden_size}"
+        kind = f"--max-length {theirs.max_position_embeddings}, --objective {'next' if theirs.causal else 'masked'}"
+        raise InputError(f"--start {run}: it has {shape}, {kind}; ask for the same kind of model")
+    # What is held out here must not have been trained on there: an older log, held out alike.
+    split, longer = config["split"], config["interactions"] - len(data.items)
+    if data.split not in ("none", split, f"{split}-final"):
+        raise InputError(f"--start {run}: held out were {HELD_OUT.get(split, split)}; start from another, or use --all")
+    other = longer == 0 and config.get("fingerprint") != replace(data, split=split).fingerprint
+    if data.split != "none" and (longer > 0 or other):
+        what = "a longer log" if longer > 0 else "another log of the same length"
+        raise InputError(f"--start {run}: it was trained on {what}, which may hold what is held out here")
+    by_raw_id = {raw_id: item for item, raw_id in enumerate(catalogue["raw_ids"]) if item}
+    matched = torch.tensor([by_raw_id.get(raw_id, 0) for raw_id in data.raw_ids[1:]])  # (I,) 0 for a new item
+    known = matched > 0
+    if not known.any():
+        raise InputError(f"--start {run}: it knows none of the items of {data.name}")
+    weights, table = old.state_dict(), model.item_embedding.weight.detach()
+    rows = weights["item_embedding.weight"][matched]  # (I, D)
+    bias = torch.where(known, weights["item_bias"][matched - 1], weights["item_bias"].mean())
+    if vectors is not None and not known.all():
+        table[1:-1][~known], bias[~known] = nearby(vectors[~known], vectors[known], rows[known], bias[known])
+    table[1:-1][known], table[-1] = rows[known], weights["item_embedding.weight"][-1]
+    model.load_state_dict({**weights, "item_embedding.weight": table, "item_bias": bias})
+    print(f"starting from {run}: {int(known.sum()):,} items known, {int((~known).sum()):,} new")
+
+
+def save_texts(run: Path, data: Interactions, bert: Reader) -> None:
+    """Keep with a run what BERT reads in its items' texts, (num_items, D), for items that come later."""
+    write_safetensors(run / "texts.safetensors", {"texts": text_vectors(*bert, data.texts[1:]).half()})
+
+
+def with_new_items(model: PreBert, run: Path, source: str, texts: list[str]) -> PreBert:
+    """The model with an item more for each text, behind the others, whose scores stay as they are; see `nearby`.
+
+    source: of the BERT that reads. Raises InputError for a run without texts.
+    """
+    path, bert = run / "texts.safetensors", load_bert(source)
+    if not path.exists():
+        raise InputError(f"{run} has no texts.safetensors: trained without titles, it has no vector for new items")
+    known = read_safetensors(path).get("texts", torch.empty(0)).float()  # (I, D of BERT)
+    if known.ndim != 2 or known.shape[1] != bert[0].config.hidden_size or not 0 < len(known) <= model.num_items:
+        raise InputError(f"{path} does not fit the run and its BERT, {source}; train again")
+    table, bias = model.item_embedding.weight.detach().cpu(), model.item_bias.detach().cpu()
+    rows, biases = nearby(encode_texts(*bert, texts), known, table[1 : len(known) + 1], bias)
+    ours = {"item_embedding.weight": torch.cat([table[:-1], rows, table[-1:]]), "item_bias": torch.cat([bias, biases])}
+    return with_weights(PreBert(model.config, model.num_items + len(texts)), {**model.state_dict(), **ours}, run)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import (
-    TABLE, InputError, Interactions, add_data_flags, at_once, batches, cache_folder, load_asked, pad_left, positive,
+    TABLE, InputError, Interactions, Spans, add_data_flags, at_once, batches, cache_folder, load_asked, positive,
     read_lines, read_titles, run_command, write_atomic,
 )  # fmt: skip
 from prebert import BertConfig, PreBert, load_run, machine, pick_device, with_new_items
@@ -54,7 +54,7 @@ class MiniBert(PreBert):
 
 
 def scores_by_id(model: PreBert, states: Tensor) -> Tensor:
-    """`PreBert.logits` of states (B, D) with a column an id, -inf for PAD and MASK, (B, V or V - 1, an even number).
+    """`PreBert.logits` of states (B, D) with one column per item id, -inf for PAD and MASK, (B, V or V - 1, even).
 
     In two halves of the table at once: for one user, MKL reads a matrix with a single core.
     """
@@ -79,8 +79,8 @@ class TopK(nn.Module):
         last = torch.full((tokens.shape[0], 1), tokens.shape[1] - 1, device=tokens.device)
         scores = scores_by_id(self.model, self.model(tokens, last)[:, 0]).float()  # (B, V)
         scores = scores.masked_fill(~allowed[: scores.shape[1]], -torch.inf)
-        best, items = scores.scatter(1, excluded, -torch.inf).topk(self.k, dim=1)
-        return best, items
+        best_scores, items = scores.scatter(1, excluded, -torch.inf).topk(self.k, dim=1)
+        return best_scores, items
 
 
 # ---------------------------------------------------------------- native code
@@ -176,14 +176,17 @@ class Recommender:
         self, run_dir: str | Path, k: int = 10, device: str = "auto", compile: bool | None = True,
         fallback: bool = True, allowed: Iterable[object] | None = None, exclude_seen: bool | None = None,
     ):  # fmt: skip
-        began, self.device, self.run, self.most = time.perf_counter(), pick_device(device), Path(run_dir), k
+        began = time.perf_counter()
+        self.device, self.run, self.wanted_k = pick_device(device), Path(run_dir), k
         model, self.config, catalogue = load_run(run_dir)
-        self.titles, self.raw_ids, self.counts = [""], [""], torch.tensor([-math.inf], dtype=torch.float64)
         self.exclude_seen = self.config["exclude_seen"] if exclude_seen is None else exclude_seen
+        # Internal ids are places in these lists; place 0 is PAD's.
+        self.raw_ids, self.titles, self.counts = [""], [""], torch.tensor([-math.inf], dtype=torch.float64)
         self.by_id: dict[str, int] = {}
-        self.by_title: dict[str, list[int]] = {}  # exact titles, and those without case where that is another spelling
-        graph, compiled = self.use(model, catalogue["raw_ids"][1:], catalogue["titles"][1:]), None
-        self.counts[1:] = torch.tensor(catalogue["counts"][1:])
+        self.by_title: dict[str, list[int]] = {}
+        self.by_title_in_any_case: dict[str, list[int]] = {}
+        graph = self.serve(model, *(catalogue[key][1:] for key in ("raw_ids", "titles", "counts")))
+        compiled = None
         try:
             compiled = None if compile is False else native(self.run, graph, bool(compile))
         except InputError as error:
@@ -197,65 +200,62 @@ class Recommender:
             if not self.allowed.any():
                 raise InputError("none of the items allowed is a raw id or title of the catalogue")
         for _ in range(3):  # the first calls pay for memory and threads
-            self.rank(torch.ones(self.max_length, dtype=torch.long), torch.tensor([self.max_length]), self.allowed)
+            self.rank(torch.ones(model.max_length, dtype=torch.long), torch.tensor([model.max_length]), self.allowed)
         self.warm_up_s = time.perf_counter() - began
 
-    def use(self, model: PreBert, raw_ids: list[str], titles: list[str]) -> TopK:
+    def serve(self, model: PreBert, raw_ids: list[str], titles: list[str], counts: list[int]) -> TopK:
         """Serve with a model that has these items behind those known so far; returns its graph."""
-        self.model, self.question, self.max_length = model.requires_grad_(False), model.question, model.max_length
         for item, (raw_id, title) in enumerate(zip(raw_ids, titles, strict=True), len(self.raw_ids)):
             self.by_id.setdefault(normal(raw_id), item)
             self.by_id[raw_id] = item
-            for spelling in {normal(title), "any case: " + normal(title).casefold()}:
-                self.by_title.setdefault(spelling, []).append(item)
+            self.by_title.setdefault(normal(title), []).append(item)
+            self.by_title_in_any_case.setdefault(normal(title).casefold(), []).append(item)
         self.raw_ids, self.titles = self.raw_ids + raw_ids, self.titles + titles
-        self.counts = torch.cat([self.counts, self.counts.new_zeros(len(raw_ids))])  # (num_items + 1,)
-        graph = TopK(model, self.most).to(self.device).eval()
+        self.counts = torch.cat([self.counts, torch.tensor(counts, dtype=torch.float64)])  # (num_items + 1,)
+        self.model = model.requires_grad_(False)
+        graph = TopK(model, self.wanted_k).to(self.device).eval()
         self.k = graph.k
         return graph
 
-    def add_items(self, texts: Mapping | Sequence[str], titles: Mapping | None = None) -> None:
-        """Items that training never saw, {raw id: text} or texts alone; their vectors come from what BERT reads there.
+    def add_items(self, texts: Mapping, titles: Mapping | None = None) -> None:
+        """Items that training never saw, {raw id: text}; their vectors come from what BERT reads in the texts.
 
         titles: {raw id: title} where that is not the text. They are recommended and accepted in histories from now on,
         by a graph that is not compiled. Raises InputError for a run without titles and for an item that is known.
         """
-        if isinstance(texts, str):
-            raise InputError("new items are given as {raw id: text} or as a list of texts")
-        named = {str(key): str(texts[key]) for key in texts} if isinstance(texts, Mapping) else {t: t for t in texts}
-        shown = {str(key): title for key, title in (titles or {}).items()}
-        if known := [raw_id for raw_id in named if self.matches(raw_id)]:
+        if not isinstance(texts, Mapping):
+            raise InputError("new items are given as {raw id: text}")
+        new = {str(raw_id): str(text) for raw_id, text in texts.items()}
+        if known := [raw_id for raw_id in new if self.matches(raw_id)]:
             raise InputError(f"item {known[0]!r} is in the catalogue already")
-        if not named:
+        if not new:
             return
-        source = self.config["settings"].get("bert", "minilm")
-        larger = with_new_items(self.model, self.run, source, list(named.values()))
-        names = [shown.get(raw_id, text) for raw_id, text in named.items()]
-        self.graph, self.compiled = self.use(larger, [*named], names), False
-        self.allowed = torch.cat([self.allowed[:-1], self.allowed.new_ones(len(named) + 1)])
+        larger = with_new_items(self.model, self.run, self.config["settings"].get("bert", "minilm"), [*new.values()])
+        shown = new | {str(raw_id): title for raw_id, title in (titles or {}).items()}
+        self.graph = self.serve(larger, [*new], [shown[raw_id] for raw_id in new], [0] * len(new))
+        self.compiled = False
+        self.allowed = torch.cat([self.allowed[:-1], self.allowed.new_ones(len(new) + 1)])
 
     @torch.inference_mode()
     def rank(self, items: Tensor, sizes: Tensor, allowed: Tensor, title: str = "") -> tuple[Tensor, Tensor]:
-        """The k best of the `allowed` (V,) for users whose histories of `sizes` (U,) items stand in `items`, one after
-        the other, as scores and internal ids (U, k), -inf where nothing is left.
+        """Scores and internal ids, (U, k) each, of the k best of the `allowed` (V,) for each user.
 
-        An empty history gets the most popular items, with their counts as scores.
+        The histories, of `sizes` (U,) items, stand one after the other in `items`. Scores are -inf where nothing is
+        left. An empty history gets the most popular items, with their counts as scores.
         """
         scores, best = torch.zeros(len(sizes), self.k), torch.zeros(len(sizes), self.k, dtype=torch.long)
         if not sizes.all():
             popular = self.counts.masked_fill(~allowed[:-1], -torch.inf).topk(self.k)
             scores[:], best[:] = popular.values, popular.indices
-        ends, asked, allowed = sizes.cumsum(0), sizes.nonzero()[:, 0], allowed.to(self.device)
-        read = sizes[asked].clamp(max=self.max_length)
+        ends, allowed = sizes.cumsum(0), allowed.to(self.device)
+        users, asked = Spans(items, ends - sizes, ends, items[:0]), sizes.nonzero()[:, 0]
         limits = at_once(self.device, len(self.titles) - 1)
-        # One user, the question of a live service, waits for no grouping.
-        groups = [asked[rows] for rows in batches(read, *limits)] if len(asked) > 1 else [asked] * len(asked)
         with tqdm(total=len(asked), desc=title, unit=" users", unit_scale=True, leave=False, disable=not title) as bar:
-            for rows in groups:
-                width = max(2, int(sizes[rows].max()))
-                history = pad_left(items, (ends - sizes)[rows], ends[rows], width).to(self.device)  # (B, S)
+            for group in batches(sizes[asked].clamp(max=self.model.max_length), *limits):
+                rows = asked[group]
+                history = users.histories(rows, self.device)  # (B, S)
                 excluded = history if self.exclude_seen else torch.zeros_like(history[:, :2])
-                found = self.graph(self.question(history), excluded, allowed)
+                found = self.graph(self.model.question(history), excluded, allowed)
                 scores[rows], best[rows] = found[0].cpu(), found[1].cpu()
                 bar.update(len(rows))
         return scores, best
@@ -266,7 +266,7 @@ class Recommender:
         if text.startswith("id:") and text[3:] in self.by_id:
             return [self.by_id[text[3:]]]
         ids = [self.by_id[key] for key in (name, text) if key in self.by_id][:1]
-        return sorted({*ids, *self.by_title.get(text, [])}) or self.by_title.get("any case: " + text.casefold(), [])
+        return sorted({*ids, *self.by_title.get(text, [])}) or self.by_title_in_any_case.get(text.casefold(), [])
 
     def items(self, names: Iterable[object]) -> list[int]:
         """Internal ids of all with these raw ids or, where that is none, these titles; unknown names are left out."""
@@ -287,9 +287,8 @@ class Recommender:
         if found:
             which = ", ".join(f"id:{self.raw_ids[item]}" for item in found)
             raise InputError(f"{name!r} is the name of {len(found)} items; say which: {which}")
-        titles = [title for title in self.by_title if not title.startswith("any case: ")]
-        inside = [title for title in titles if text.casefold() in title.casefold()][:3]
-        close = inside or difflib.get_close_matches(text, titles, 3, 0.5)
+        inside = [title for title in self.by_title if text.casefold() in title.casefold()][:3]
+        close = inside or difflib.get_close_matches(text, list(self.by_title), 3, 0.5)
         hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
         raise InputError(f"no item {name!r} in the catalogue{hint}")
 
@@ -417,12 +416,13 @@ def print_ranked(ranked: list[tuple[str, str, float]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Recommend what comes next after the given items, oldest first.")
-    parser.add_argument("items", nargs="*", help='titles or raw ids, such as "Toy Story (1995)"; id:RAW is a raw id')
+    ways = parser.add_mutually_exclusive_group()
+    ways.add_argument("items", nargs="*", default=[], help='titles or raw ids, such as "Heat (1995)"; id:RAW: a raw id')
     parser.add_argument("--run", default="runs/ml-1m/student", help="run folder (default: %(default)s)")
     parser.add_argument("-k", type=positive, default=10, help="how many to recommend (default: %(default)s)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="for every user of the log --data, into a file")
-    parser.add_argument("--user", metavar="ID", help="for this user of the log --data")
-    parser.add_argument("--similar", metavar="ITEM", help="the items most like this one instead")
+    ways.add_argument("--out", type=Path, metavar="FILE", help="for every user of the log --data, into a file")
+    ways.add_argument("--user", metavar="ID", help="for this user of the log --data")
+    ways.add_argument("--similar", metavar="ITEM", help="the items most like this one instead")
     parser.add_argument("--new-items", nargs="+", metavar="TEXT", default=[], help="items that the run does not know: "
         "their texts, or a file with a column of ids and one of titles")  # fmt: skip
     parser.add_argument("--only", metavar="FILE", help="recommend only these items, a raw id or title a line")
@@ -432,15 +432,15 @@ def main() -> None:
     add_data_flags(parser)
     parser.set_defaults(data=None)
     args = parser.parse_args()
-    given = [args.items or None, args.out, args.user, args.similar]
-    if sum(way is not None for way in given) > 1:
-        parser.error("give items, --out, --user or --similar, one of them")
     if args.out and args.out.is_dir():
         parser.error(f"--out {args.out}: is a folder; name a file in it")
     if (args.out or args.user is not None) and not args.data:
         parser.error("--out and --user are about the users of a log: give its --data")
     exclude_seen = None if args.seen == "auto" else args.seen == "exclude"
-    recommender = Recommender(args.run, args.k, args.device, args.compile or None, not args.compile, None, exclude_seen)
+    recommender = Recommender(
+        args.run, args.k, args.device, compile=True if args.compile else None,  # None: if it was compiled before
+        fallback=not args.compile, exclude_seen=exclude_seen,
+    )  # fmt: skip
     if args.new_items:
         add_new_items(recommender, args.new_items)
     if args.only:
@@ -453,6 +453,7 @@ def main() -> None:
         return
     if args.out or args.user is not None:
         args.min_items = args.min_length = 1  # whoever is in the log, with whatever history
+        args.split = recommender.config["settings"].get("split", "last")  # a run on sessions is asked by session
         data = load_asked(args)
         if args.out:
             recommend_all(recommender, data, args.out)

@@ -30,7 +30,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -50,7 +50,7 @@ from data import (
 from evaluate import hit_rate, ndcg, rank_targets
 from prebert import (
     ITEM_INITS, NEVER, VERSION, BertConfig, PreBert, Reader, check_catalogue, item_vectors, load_bert, machine,
-    peak_memory_gb, pick_device, prebert_from_bert, read_run, save_run, save_texts, set_item_table, start_from,
+    peak_memory_gb, pick_device, prebert_from_bert, read_json, read_run, save_texts, set_item_table, start_from,
     write_safetensors,
 )  # fmt: skip
 
@@ -61,12 +61,8 @@ SPARSE = 100  # interactions an item. With fewer, item vectors start from titles
 # What a kind of question needs. Next items are five times as many questions an epoch, so a model overfits earlier:
 # fewer epochs, more dropout, smoothed labels.
 RECIPES: dict[str, dict[str, float]] = {
-    "next": dict(
-        epochs=6, lr=1e-3, body_lr=3e-4, tokens=2048, dropout=0.2, sparse_dropout=0.2, label_smoothing=0.1
-    ),
-    "masked": dict(
-        epochs=10, lr=1e-3, body_lr=3e-4, tokens=2048, dropout=0.1, sparse_dropout=0.1, label_smoothing=0.0
-    ),
+    "next": dict(epochs=6, lr=1e-3, body_lr=3e-4, tokens=2048, dropout=0.2, sparse_dropout=0.2, label_smoothing=0.1),
+    "masked": dict(epochs=10, lr=1e-3, body_lr=3e-4, tokens=2048, dropout=0.1, sparse_dropout=0.1, label_smoothing=0.0),
 }
 
 
@@ -76,8 +72,8 @@ def item_loss(model: PreBert, batch: Batch, label_smoothing: float = 0.0, sample
     p = softmax(head(h) E^T + b) over all items, or over the label and a sample of them; the encoder's last
     layer and this softmax are computed where something is asked and nowhere else.
     """
-    asked = batch.labels != PAD  # (B, M)
-    states, columns = model(batch.tokens, batch.positions)[asked], batch.labels[asked] - 1  # (Q, D), (Q,)
+    is_asked = batch.labels != PAD  # (B, M)
+    states, columns = model(batch.tokens, batch.positions)[is_asked], batch.labels[is_asked] - 1  # (Q, D), (Q,)
     if sampler is None:
         logits = model.logits(states).float()  # (Q, I)
     else:
@@ -117,8 +113,9 @@ def autocast_dtype(device: torch.device, precision: str) -> torch.dtype:
     """bfloat16 where the hardware multiplies it (`auto`), else float32; bf16 without hardware is slower."""
     if precision != "auto":
         return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
-    supported = {"cuda": torch.cuda.is_bf16_supported, "cpu": torch.cpu._is_avx512_bf16_supported}
-    return torch.bfloat16 if supported.get(device.type, bool)() else torch.float32
+    on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    on_cpu = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if on_gpu or on_cpu else torch.float32
 
 
 def keep_freed_memory() -> None:
@@ -154,17 +151,17 @@ def draw_batch(
     """Windows (B,) as a batch with fresh questions, of the model's kind."""
     width = int((ends - starts).max())
     tokens = pad_left(part.items, starts, ends, width)  # (B, T)
-    asked = next_items(tokens) if model.config.causal else mask_items(tokens, last_only, model.mask_id, generator)
-    return Batch(*asked, entries=(ends - width)[:, None] + asked[1])
+    question = next_items(tokens) if model.config.causal else mask_items(tokens, last_only, model.mask_id, generator)
+    return Batch(*question, entries=(ends - width)[:, None] + question[1])
 
 
 def validate(model: PreBert, valid: Spans, exclude_seen: bool, users: int) -> tuple[float, float]:
     """NDCG@10 and HR@10 on the validation part, for the same random `users` every time."""
     chosen = torch.randperm(len(valid.targets), generator=Generator().manual_seed(0))[:users]
-    rank, processes = world()
+    process, processes = world()
     device = model.item_bias.device
     model.eval()
-    ranks = rank_targets(model.score_next, valid[chosen[rank::processes]], exclude_seen, model.max_length, device)
+    ranks = rank_targets(model.score_next, valid[chosen[process::processes]], exclude_seen, model.max_length, device)
     model.train()
     quality, hits = gathered([ndcg(ranks, 10).sum().item(), hit_rate(ranks, 10).sum().item()], device).sum(0).tolist()
     return quality / len(chosen), hits / len(chosen)
@@ -205,30 +202,29 @@ def train(
     bit for bit, since every random draw is a function of the seed and its step or epoch. Raises InputError when there
     is nothing to ask, the folder is taken, or the loss is not finite; exits with 130 or 143 after Ctrl-C or SIGTERM.
     """
-    part, valid, _ = parts
-    asks = len(grid_windows(part, model.max_length)[0]) if model.config.causal else len(part.sizes)
-    held_out = len(valid.targets) > 0  # not with --all and --final, where the last epoch's weights are the best
-    if not asks or not (held_out or data.split not in ("last", "sessions")):
+    train_part, valid_part, _ = parts
+    has_valid = len(valid_part.targets) > 0  # not with --all and --final, where the last epoch's weights are the best
+    windows = draw_windows(model, train_part, seeded(args.seed, "windows", 0))[0]
+    if not len(windows) or (data.split in ("last", "sessions") and not has_valid):
         raise InputError(f"{data.name}: no user has the three items that training needs, four for next items")
     if data.num_items <= FULL_SOFTMAX:  # with huge catalogues, keeping freed blocks fragments memory
         keep_freed_memory()
-    device, seed, (rank, processes) = pick_device(args.device), args.seed, world()
+    device, seed, (process, processes) = pick_device(args.device), args.seed, world()
     dtype = autocast_dtype(device, args.precision)
-    optimizer = make_optimizer(model.train().to(device), args.lr, args.body_lr or args.lr, args.weight_decay)
+    optimizer = make_optimizer(model.train().to(device), args.lr, args.body_lr, args.weight_decay)
     with locked(run):
-        state = open_run(run, model, optimizer, data, item_counts(part, data.num_items), args, config)
+        state = open_run(run, model, optimizer, data, train_part, args, config)
         if state is None:
             return
         objective: nn.Module = Objective(model, loss_of)
         objective = DistributedDataParallel(objective) if processes > 1 else objective
         caught, saved = catch_signals(), time.perf_counter()
         if args.start and state["step"] == 0:
-            if rank == 0:
+            if process == 0:
                 write_safetensors(run / "model.safetensors", model.state_dict())
-            if held_out:
-                state["best"], hits = validate(model, valid, not data.repeats, args.eval_users)
-                if rank == 0:
-                    print(f"before training: validation NDCG@10 {state['best']:.4f}  HR@10 {hits:.4f}", flush=True)
+            if has_valid:
+                state["best"], hits = validate(model, valid_part, not data.repeats, args.eval_users)
+                print(f"before training: validation NDCG@10 {state['best']:.4f}  HR@10 {hits:.4f}", flush=True)
         # When training would have begun, had it not been interrupted.
         began, began_cpu = saved - state["seconds"], time.process_time() - state["cpu_seconds"]
 
@@ -240,20 +236,20 @@ def train(
         while spent() < 1 and state["waited"] < args.patience:
             # An epoch: fresh windows, fresh batches of similar length, fresh questions.
             epoch = state["epoch"]
-            starts, ends, last_only = draw_windows(model, part, seeded(seed, "windows", epoch))
+            starts, ends, last_only = draw_windows(model, train_part, seeded(seed, "windows", epoch))
             plan = batches(ends - starts, args.tokens, generator=seeded(seed, "batches", epoch))
             done = sum(int((ends - starts)[rows].sum()) for rows in plan[: state["batch"]])
             bar = tqdm(total=int((ends - starts).sum()), initial=done, desc=f"epoch {epoch + 1}", unit=" items",
                        leave=False, unit_scale=True, mininterval=0.5 if sys.stderr.isatty() else 30,
-                       disable=rank > 0)  # fmt: skip
+                       disable=process > 0)  # fmt: skip
             for rows in plan[state["batch"] :]:
                 rate = schedule(spent(len(plan)), args.warmup)
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * rate
                 generator = seeded(seed, "masks", state["step"])
-                batch = draw_batch(model, part, starts[rows], ends[rows], last_only[rows], generator)
+                batch = draw_batch(model, train_part, starts[rows], ends[rows], last_only[rows], generator)
                 own, weight = share_of(batch)
-                torch.manual_seed(seed * 1_000_003 + state["step"] * processes + rank)  # for dropout
+                torch.manual_seed(seed * 1_000_003 + state["step"] * processes + process)  # for dropout
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                     loss = objective(*(tensor.to(device) for tensor in own)) * weight
                 optimizer.zero_grad()
@@ -277,7 +273,7 @@ def train(
                     state["cpu_seconds"], saved = time.process_time() - began_cpu, time.perf_counter()
                     save_state(run, model, optimizer, state)
                 if stop:
-                    if rank == 0:
+                    if process == 0:
                         print(f"\nstopped at step {state['step']}; --resume goes on", file=sys.stderr)
                     sys.exit(128 + stop)
                 if args.minutes and spent() >= 1:
@@ -285,22 +281,22 @@ def train(
             bar.close()
             # Evaluate on validation users, keep the weights if they are the best so far, log, checkpoint.
             state["epoch"], state["batch"] = epoch + 1, 0
-            quality, hits = validate(model, valid, not data.repeats, args.eval_users) if held_out else (0.0, 0.0)
-            best = not held_out or quality > state["best"]
+            quality, hits = validate(model, valid_part, not data.repeats, args.eval_users) if has_valid else (0.0, 0.0)
+            best = not has_valid or quality > state["best"]
             state["best"], state["waited"] = max(quality, state["best"]), 0 if best else state["waited"] + 1
             state["cpu_seconds"], saved = time.process_time() - began_cpu, time.perf_counter()
             minutes, loss_now = state["seconds"] / 60, state["loss"]
             state["log"] += f"{state['step']},{epoch + 1},{minutes:.3f},{loss_now:.5f},{quality:.5f},{hits:.5f}\n"
-            if rank == 0:
+            if process == 0:
                 if best:
                     write_safetensors(run / "model.safetensors", model.state_dict())
                 write_atomic(run / "log.csv", state["log"].encode())
-                scores = f"  validation NDCG@10 {quality:.4f}  HR@10 {hits:.4f}{'  best' * best}" * held_out
-                print(f"epoch {epoch + 1:>3}  {minutes:6.1f} min  loss {loss_now:.3f}{scores}", flush=True)
+            scores = f"  validation NDCG@10 {quality:.4f}  HR@10 {hits:.4f}{'  best' * best}" if has_valid else ""
+            print(f"epoch {epoch + 1:>3}  {minutes:6.1f} min  loss {loss_now:.3f}{scores}", flush=True)
             save_state(run, model, optimizer, state)
-        if rank == 0:
+        if process == 0:
             costs = {"minutes": state["seconds"] / 60, "cpu_minutes": state["cpu_seconds"] / 60}
-            ended = {"valid_NDCG@10": state["best"] if held_out else None, "peak_memory_gb": peak_memory_gb()}
+            ended = {"valid_NDCG@10": state["best"] if has_valid else None, "peak_memory_gb": peak_memory_gb()}
             write_json(run / "metrics.json", {**ended, "steps": state["step"], "epochs": state["epoch"], **costs})
             (run / "train_state.pt").unlink(missing_ok=True)
 
@@ -340,55 +336,56 @@ def check_same(run: Path, config: dict, data: Interactions) -> None:
     """InputError unless a run was started with these settings on these interactions; names the first that differs."""
     before, catalogue = read_run(run)
     check_catalogue(run, before, catalogue, data)
-    then, now = ({**c.get("settings", {}), "version": c.get("version"), "teachers": c.get("teachers"),
-                  "model": c.get("model")} for c in (before, config))  # fmt: skip
+    then, now = ({**c["settings"], "teachers": c.get("teachers"), "model": c["model"]} for c in (before, config))
     for key in now:
         if then.get(key) != now[key]:
             was, is_now = str(then.get(key))[:40], str(now[key])[:40]
             raise InputError(f"--resume {run}: {key} was {was}, now {is_now}; use the same, or --overwrite")
 
 
-def find_state(run: Path, data: Interactions, args: argparse.Namespace, config: dict) -> bytes | None:
-    """A checkpoint's bytes to go on from, b"" for a fresh start, or None where the training has ended."""
+def find_state(run: Path, data: Interactions, args: argparse.Namespace, config: dict) -> tuple[str, bytes]:
+    """Whether a training is "fresh", "interrupted" or "ended"; of an interrupted one, the checkpoint's bytes."""
     if args.overwrite or not (run / "config.json").exists():
-        return b""
+        return "fresh", b""
     if not args.resume:
         raise InputError(f"{run} exists; --resume goes on with it, --overwrite starts again, --name makes another")
     check_same(run, config, data)
     if (run / "train_state.pt").exists():
-        return (run / "train_state.pt").read_bytes() or b"an empty file, which load_state refuses"
+        return "interrupted", (run / "train_state.pt").read_bytes()
     if (run / "metrics.json").exists():
-        return None
+        return "ended", b""
     if (run / "model.safetensors").exists():
         raise InputError(f"{run} has weights but no checkpoint to go on from; --overwrite starts again")
-    return b""
+    return "fresh", b""
 
 
 def open_run(
-    run: Path, model: PreBert, optimizer: torch.optim.Optimizer, data: Interactions, counts: Tensor,
+    run: Path, model: PreBert, optimizer: torch.optim.Optimizer, data: Interactions, part: Spans,
     args: argparse.Namespace, config: dict,
 ) -> dict | None:  # fmt: skip
     """The state to start or to go on from, or None if the run has ended. The first process decides for all."""
-    rank, processes = world()
-    box = [find_state(run, data, args, config) if rank == 0 else None]
+    process, processes = world()
+    box = [find_state(run, data, args, config) if process == 0 else None]
     if processes > 1:
         dist.broadcast_object_list(box)
-    if box[0] is None:
-        if rank == 0:
-            print(f"the training of {run} has ended; --overwrite starts it again")
+    kind, checkpoint = box[0] or ("", b"")
+    if kind == "ended":
+        print(f"the training of {run} has ended; --overwrite starts it again")
         return None
-    state = load_state(box[0], run, model, optimizer) if box[0] else dict(FRESH)
-    if rank == 0:
-        if not box[0]:
+    state = load_state(checkpoint, run, model, optimizer) if kind == "interrupted" else dict(FRESH)
+    if process == 0:
+        if kind == "fresh":
             for name in ("metrics.json", "train_state.pt", "model.safetensors", "texts.safetensors", "log.csv"):
                 (run / name).unlink(missing_ok=True)
-            save_run(run, config, data, counts)
+            counts = [0, *item_counts(part, data.num_items).tolist()]
+            write_json(run / "catalogue.json", {"raw_ids": data.raw_ids, "titles": data.titles, "counts": counts})
+            write_json(run / "config.json", config)
         write_atomic(run / "log.csv", state["log"].encode())  # a crash may have come between a row and its checkpoint
-        params = sum(parameter.numel() for parameter in model.parameters())
-        where = f"{autocast_dtype(model.item_bias.device, args.precision)} on {model.item_bias.device}"
-        where += f" x {processes}" * (processes > 1)
-        print(f"training {run}: {params:,} parameters, dropout {args.dropout:g}, {where}", flush=True)
-    if not box[0]:  # from here on, weights without a checkpoint are no interrupted training
+    params = sum(parameter.numel() for parameter in model.parameters())
+    where = f"{autocast_dtype(model.item_bias.device, args.precision)} on {model.item_bias.device}"
+    where += f" x {processes}" if processes > 1 else ""
+    print(f"training {run}: {params:,} parameters, dropout {args.dropout:g}, {where}", flush=True)
+    if kind == "fresh":  # from here on, weights without a checkpoint are no interrupted training
         save_state(run, model, optimizer, state)
     return state
 
@@ -417,22 +414,24 @@ def world() -> tuple[int, int]:
 
 
 def join_processes(device: str) -> None:
-    """Under torchrun, meet the other processes: NCCL between GPUs, gloo between CPUs."""
+    """Under torchrun, meet the other processes: NCCL between GPUs, gloo between CPUs. The first one prints."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         if device in ("auto", "cuda") and torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group("nccl")
         else:
             dist.init_process_group("gloo")
+        if dist.get_rank() > 0:
+            sys.stdout = open(os.devnull, "w")  # one process speaks for all
 
 
 def share_of(batch: Batch) -> tuple[Batch, float]:
     """This process' rows of a batch, and the weight of their mean loss in the mean over all processes."""
-    rank, processes = world()
+    process, processes = world()
     if processes == 1:
         return batch, 1.0
-    if len(batch.tokens) > rank:
-        own = Batch(*(tensor[rank::processes] for tensor in batch))
+    if len(batch.tokens) > process:
+        own = Batch(*(tensor[process::processes] for tensor in batch))
     else:  # a long history fills a batch alone: the others ask nothing of it
         first = Batch(*(tensor[:1] for tensor in batch))
         own = first._replace(labels=torch.zeros_like(first.labels))
@@ -492,8 +491,7 @@ def make_sampler(args: argparse.Namespace, train_part: Spans, num_items: int) ->
     """None where the full catalogue fits; else half uniform, half by popularity in the training part."""
     if args.negatives is None:
         return None
-    if world()[0] == 0:
-        print(f"sampled softmax: {args.negatives:,} shared negatives a batch instead of all {num_items:,} items")
+    print(f"sampled softmax: {args.negatives:,} shared negatives a batch instead of all {num_items:,} items")
     counts = item_counts(train_part, num_items).double()
     chance = 0.5 / num_items + 0.5 * counts / counts.sum()
     return Sampler(chance.float().to(pick_device(args.device)), args.negatives)
@@ -510,8 +508,6 @@ def add_training_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict[
         return f"(default: {', '.join(f'{recipe[key]:g} {kind}' for kind, recipe in recipes.items())})"
 
     add("--name", help="run folder runs/<data>/<name> (default: teacher, student or student-no-kd)")
-    add("--all", action="store_true", help="hold out nothing: runs <name>-all, for as many epochs as were best for "
-        "<name>, that cannot be evaluated")  # fmt: skip
     add("--start", metavar="RUN", help="begin from the weights of a run on an older log, in a fifth of the epochs")
     add("--objective", choices=tuple(recipes), help="predict each next item, or fill in blanks, the paper's own")
     add("--epochs", type=lambda text: 0 if text == "0" else positive(text),
@@ -548,13 +544,15 @@ def sparse(data: Interactions) -> bool:
 def default_init(data: Interactions, bert: str) -> str:
     """How item vectors start where --item-init does not say; printed."""
     kind = "text+cooc" if sparse(data) and any(data.texts) and bert != "none" else "cooc"
-    if world()[0] == 0:
-        print(f"item vectors start from {kind}, {len(data.items) / data.num_items:.0f} interactions an item")
+    print(f"item vectors start from {kind}, {len(data.items) / data.num_items:.0f} interactions an item")
     return kind
 
 
 def settle(args: argparse.Namespace, recipes: dict[str, dict[str, float]], data: Interactions) -> None:
-    """Fill in what the flags left open, so that config.json tells all; InputError for what makes no sense."""
+    """Fill in what the flags left open, so that config.json tells all, and end the run's name in -all or -final.
+
+    Raises InputError for what makes no sense.
+    """
     recipe = recipes[args.objective]
     args.max_length = args.max_length or 200
     if args.max_length < 3 or not 0 <= args.seed < 2**32:
@@ -569,7 +567,7 @@ def settle(args: argparse.Namespace, recipes: dict[str, dict[str, float]], data:
     if args.epochs == 0 and (suffix or not args.start):
         raise InputError("--epochs 0 trains nothing; it is for --start RUN without --all and --final")
     if args.epochs is None and suffix and not (args.minutes or args.start):
-        args.epochs = best_epoch(Path("runs") / data.name / args.name)
+        args.epochs = best_epoch(args, replace(data, split=args.split), suffix)
     if args.epochs is None:  # a hundredth of the data gets three times the passes
         args.epochs = round(recipe["epochs"] * max(1.0, (1e6 / len(data.items)) ** 0.25))
         args.epochs = max(1, args.epochs // 5) if args.start else args.epochs
@@ -578,29 +576,39 @@ def settle(args: argparse.Namespace, recipes: dict[str, dict[str, float]], data:
         other = "dropout" if data.repeats else "sparse_dropout"
         args.dropout = (recipe["sparse_dropout"] + recipe[other]) / 2
     for key, value in recipe.items():
-        if vars(args).get(key, value) is None:
+        if key in vars(args) and getattr(args, key) is None:
             setattr(args, key, value)
     args.patience = args.patience or max(5, args.epochs // 3)
 
 
-def best_epoch(run: Path) -> int:
-    """The epoch that validation found best, from a run's log.csv; InputError where there is none."""
-    rows = (run / "log.csv").read_text().split()[1:] if (run / "log.csv").exists() else []
-    if not rows:
+def best_epoch(args: argparse.Namespace, data: Interactions, suffix: str) -> int:
+    """The epoch that was best for the run <name> by validation; data: as it was split for that run.
+
+    Raises InputError where there is no such run, or where it is of another log or of other questions.
+    """
+    run = Path("runs") / data.name / args.name
+    again = run.with_name(run.name + suffix) / "config.json"
+    if args.resume and again.exists():
+        return read_json(again)["settings"]["epochs"]
+    ended = read_json(run / "metrics.json") if (run / "metrics.json").exists() else {}
+    if ended.get("valid_NDCG@10") is None:
         advice = "train without --all and --final first, or give --epochs N"
-        raise InputError(f"no {run / 'log.csv'} to learn the best epoch from; {advice}")
+        raise InputError(f"{run} does not tell the best epoch; {advice}")
+    config, catalogue = read_run(run)
+    check_catalogue(run, config, catalogue, data)
+    if config["settings"].get("objective") != args.objective:
+        raise InputError(f"{run} has another --objective; its best epoch says nothing here; give --epochs N")
+    rows = (run / "log.csv").read_text().split()[1:]
     return 1 + max(range(len(rows)), key=lambda row: float(rows[row].split(",")[4]))
 
 
 def describe(data: Interactions, model: PreBert, args: argparse.Namespace, teachers: list[str] | None = None) -> dict:
     """config.json: all that is needed to rebuild the model, to repeat the run and to trust its figures.
 
-    teachers: what made a student's teachers, see `evaluate.without_seed`.
+    teachers: what made a student's teachers, see `prebert.without_seed`.
     """
-    commit = ""
-    if shutil.which("git"):
-        git = ["git", "describe", "--always", "--dirty"]
-        commit = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     # What does not decide what is learnt, or stands beside the settings, as the split does.
     hidden = ("resume", "overwrite", "device", "root", "data", "columns", "titles", "no_cache", "final")
     settings = {key: value for key, value in vars(args).items() if key not in hidden}
@@ -657,7 +665,7 @@ def main() -> None:
     if world()[0] == 0:
         if bert and any(data.texts):
             save_texts(run, data, bert)
-        command = shlex.join(["python", "distill.py", *data_flags(args), "--teacher", str(run), *["--all"] * args.all])
+        command = shlex.join(["python", "distill.py", *data_flags(args), "--teacher", str(run)])
         print(f"the best weights are in {run}; next: {command}")
 
 

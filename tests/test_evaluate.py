@@ -96,17 +96,25 @@ def test_ranking_in_chunks_gives_the_same_ranks():
 
 def test_bootstrap_of_one_seed_is_that_of_a_mean():
     values = torch.rand(1, 2000, generator=torch.Generator().manual_seed(0)).double()
-    means = resampled(values)
+    means = resampled(values, np.arange(2000))
     assert means.mean() == pytest.approx(values.mean().item(), rel=0.002)
     assert means.std() == pytest.approx(values.std().item() / 2000**0.5, rel=0.1)
-    assert np.allclose(resampled(values + 0.1, 7) - means, 0.1)  # the same users each time
+    assert np.allclose(resampled(values + 0.1, np.arange(2000), 7) - means, 0.1)  # the same users each time
+
+
+def test_questions_of_one_session_are_drawn_together():
+    of_session = torch.rand(1, 300, generator=torch.Generator().manual_seed(0)).double()
+    owners = np.repeat(np.arange(300), 8)
+    assert np.allclose(resampled(of_session[:, owners], owners), resampled(of_session, np.arange(300)))
+    assert resampled(of_session[:, owners], np.arange(2400)).std() < 0.5 * resampled(of_session, np.arange(300)).std()
 
 
 def test_bootstrap_of_several_seeds_adds_their_spread():
     generator = torch.Generator().manual_seed(0)
     seeds = torch.tensor([0.0, 0.05, 0.3, 0.12, 0.2])
     values = (torch.rand(5, 1000, generator=generator) + seeds[:, None]).double()
-    wide, narrow = resampled(values).std(), resampled(values.mean(0, keepdim=True)).std()
+    users = np.arange(1000)
+    wide, narrow = resampled(values, users).std(), resampled(values.mean(0, keepdim=True), users).std()
     of_seeds = values.mean(1).numpy().std() / 5**0.5  # of a mean of five draws out of these five
     assert wide == pytest.approx((narrow**2 + of_seeds**2) ** 0.5, rel=0.1) and wide > 5 * narrow
 
@@ -118,14 +126,14 @@ def test_p_values_have_a_floor_and_are_uniform_without_a_difference():
     generator = torch.Generator().manual_seed(0)
     for gap, least, most in ((0.0, 0.05, 1.0), (0.3, 0.0, 0.001)):
         one, other = (torch.rand(1, 3000, generator=generator).double() for _ in range(2))
-        p = two_sided(resampled(one + gap, 0) - resampled(other, 1))
+        p = two_sided(resampled(one + gap, np.arange(3000), 0) - resampled(other, np.arange(3000), 1))
         assert least <= p <= most
 
 
 def test_every_pair_is_compared_seeds_being_averaged(capsys):
     values = {"teacher": [[1.0, 0.5]], "student": [[1.0, 1.0], [0.5, 0.0]], "none": [[0.0, 0.0]], "nil": [[0.0, 0.0]]}
     tensors = {name: [torch.tensor(row).double() for row in rows] for name, rows in values.items()}
-    pairs, seeds = compare(tensors)
+    pairs, seeds = compare(tensors, np.arange(2))
     gains = {frozenset((pair["better"], pair["worse"])): pair["gain"] for pair in pairs}
     assert len(pairs) == 6 and gains[frozenset(("teacher", "student"))] == pytest.approx(0.75 / 0.625 - 1)
     assert gains[frozenset(("teacher", "none"))] is None and gains[frozenset(("none", "nil"))] is None  # not NaN
@@ -139,6 +147,6 @@ def test_every_pair_is_compared_seeds_being_averaged(capsys):
 def test_a_p_at_the_floor_is_printed_as_at_most(capsys, sign):
     better, worse = torch.full((400,), 0.5).double(), torch.full((400,), 0.25).double()
     values = {"a": [better], "b": [worse]} if sign > 0 else {"b": [worse], "a": [better]}
-    (pair,), _ = compare(values)
+    (pair,), _ = compare(values, np.arange(400))
     assert (pair["better"], pair["p"]) == ("a", 2 / DRAWS)
     assert "p <= 0.001" in capsys.readouterr().out.replace("≤", "<=")

@@ -17,7 +17,7 @@ from data import HELD_OUT, PAD, InputError, SPLITS, load_dataset
 from evaluate import metrics, target_ranks
 from prebert import (
     centred, encode_texts, item_vectors, load_bert, load_run, principal_components, read_safetensors,
-    save_texts, start_from, write_safetensors,
+    save_texts, start_from, without_seed, write_safetensors,
 )  # fmt: skip
 from student import MiniBert, Recommender
 from test_prebert import bert_folder
@@ -66,7 +66,7 @@ def test_one_user_and_one_that_is_not_in_the_log(trained):
     assert len(text.splitlines()) == 1 + 1 + 3 + 1
     words = inside("student.py", *on, "--user", "u77", cwd=trained, expect=2)
     assert "no user 'u77' in ring, which has 50" in words and "'u7'" in words
-    assert "one of them" in inside("student.py", *on, "--user", "u7", "--out", "x", cwd=trained, expect=2)
+    assert "not allowed with" in inside("student.py", *on, "--user", "u7", "--out", "x", cwd=trained, expect=2)
 
 
 # ---------------------------------------------------------------- what may be recommended
@@ -238,11 +238,44 @@ def test_training_on_validation_too_leaves_test_alone(trained):
     assert sum(counts) == len(whole.items) - whole.num_users
     text = inside("evaluate.py", *flags, cwd=trained)
     assert "student-no-kd-final" in text and "all others are trained on" in text and "skipped" in text
-    assert "--final trains on" in inside("evaluate.py", *flags, "--valid", cwd=trained, expect=2)
+    assert "nothing to evaluate" in inside("evaluate.py", *flags, "--valid", cwd=trained, expect=2)
     run = ("--runs", RUN + "-final")
     words = inside("evaluate.py", "--data", "ring.inter", *run, "--valid", cwd=trained, expect=2)
     assert "all others are trained on" in words
-    assert "give one of them" in inside("distill.py", *flags, "--no-kd", "--all", cwd=trained, expect=2)
+    assert "not allowed with" in inside("distill.py", *flags, "--no-kd", "--all", cwd=trained, expect=2)
+    # A run that held out more may be gone on from; the best epoch is taken only from a run like this one.
+    go_on = ("--name", "on", "--start", RUN, "--epochs", 1, "--max-length", 16)
+    assert "starting from" in inside("distill.py", *flags, *ON_RING[:-8], *go_on, cwd=trained)
+    masked = (*ON_RING[:-8], "--objective", "masked", "--overwrite")
+    assert "another --objective" in inside("distill.py", *flags, *masked, cwd=trained, expect=2)
+    log = (trained / RUN / "metrics.json").read_text()
+    (trained / RUN / "metrics.json").unlink()  # as after an interruption
+    words = inside("distill.py", *flags, *ON_RING[:-8], "--overwrite", cwd=trained, expect=2)
+    assert "does not tell the best epoch" in words
+    (trained / RUN / "metrics.json").write_text(log)
+    for name in ("student-no-kd-final", "on-final"):
+        shutil.rmtree(trained / "runs/ring" / name)
+
+
+def test_seeds_are_one_model_whatever_epochs_were_best_for_them():
+    config = {"data": "x", "model": {}, "split": "last", "teachers": [],
+              "settings": {"seed": 1, "epochs": 3, "patience": 5, "lr": 0.1, "start": "runs/x/s1", "name": "a"}}  # fmt: skip
+    again = {**config, "settings": {**config["settings"], "seed": 2, "start": "runs/x/s2", "name": "b"}}
+    assert without_seed(config) == without_seed(again)
+    again["settings"]["epochs"] = 4
+    assert without_seed(config) != without_seed(again)
+    assert without_seed({**config, "split": "last-final"}) == without_seed({**again, "split": "last-final"})
+    again["settings"]["start"] = None
+    assert without_seed({**config, "split": "last-final"}) != without_seed({**again, "split": "last-final"})
+
+
+def test_a_log_in_another_order_is_not_gone_on_from(trained):
+    lines = (trained / "ring.inter").read_text().splitlines()
+    (trained / "turned").mkdir()
+    (trained / "turned/ring.inter").write_text("\n".join([lines[0], *lines[:0:-1]]))
+    flags = ["--data", "turned/ring.inter", "--columns", "time=none", *ON_RING, "--name", "turned", "--start", RUN]
+    words = inside("distill.py", *flags, cwd=trained, expect=2)
+    assert "another log of the same length" in words
 
 
 # ---------------------------------------------------------------- sessions
@@ -300,6 +333,10 @@ def test_sessions_are_trained_and_evaluated(tmp_path):
     assert "Recall@20" in text and "MRR@20" in text
     row = json.loads((tmp_path / "s.json").read_text())["rows"][-1]
     assert row["Recall@20"] == row["HR@20"] > 0.3
+    both = [f"u\t{session}\t{rest}" for session, _, rest in (row.partition("\t") for row in rows)]
+    (tmp_path / "both.tsv").write_text("user_id\tsession_id\titem_id\ttimestamp\n" + "\n".join(both))
+    serve = ["--run", "runs/s/student-no-kd", "--data", "both.tsv", "--out", "o.tsv", "-k", 1]
+    assert "for 60 users" in inside("student.py", *serve, cwd=tmp_path)
     flags = [*flags[:2], "--runs", "runs/s/student-no-kd"]
     assert HELD_OUT["last"] in inside("evaluate.py", *flags, cwd=tmp_path, expect=2)
 
@@ -316,7 +353,7 @@ def test_new_items_are_recommended_by_their_texts_and_change_no_other_score(trai
     config["settings"]["bert"] = str(tmp_path)
     (run / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="trained without titles"):
-        Recommender(run, compile=False).add_items(["toy"])
+        Recommender(run, compile=False).add_items({"toy": "toy"})
     log = load_dataset(str(trained / "ring.inter"))
     torch.manual_seed(1)
     log.texts[1:] = [" ".join(["toy", "story"][bit] for bit in torch.randint(0, 2, (8,))) for _ in range(60)]
@@ -351,7 +388,7 @@ def test_new_items_are_recommended_by_their_texts_and_change_no_other_score(trai
     assert "no items with titles" in inside("student.py", "id:103", *flags, cwd=trained, expect=2)
     write_safetensors(run / "texts.safetensors", {"texts": torch.zeros(3, 4)})
     with pytest.raises(InputError, match="does not fit the run"):
-        Recommender(run, compile=False).add_items(["toy"])
+        Recommender(run, compile=False).add_items({"toy": "toy"})
 
 
 def test_the_commands_behind_the_results_have_flags_that_exist():
@@ -384,7 +421,7 @@ def test_raw_ids_in_lists_mean_that_item_alone(tmp_path):
     assert {raw_id for raw_id, _, _ in everything([["id:9"]], without=["1984"])[0]} == {"7"}
     assert len(everything(history for history in [["id:9"]])) == 1
     for call in (lambda: everything([["id:9"]], without="1984"), lambda: everything.add_items("abc")):
-        with pytest.raises(InputError, match="list"):
+        with pytest.raises(InputError, match="are given as"):
             call()
 
 

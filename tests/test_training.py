@@ -645,7 +645,7 @@ def test_the_released_student_is_evaluated_where_nothing_is_trained(ring, tmp_pa
         (["teacher.py", "--data", "RING", "--seed", "10000000000000"], "--seed from 0"),
         (["distill.py", "--data", "RING"], "train first"),
         (["distill.py", "--data", "RING", "--temperature", "0"], "--temperature"),
-        (["distill.py", "--data", "RING", "--no-kd", "--alpha", "0.5"], "--no-kd"),
+        (["distill.py", "--data", "RING", "--no-kd", "--alpha", "0.9"], "--no-kd"),
         (["evaluate.py", "--data", "RING", "--runs", "nowhere"], "train first"),
         (["evaluate.py", "--data", "RING", "--sampled", "uniform"], "unrecognized"),
         (["student.py", "--run", "nowhere", "Film 1 (1951)"], "train first"),

@@ -330,8 +330,7 @@ def main() -> None:
     train, valid, test = SPLITS[data.split](data)
     part = valid if args.valid else test
     if not len(part.targets):
-        why = f"held out is {HELD_OUT[data.split]}" if args.final or args.all else "no user has three items"
-        raise InputError(f"{data.name}: {why}, so there is nothing to evaluate")
+        raise InputError(f"{data.name}: held out is {HELD_OUT[data.split]}; nobody is left to evaluate")
     owners = np.unique(part.starts.numpy(), return_inverse=True)[1]  # (R,)
     rare = (part.targets > 0) & (item_counts(train, data.num_items)[part.targets - 1] <= RARE)  # (R,)
     loaded = []

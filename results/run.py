@@ -11,6 +11,7 @@ Beauty is RecBole's amazon-beauty, at $PREBERT_DATA/amazon-beauty/beauty.inter, 
 
 import argparse
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -24,6 +25,8 @@ DATA = {  # flags of every script
     "yoochoose": "--data yoochoose",
     "beauty": f"--data {shlex.quote(str(BEAUTY))}",
     "sessions": "--data yoochoose --split sessions --min-items 1",
+    # Trained on validation sessions too, as that field does, for the epochs that were best in "sessions".
+    "sessions-final": "--data yoochoose --split sessions --min-items 1 --final",
 }
 # Name, script and flags; SEED and RUNS are filled in. What stands behind others is trained after them.
 MODELS = {
@@ -47,25 +50,29 @@ MASKED_ON = {"ml-1m"}  # the masked teacher and its student: where the paper's o
 
 def models_of(data: str) -> list[str]:
     """Which models are trained on a data set."""
-    titles, masked = data not in ("yoochoose", "sessions"), data in MASKED_ON
+    titles, masked = data in ("ml-1m", "steam", "beauty"), data in MASKED_ON
     return [name for name in MODELS if (titles or name not in TEXT) and (masked or "-masked" not in name)]
+
+
+def folder(data: str, run: str) -> str:
+    """The run folder of a model and seed."""
+    if data.startswith("sessions"):
+        return f"runs/yoochoose/sessions-{run}{data.removeprefix('sessions')}"
+    return f"runs/{data}/{run}"
 
 
 def training(data: str, name: str, seed: int) -> list[str]:
     """The command that trains one run, or goes on with it."""
-    runs = "runs/yoochoose" if data == "sessions" else f"runs/{data}"
-    kind = f"sessions-{name}" if data == "sessions" else name
-    flags = MODELS[name].replace("SEED", str(seed))
-    flags = flags.replace("RUNS/", f"{runs}/sessions-" if data == "sessions" else f"{runs}/")
-    words = f"{flags} {DATA[data]} --seed {seed} --name {kind}-s{seed} --eval-users 10000 --resume"
+    flags = re.sub(r"RUNS/(\S+)", lambda run: folder(data, run[1]), MODELS[name].replace("SEED", str(seed)))
+    shown = f"sessions-{name}" if data.startswith("sessions") else name
+    words = f"{flags} {DATA[data]} --seed {seed} --name {shown}-s{seed} --eval-users 10000 --resume"
     return [sys.executable, *shlex.split(words)]
 
 
 def evaluation(data: str, names: list[str], seeds: list[int], part: str) -> list[str]:
     """The command that evaluates all runs of a data set on one part."""
-    runs = "runs/yoochoose/sessions-" if data == "sessions" else f"runs/{data}/"
     flags = ["--valid"] if part == "validation" else []
-    folders = [f"{runs}{name}-s{seed}" for name in names for seed in seeds]
+    folders = [folder(data, f"{name}-s{seed}") for name in names for seed in seeds]
     words = [sys.executable, "evaluate.py", *shlex.split(DATA[data]), "--json", f"results/{data}/{part}.json", *flags]
     return [*words, "--runs", *folders]
 
@@ -83,7 +90,8 @@ def main() -> None:
     for data in args.only:
         names = [name for name in models_of(data) if name in (args.models or MODELS)]
         commands += [training(data, name, seed) for name in names for seed in args.seeds]
-        commands += [evaluation(data, names, args.seeds, part) for part in args.parts if names]
+        parts = [part for part in args.parts if part == "test" or not data.endswith("-final")]
+        commands += [evaluation(data, names, args.seeds, part) for part in parts if names]
     if not args.models:
         commands.append([sys.executable, "results/plot.py"])
     for number, command in enumerate(commands, 1):

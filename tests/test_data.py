@@ -159,13 +159,14 @@ def test_bad_tables_end_in_one_clear_line(tmp_path, text, words):
 
 
 def test_excel_pandas_and_concatenated_files(tmp_path):
-    text = "sep=;\r\n\r\nuser_id;item_id;time\r\na;p; 2020-01-01 10:00\r\nuser_id;item_id;time\r\na;q;2020-01-02\r\n;;\r\n"
+    header = "user_id;item_id;time\r\n"
+    text = f"sep=;\r\n\r\n{header}a;p; 2020-01-01 10:00\r\n{header}a;q;2020-01-02\r\n;;\r\n"
     (tmp_path / "x.CSV.GZ").write_bytes(gzip.compress(text.encode()))
     assert histories(load_dataset(str(tmp_path / "x.CSV.GZ"), min_items=1, min_length=1)) == [["p", "q"]]
 
 
 def test_a_stray_quote_spoils_its_own_line_only(tmp_path):
-    names = [f'"Heroes" (12" Mix)' if n % 40 == 0 else 'Blue 12"' if n % 40 == 20 else f"N{n}" for n in range(4000)]
+    names = ['"Heroes" (12" Mix)' if n % 40 == 0 else 'Blue 12"' if n % 40 == 20 else f"N{n}" for n in range(4000)]
     rows = [f"u{n % 90}\ti{n % 70}\t{n}\t{name}" for n, name in enumerate(names)]
     (tmp_path / "x.tsv").write_text("user_id\titem_id\ttime\ttitle\n" + "\n".join(rows))
     with pytest.raises(InputError, match=r"100 of 4,000 lines"):

@@ -238,7 +238,7 @@ def test_training_on_validation_too_leaves_test_alone(trained):
     assert sum(counts) == len(whole.items) - whole.num_users
     text = inside("evaluate.py", *flags, cwd=trained)
     assert "student-no-kd-final" in text and "all others are trained on" in text and "skipped" in text
-    assert "nothing to evaluate" in inside("evaluate.py", *flags, "--valid", cwd=trained, expect=2)
+    assert "nobody is left to evaluate" in inside("evaluate.py", *flags, "--valid", cwd=trained, expect=2)
     run = ("--runs", RUN + "-final")
     words = inside("evaluate.py", "--data", "ring.inter", *run, "--valid", cwd=trained, expect=2)
     assert "all others are trained on" in words
@@ -258,9 +258,9 @@ def test_training_on_validation_too_leaves_test_alone(trained):
 
 
 def test_seeds_are_one_model_whatever_epochs_were_best_for_them():
-    config = {"data": "x", "model": {}, "split": "last", "teachers": [],
-              "settings": {"seed": 1, "epochs": 3, "patience": 5, "lr": 0.1, "start": "runs/x/s1", "name": "a"}}  # fmt: skip
-    again = {**config, "settings": {**config["settings"], "seed": 2, "start": "runs/x/s2", "name": "b"}}
+    settings = {"seed": 1, "epochs": 3, "patience": 5, "lr": 0.1, "start": "runs/x/s1", "name": "a"}
+    config = {"data": "x", "model": {}, "split": "last", "teachers": [], "settings": settings}
+    again = {**config, "settings": {**settings, "seed": 2, "start": "runs/x/s2", "name": "b"}}
     assert without_seed(config) == without_seed(again)
     again["settings"]["epochs"] = 4
     assert without_seed(config) != without_seed(again)

@@ -779,19 +779,19 @@ def write_atomic(path: Path, content: bytes) -> None:
         path.write_bytes(content)
         return
     path = path.resolve()  # what a link points to is replaced, not the link
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
+        with open(unfinished, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        os.replace(unfinished, path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}; what was there before is untouched") from error
     finally:
-        if partial.exists():
-            partial.unlink()
+        if unfinished.exists():
+            unfinished.unlink()
 
 
 def write_json(path: Path, content: object) -> None:
@@ -956,7 +956,7 @@ def number(least: float, most: float = math.inf, above: bool = False, kind: type
 positive = number(1, kind=int)
 
 
-def pairs(text: str) -> dict[str, str]:
+def column_names(text: str) -> dict[str, str]:
     """An argparse type: user=customer_id,item=sku,time=when."""
     found = dict(part.partition("=")[::2] for part in text.split(","))
     if not all(found.values()) or found.keys() - COLUMNS.keys():
@@ -970,7 +970,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     add, alone = group.add_argument, group.add_mutually_exclusive_group().add_argument
     add("--data", default="ml-1m", help=f"{', '.join(PUBLIC)} or a path to a .inter, .csv or .tsv file")
     add("--root", help="folder of datasets (default: $PREBERT_DATA, else ./data)")
-    add("--columns", type=pairs, default={}, help="of a file of your own: user=NAME,item=NAME,time=NAME,label=NAME")
+    add("--columns", type=column_names, default={}, help="of your own file: user=NAME,item=NAME,time=NAME,label=NAME")
     add("--titles", metavar="FILE", help="of its items, where they are not in x.item or x.items.csv beside x.inter")
     add("--min-count", type=positive, help="users and items with fewer are left out (default: 5)")
     add("--min-items", type=positive, help="the same for items alone")

@@ -215,7 +215,7 @@ def benchmark(models: dict[str, PreBert], real: Tensor, rounds: int = 6) -> list
 
 
 def print_bench(rows: list[dict]) -> None:
-    """The benchmark as a table, a line a cell."""
+    """The benchmark as a table: one line per model, mode, batch size and length."""
     print(f"\nlatency of the top 10, float32, {torch.get_num_threads()} threads")
     print(f"{'model':<24}{'mode':<10}{'batch':>6}{'length':>8}{'p50 ms':>10}{'p95 ms':>10}{'p99 ms':>10}{'users/s':>10}"
           f"{'compile and load s':>20}")  # fmt: skip

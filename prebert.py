@@ -696,9 +696,9 @@ def cooccurrence_vectors(train: Spans, num_items: int, size: int, window: int = 
     ppmi(i, j) = max(0, log(count(i, j) * total / (count(i) * count(j)))), counted for items at most
     `window` steps apart in a training history; rows of U sqrt(S) (Levy & Goldberg 2014, section 3).
     """
-    owner, places = entries_of(train)
+    owner, entries = entries_of(train)
     user = np.full(len(train.items), -1)  # held-out items stay at -1: they belong to nobody here
-    user[places], items = owner, train.items.numpy() - 1
+    user[entries], items = owner, train.items.numpy() - 1
     found = []
     for step in range(1, window + 1):  # counted step by step: a step's keys are as many as the log's entries
         same = (user[step:] == user[:-step]) & (user[step:] >= 0)
@@ -709,8 +709,8 @@ def cooccurrence_vectors(train: Spans, num_items: int, size: int, window: int = 
     rows, columns = pairs // num_items, pairs % num_items
     totals = np.bincount(rows, counts, num_items)
     ppmi = np.log(counts * totals.sum() / (totals[rows] * totals[columns])).clip(min=0).astype(np.float32)
-    places, size_both = torch.from_numpy(np.stack([rows, columns])), (num_items, num_items)
-    matrix = torch.sparse_coo_tensor(places, torch.from_numpy(ppmi), size_both, check_invariants=True)
+    where, size_both = torch.from_numpy(np.stack([rows, columns])), (num_items, num_items)
+    matrix = torch.sparse_coo_tensor(where, torch.from_numpy(ppmi), size_both, check_invariants=True)
     rank = min(size, num_items)
     u, s, _ = torch.svd_lowrank(matrix.coalesce(), q=rank, niter=4)
     return F.pad(u * s.sqrt(), (0, size - rank))

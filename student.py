@@ -115,14 +115,14 @@ def compile_ahead(graph: TopK, package: Path) -> Callable:
         for name, low, high in (("users", 1, 2**16), ("length", 2, longest), ("history", 2, 2**16))
     )
     shapes: tuple[dict, ...] = ({0: users, 1: length}, {0: users, 1: history}, {})
-    partial = package.with_name(f"{os.getpid()}-{package.name}")
+    unfinished = package.with_name(f"{os.getpid()}-{package.name}")
     try:
-        partial.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
         with warnings.catch_warnings(action="ignore"):  # PyTorch's about its own code
             program = torch.export.export(graph, (tokens, excluded, allowed), dynamic_shapes=shapes)
             program = program.run_decompositions({torch.ops.aten.linear.default: unfused_linear})
-            torch._inductor.aoti_compile_and_package(program, package_path=str(partial))
-        os.replace(partial, package)
+            torch._inductor.aoti_compile_and_package(program, package_path=str(unfinished))
+        os.replace(unfinished, package)
     except Exception as error:  # the compiler's stack raises anything: no g++, no space, a path that g++ cannot read
         reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
         raise InputError(f"cannot compile, which needs a working C++ compiler such as g++: {reason[:120]}") from error

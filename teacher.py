@@ -439,7 +439,7 @@ def share_of(batch: Batch) -> tuple[Batch, float]:
 
 
 def gathered(values: list[float], device: torch.device) -> Tensor:
-    """Numbers of all processes, a row a process, (processes, len(values))."""
+    """Numbers of all processes, one row per process, (processes, len(values))."""
     own = torch.tensor(values, dtype=torch.float32 if device.type == "mps" else torch.float64)
     if world()[1] == 1:
         return own[None]

@@ -405,7 +405,7 @@ def test_the_commands_behind_the_results_have_flags_that_exist():
             teachers = [word for word in teachers if word.startswith("runs/")]
             assert teachers and made.issuperset(teachers)
         if script != "evaluate.py":
-            made.add(f"runs/{data}/{words[words.index('--name') + 1]}")
+            made.add(f"runs/{data}/{words[words.index('--name') + 1]}{'-final' * ('--final' in words)}")
         else:
             assert made.issuperset(word for word in words if word.startswith("runs/"))
 

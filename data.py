@@ -901,7 +901,7 @@ def load_dataset(
     """
     paths = find_files(name, root, titles_file)
     source: list = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
-    source.append([4, fraction, columns or {}, sessions])  # 4 is the version of the copy
+    source.append([5, fraction, columns or {}, sessions])  # 5 is the version of the copy
     copy = Path("runs") / dataset_name(name) / f"interactions-{min_items}-{min_length}.npz"
     if copy.exists() and (data := read_copy(copy, source)):
         return data

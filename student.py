@@ -249,9 +249,11 @@ class Recommender:
             scores[:], best[:] = popular.values, popular.indices
         ends, allowed = sizes.cumsum(0), allowed.to(self.device)
         users, asked = Spans(items, ends - sizes, ends, items[:0]), sizes.nonzero()[:, 0]
-        limits = at_once(self.device, len(self.titles) - 1)
+        groups = [torch.arange(len(asked))] * len(asked)  # one user, as of a live service, waits for no grouping
+        if len(asked) > 1:
+            groups = batches(sizes[asked].clamp(max=self.model.max_length), *at_once(self.device, len(self.titles) - 1))
         with tqdm(total=len(asked), desc=title, unit=" users", unit_scale=True, leave=False, disable=not title) as bar:
-            for group in batches(sizes[asked].clamp(max=self.model.max_length), *limits):
+            for group in groups:
                 rows = asked[group]
                 history = users.histories(rows, self.device)  # (B, S)
                 excluded = history if self.exclude_seen else torch.zeros_like(history[:, :2])

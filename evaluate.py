@@ -330,8 +330,7 @@ def main() -> None:
     train, valid, test = SPLITS[data.split](data)
     part = valid if args.valid else test
     if not len(part.targets):
-        why = "no user has three items" if data.split in ("last", "sessions") else f"held out is {HELD_OUT[data.split]}"
-        raise InputError(f"{data.name}: {why}, so nobody is left to evaluate")
+        raise InputError(f"{data.name}: no user has an item to be asked for; held out is {HELD_OUT[data.split]}")
     owners = np.unique(part.starts.numpy(), return_inverse=True)[1]  # (R,)
     rare = (part.targets > 0) & (item_counts(train, data.num_items)[part.targets - 1] <= RARE)  # (R,)
     loaded = []

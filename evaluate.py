@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import (
-    HELD_OUT, PAD, SPLITS, InputError, Interactions, Spans, add_data_flags, at_once, batches, data_flags, entries_of,
+    PAD, SPLITS, InputError, Interactions, Spans, add_data_flags, at_once, batches, data_flags, entries_of,
     item_counts, load_asked, run_command, write_json,
 )  # fmt: skip
 from prebert import PreBert, check_catalogue, load_run, machine, pick_device, read_json, read_run, without_seed
@@ -330,7 +330,7 @@ def main() -> None:
     train, valid, test = SPLITS[data.split](data)
     part = valid if args.valid else test
     if not len(part.targets):
-        raise InputError(f"{data.name}: no user has an item to be asked for; held out is {HELD_OUT[data.split]}")
+        raise InputError(f"{data.name}: no user has three items, or --final held out no validation part; none to evaluate")
     owners = np.unique(part.starts.numpy(), return_inverse=True)[1]  # (R,)
     rare = (part.targets > 0) & (item_counts(train, data.num_items)[part.targets - 1] <= RARE)  # (R,)
     loaded = []

@@ -470,6 +470,7 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+MAX_HEADER = 100_000_000  # bytes, the limit of the reference implementation
 
 
 def check(good: bool, words: str) -> None:
@@ -502,7 +503,7 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size - 8
             length = int.from_bytes(file.read(8), "little")
-            check(length <= size, "the header does not fit; truncated, or not safetensors")
+            check(length <= min(MAX_HEADER, size), "the header does not fit; truncated, or not safetensors")
             header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=unique_names)
             check(isinstance(header, dict), "the header is not a JSON object")
             metadata = header.pop("__metadata__", {})

@@ -455,7 +455,8 @@ def main() -> None:
         return
     if args.out or args.user is not None:
         args.min_items = args.min_length = 1  # whoever is in the log, with whatever history
-        args.split = recommender.config["settings"].get("split", "last")  # a run on sessions is asked by session
+        if recommender.config["settings"].get("split") == "sessions":
+            args.split = "sessions"  # what the run knows as a user
         data = load_asked(args)
         if args.out:
             recommend_all(recommender, data, args.out)

@@ -589,7 +589,7 @@ def best_epoch(args: argparse.Namespace, data: Interactions, suffix: str) -> int
     run = Path("runs") / data.name / args.name
     again = run.with_name(run.name + suffix) / "config.json"
     if args.resume and again.exists():
-        return read_json(again)["settings"]["epochs"]
+        return read_run(again.parent)[0]["settings"]["epochs"]
     ended = read_json(run / "metrics.json") if (run / "metrics.json").exists() else {}
     if ended.get("valid_NDCG@10") is None:
         advice = "train without --all and --final first, or give --epochs N"

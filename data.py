@@ -2,13 +2,15 @@
 
     python data.py --data ml-1m
 
-prints what is in a dataset: on ML-1M 6,040 users, 3,416 items and 999,611 interactions after 5-core filtering,
-3 seconds on two CPU cores. `--data` is the name of a public set or a path to a table of your own with a header.
+Prints what is in a dataset: on ML-1M 6,040 users, 3,416 items and 999,611 interactions after 5-core filtering (users
+and items with fewer than five are left out, repeatedly), 3 seconds on two CPU cores. `--data` is the name of a public
+set or a path to a table of your own with a header.
 
-The first third, up to the questions, is what a recommender needs to know; the rest is about files.
+The first 400 lines are what a recommender needs to know; the rest is about files. In order: sequences -> batches ->
+questions -> filtering -> lines -> tables -> public datasets -> the command.
 
-Letters: B batch (users), T sequence length, M asked positions of a row, U users, R rows of a `Spans`, W windows,
-L log entries.
+Letters: B batch (users), T sequence length, S whole history, M asked positions of a row, U users, R rows of a `Spans`,
+W windows, L log entries, I items.
 """
 
 import argparse
@@ -109,7 +111,7 @@ class Spans:
     items: Tensor  # (L,) the whole log; all parts share it
     starts: Tensor  # (R,)
     ends: Tensor  # (R,)
-    targets: Tensor  # (R,) empty in the training part; PAD for an item that training never saw
+    targets: Tensor  # (R,) items[:0], nothing, in the training part; PAD for an item that training never saw
 
     @property
     def sizes(self) -> Tensor:
@@ -119,7 +121,7 @@ class Spans:
         return Spans(self.items, self.starts[rows], self.ends[rows], self.targets[rows])
 
     def histories(self, rows: Tensor, device: torch.device) -> Tensor:
-        """Whole histories of these rows, left-padded, (B, S); S is 2 or more, which compiled graphs need."""
+        """Whole histories of these rows, left-padded, (B, S); S is at least 2, which compiled graphs need."""
         width = max(2, int(self.sizes[rows].max()))
         return pad_left(self.items, self.starts[rows], self.ends[rows], width).to(device)
 
@@ -206,7 +208,7 @@ def entries_of(part: Spans) -> tuple[Tensor, Tensor]:
 
 
 def item_counts(part: Spans, num_items: int) -> Tensor:
-    """How often each item occurs in a part, (num_items,)."""
+    """How often each item occurs in a part, (I,)."""
     return torch.bincount(part.items[entries_of(part)[1]], minlength=num_items + 1)[1:]
 
 
@@ -222,16 +224,18 @@ def pad_left(items: Tensor, starts: Tensor, ends: Tensor, length: int) -> Tensor
 def grid_windows(part: Spans, length: int) -> tuple[Tensor, Tensor]:
     """Training windows of a causal model: starts (W,) and ends (W,) of `length` + 1 items at most.
 
-    A history of n items is cut from its newest end into ceil((n - 1) / length) windows that overlap by one item, so
-    that every item but the first is asked for once; one of a single item gives none. What stands to the left of an
-    item is the same in every epoch: a causal teacher says the same there each time, and can be asked once for all.
+    A model reads `length` items at most, so longer histories are cut. A history of n items is cut from its newest end
+    into ceil((n - 1) / length) windows that overlap by one item, so that every item but the first is asked for once;
+    one of a single item gives none. What stands to the left of an item is the same in every epoch: a causal teacher
+    says the same there each time, and can be asked once for all.
     """
     rows, places = ragged((part.sizes + length - 2) // length)
     ends = part.ends[rows] - length * places
     return torch.maximum(part.starts[rows], ends - length - 1), ends
 
 
-LAST_SHARE, MASK_RATE = 0.1, 0.2  # of windows, of items: what a masked model is asked
+LAST_SHARE = 0.1  # of a masked model's windows: only their last item is hidden
+MASK_RATE = 0.2  # of the items of its other windows: hidden (Sun et al. 2019, for ML-1M)
 
 
 def random_windows(part: Spans, length: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -252,7 +256,7 @@ def random_windows(part: Spans, length: int, generator: Generator) -> tuple[Tens
 
 
 def batches(sizes: Tensor, tokens: int, rows: int = sys.maxsize, generator: Generator | None = None) -> list[Tensor]:
-    """Group rows of similar size (R,) so that a batch, padded, holds about `tokens` positions and at most `rows`.
+    """Group rows of similar size (R,): a batch, padded, holds at most `tokens` positions, or one row, and `rows` rows.
 
     Returns a list of row numbers (B,). With a generator, ties and the order of batches are random.
     """
@@ -302,9 +306,9 @@ def mask_items(tokens: Tensor, last_only: Tensor, mask: int, generator: Generato
     hidden[:, -1] |= ~hidden.any(1)
     counts = hidden.sum(1)
     positions = torch.argsort(hidden.int(), dim=1, descending=True, stable=True)[:, : counts.max()]  # (B, M)
-    real = torch.arange(positions.shape[1]) < counts[:, None]
-    positions = torch.where(real, positions, tokens.shape[1] - 1)
-    labels = torch.where(real, tokens.gather(1, positions), PAD)
+    filled = torch.arange(positions.shape[1]) < counts[:, None]
+    positions = torch.where(filled, positions, tokens.shape[1] - 1)
+    labels = torch.where(filled, tokens.gather(1, positions), PAD)
     return tokens.masked_fill(hidden, mask), positions, labels
 
 
@@ -384,7 +388,8 @@ def build(
     keep = first_times(clicks) if once else np.arange(read)
     keep = latest_users(clicks, keep, fraction) if fraction > 1 else keep
     core = keep[core_filter(clicks.users[keep], clicks.items[keep], min_items, min_length)]
-    lines = f"{read:,} read, {read - len(keep):,} repeated or older, {len(keep) - len(core):,} of rare users or items"
+    older = f" or of users before the latest 1/{fraction}" * (fraction > 1)
+    lines = f"{read:,} read, {read - len(keep):,} repeated{older}, {len(keep) - len(core):,} of rare users or items"
     lines += f", {taken['left out']}" if "left out" in taken else ""
     if not len(core):
         least = f"where a user needs {min_length} and an item {min_items}; try a smaller --min-count"
@@ -838,6 +843,7 @@ def fetch(folder: Path, public: Public) -> None:
 
 TABLE = re.compile(r"\.(inter|item|csv|tsv)(\.gz)?$", re.IGNORECASE)
 CACHE_FROM = 1 << 24  # bytes; smaller logs are read faster than anyone waits
+COPY_VERSION = 5  # of what a parsed copy holds
 
 
 def dataset_name(name: str) -> str:
@@ -901,7 +907,7 @@ def load_dataset(
     """
     paths = find_files(name, root, titles_file)
     source: list = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
-    source.append([5, fraction, columns or {}, sessions])  # 5 is the version of the copy
+    source.append([COPY_VERSION, fraction, columns or {}, sessions])
     copy = Path("runs") / dataset_name(name) / f"interactions-{min_items}-{min_length}.npz"
     if copy.exists() and (data := read_copy(copy, source)):
         return data

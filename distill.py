@@ -10,8 +10,8 @@ A label says that one film came next; the teacher's distribution says which othe
 (Hinton et al. 2015; arXiv 2409.14810, section 3.3). Data, batches, loop, checkpoints: teacher.py. In order: the
 loss -> what the teachers say -> building the student -> the command.
 
-Letters: B batch, T sequence length, Q asked positions of a batch, I items, N negatives, D and S hidden sizes of teacher
-and student, L log entries.
+Letters: B batch, T sequence length (in the loss: temperature), Q asked positions of a batch, I items, N negatives, D
+and S hidden sizes of teacher and student, L log entries.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from data import (
     load_asked, number, pad_left, run_command,
 )  # fmt: skip
 from prebert import (
-    ITEM_INITS, PreBert, check_catalogue, item_vectors, load_bert, load_run, pick_device, principal_components,
+    ITEM_INITS, PreBert, Reader, check_catalogue, item_vectors, load_bert, load_run, pick_device, principal_components,
     save_texts, set_item_table, start_from, without_seed,
 )  # fmt: skip
 from student import STUDENTS, MiniBert
@@ -103,10 +103,10 @@ def student_loss(
 
 @torch.no_grad()
 def top_items(pairs: list[tuple[PreBert, Tensor]], count: int) -> Tensor:
-    """The likeliest columns of the mean teacher at states (Q, D) of each, (Q, count); a few positions at a time."""
+    """The likeliest columns of the mean teacher, (Q, count); pairs: each teacher with its states (Q, D)."""
     num_items, positions = pairs[0][0].num_items, len(pairs[0][1])
     found = []
-    for rows in torch.arange(positions).split(max(1, 2**26 // num_items)):
+    for rows in torch.arange(positions).split(max(1, 2**26 // num_items)):  # a quarter GiB of scores
         answers = mean_of([teacher.logits(states[rows.to(states.device)]) for teacher, states in pairs])
         found.append(answers.topk(min(count, num_items)).indices)
     return torch.cat(found)
@@ -117,7 +117,7 @@ def top_items(pairs: list[tuple[PreBert, Tensor]], count: int) -> Tensor:
 
 @torch.no_grad()
 def states_of(teacher: PreBert, part: Spans, dtype: torch.dtype) -> Tensor:
-    """A causal teacher's state after each item of the training part but the last, (L, D).
+    """A causal teacher's state after each item of a training history but its last, (L, D); 0 at other entries.
 
     Windows are those of training, so that it says here what it would say on the batch.
     """
@@ -157,15 +157,16 @@ def teacher_states(teachers: list[PreBert], part: Spans, dtype: torch.dtype, cac
 # ---------------------------------------------------------------- building the student
 
 
-def build_student(args: argparse.Namespace, data: Interactions, part: Spans, teacher: PreBert | None) -> MiniBert:
-    """Mini-BERT with its item table from the teacher's by PCA, or as a teacher's own starts."""
+def build_student(
+    args: argparse.Namespace, data: Interactions, part: Spans, teacher: PreBert | None, bert: Reader | None
+) -> MiniBert:
+    """Mini-BERT with its item table from the teacher's by PCA, or from `item_vectors`, as a teacher's own."""
     torch.manual_seed(args.seed)
     model = MiniBert(args.size, data.num_items, args.max_length, args.objective == "next", args.dropout)
-    size, vectors = model.config.hidden_size, None
-    if args.item_init == "pca" and teacher is not None:
-        vectors = principal_components(teacher.item_embedding.weight[1:-1].detach().cpu(), size)
-    elif args.item_init != "pca":
-        bert = load_bert(args.bert) if "text" in args.item_init and args.bert != "none" else None
+    size = model.config.hidden_size
+    if teacher is not None and args.item_init == "pca":
+        vectors: Tensor | None = principal_components(teacher.item_embedding.weight[1:-1].detach().cpu(), size)
+    else:
         vectors = item_vectors(args.item_init, data, part, size, bert)
     if vectors is not None:
         set_item_table(model, vectors, 1.0)
@@ -215,6 +216,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.no_kd and (args.no_cache or args.temperature != 1 or args.alpha != 0.5):
         parser.error("--temperature, --alpha and --no-cache say nothing with --no-kd")
+    if args.no_kd and args.teacher and args.item_init != "pca":
+        parser.error("--teacher says nothing with --no-kd, except for --item-init pca")
     if not args.no_kd and args.label_smoothing:
         parser.error("--label-smoothing is for --no-kd: the teacher's answers are smooth already")
     args.name = args.name or ("student-no-kd" if args.no_kd else "student")
@@ -226,7 +229,9 @@ def main() -> None:
     teachers, made_by = load_teachers(args, data)
     settle(args, RECIPES, data)
     parts = SPLITS[data.split](data)
-    model = build_student(args, data, parts[0], teachers[0] if teachers else None)
+    from_texts = "text" in args.item_init or (teachers and (Path(args.teacher[0]) / "texts.safetensors").exists())
+    bert = load_bert(args.bert) if from_texts and any(data.texts) and args.bert != "none" else None
+    model = build_student(args, data, parts[0], teachers[0] if teachers else None, bert)
     sampler = make_sampler(args, parts[0], data.num_items)
     if args.no_kd:
         loss = partial(item_loss, label_smoothing=args.label_smoothing, sampler=sampler)
@@ -238,14 +243,11 @@ def main() -> None:
     run = Path("runs") / data.name / args.name
     train(model, loss, data, parts, run, args, describe(data, model, args, made_by))
     if world()[0] == 0:
-        from_texts = "text" in args.item_init or (teachers and (Path(args.teacher[0]) / "texts.safetensors").exists())
-        if from_texts and any(data.texts):
-            save_texts(run, data, load_bert(args.bert))
+        if bert:
+            save_texts(run, data, bert)
         serve = shlex.join(["python", "student.py", "--run", str(run), f"id:{data.raw_ids[1]}"])
         check = shlex.join(["python", "evaluate.py", *data_flags(args)])
-        print(f"the best weights are in {run}; next: {serve if args.all else check}")
-        if not args.all:
-            print(f"then: {serve}")
+        print(f"the best weights are in {run}; next: " + "\nthen: ".join([serve] if args.all else [check, serve]))
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@
     python evaluate.py                       # every run under runs/ml-1m, two baselines, each pair of runs compared
     python evaluate.py --bench --json bench.json
 
-scores models on the test part: for each user all items are ranked, those already seen left out, and the
-place of the one that came next is looked up. Where nothing is trained yet, the released student is evaluated:
-NDCG@10 0.2090, HR@10 0.3483 on ML-1M. In order: ranks -> metrics -> bootstrap -> baselines -> `benchmark` ->
-the table -> the command.
+Scores models on the test part: for each user all items are ranked, those already seen left out, and the place of the
+one that came next is looked up. HR is the hit rate, NDCG the normalised discounted cumulative gain, MRR the mean
+reciprocal rank. Where nothing is trained yet, the released student is evaluated: NDCG@10 0.2090, HR@10 0.3483 on ML-1M.
+In order: ranks -> metrics -> bootstrap -> baselines -> `benchmark` of student.py's `TopK` -> the table -> the command.
 
 Letters: B batch (users), T sequence length, S whole history, R users asked about, I items, E seeds, N draws.
 """
@@ -36,12 +36,15 @@ Scorer = Callable[[Tensor], Tensor]  # history (B, T), left-padded, newest last 
 # ---------------------------------------------------------------- ranks and metrics
 
 
+MISS = 2**31  # the place of an item that training never saw: no K reaches it
+
+
 def target_ranks(scores: Tensor, targets: Tensor, seen: Tensor | None = None) -> Tensor:
     """Place of each target among all items, 1 is best, (B,).
 
     scores (B, I): column j is item j + 1. targets (B,): item ids. seen (B, S): ids to leave out, 0
     fills rows up; a target is never left out. Ties, and scores that are not numbers, count against
-    the target, so that a scorer that says the same of everything gets nothing. A target PAD comes after all items.
+    the target, so that a scorer that says the same of everything gets nothing. A target PAD has the place MISS.
     """
     target_scores = scores.gather(1, (targets[:, None] - 1).clamp(min=0))  # (B, 1)
     ahead = ~(scores < target_scores)  # true for ties, for nan and for the target itself
@@ -49,7 +52,7 @@ def target_ranks(scores: Tensor, targets: Tensor, seen: Tensor | None = None) ->
         out = torch.zeros(len(scores), scores.shape[1] + 1, dtype=torch.bool, device=scores.device)
         out.scatter_(1, seen, True).scatter_(1, targets[:, None], False)
         ahead &= ~out[:, 1:]
-    return torch.where(targets == PAD, scores.shape[1] + 1, ahead.sum(1))
+    return torch.where(targets == PAD, MISS, ahead.sum(1))
 
 
 def hit_rate(ranks: Tensor, k: int) -> Tensor:
@@ -80,15 +83,12 @@ def rank_targets(
     score reads at most the newest max_length items; what is left out as seen is the whole history.
     """
     ranks = torch.zeros(len(part.targets), dtype=torch.long)
-    bar = tqdm(total=len(ranks), desc=title, leave=False, disable=not title)
     limits = at_once(torch.device(device), int(part.items.max()))
-    for rows in batches(part.sizes.clamp(max=max_length), *limits):
+    for rows in tqdm(batches(part.sizes.clamp(max=max_length), *limits), desc=title, leave=False, disable=not title):
         seen = part.histories(rows, torch.device(device))  # (B, S)
-        scores = score(seen[:, -max_length:]).float()  # (B, I)
+        scores = score(seen[:, -max_length:])  # (B, I)
         targets = part.targets[rows].to(device)  # (B,)
         ranks[rows] = target_ranks(scores, targets, seen if exclude_seen else None).cpu()
-        bar.update(len(rows))
-    bar.close()
     return ranks
 
 
@@ -100,7 +100,7 @@ DRAWS = 2000
 def resampled(values: Tensor, owners: np.ndarray, seed: int = 0) -> np.ndarray:
     """Means of values (E, R) over DRAWS resamples of the users, and of the seeds where there are several, (N,).
 
-    What another set of users, and other seeds, would show. owners (R,): the user, from 0, of each value; a session
+    How far a mean would move with other users and other seeds. owners (R,): the user, from 0, of each value; a session
     with several questions is drawn as one. Calls with the same owners draw the same users each time, so that two
     models are compared on the same ones; their seeds are drawn apart.
     """
@@ -178,7 +178,8 @@ def benchmark(models: dict[str, PreBert], real: Tensor, rounds: int = 6) -> list
 
     Histories of 20 items, of 200, and with the lengths `real` (R,). What is compared is interleaved, round after
     round, so that a noisy machine disturbs all alike; the first round is the warm-up. p50 is the median over rounds of
-    the rounds' medians, and users a second come from the median of the rounds' means.
+    the rounds' medians, p95 and p99 (p50 at least) are of all calls, and users a second come from the median of the
+    rounds' means.
     """
     cells: list[tuple[dict, Callable, list, list]] = []
     for name, model in tqdm(models.items(), desc="compiling"):
@@ -238,7 +239,7 @@ def run_row(run: Path, model: PreBert, config: dict) -> dict:
     return row | {key: made[key] for key in ("minutes", "cpu_minutes", "peak_memory_gb", "steps") if key in made}
 
 
-RARE = 2  # clicks in the training part: how well items are ranked that have hardly been clicked
+RARE = 2  # clicks in the training part at most: targets like that are rare, and reported apart as well
 
 # What the table shows of each split; the interval and the gain over the better baseline are those of NDCG@10.
 COLUMNS_OF = {
@@ -251,14 +252,14 @@ def print_table(rows: list[dict], split: str) -> None:
     """One line per model."""
     names = COLUMNS_OF[split.removesuffix("-final")]
     columns = "".join(f"{name:>10}" for name in names)
-    print(f"\n{'model':<24}{'params':>12}{'MB':>7}{columns}{'95 % interval':>16}{'on baseline':>13}")
+    print(f"\n{'model':<24}{'params':>12}{'MB':>7}{columns}{'95 % interval':>16}{'over baseline':>15}")
     best = max(row["NDCG@10"] for row in rows if row["name"] in ("popularity", "markov"))
     for row in rows:
         low, high = row["ci95"]
         sizes = f"{row['params']:>12,}{row['mb']:>7.1f}" if "mb" in row else " " * 19
         gain = f"{row['NDCG@10'] / best - 1:+.1%}" if best > 0 else "-"
         values = "".join(f"{row[name]:>10.4f}" for name in names)
-        print(f"{row['name']:<24}{sizes}{values}{f'{low:.4f}-{high:.4f}':>16}{gain:>13}")
+        print(f"{row['name']:<24}{sizes}{values}{f'{low:.4f}-{high:.4f}':>16}{gain:>15}")
 
 
 def compare(values: dict[str, list[Tensor]], owners: np.ndarray) -> tuple[list[dict], dict[str, dict]]:
@@ -330,7 +331,7 @@ def main() -> None:
     train, valid, test = SPLITS[data.split](data)
     part = valid if args.valid else test
     if not len(part.targets):
-        raise InputError(f"{data.name}: no user has three items, or --final held out no validation part")
+        raise InputError(f"{data.name}: no targets: no user has three items, or --all or --final held nothing out")
     owners = np.unique(part.starts.numpy(), return_inverse=True)[1]  # (R,)
     rare = (part.targets > 0) & (item_counts(train, data.num_items)[part.targets - 1] <= RARE)  # (R,)
     loaded = []
@@ -355,7 +356,7 @@ def main() -> None:
     evaluate("popularity", Popularity(train, data.num_items), 1, "cpu")
     evaluate("markov", Markov(train, data.num_items), 1, "cpu")
     models: dict[str, PreBert] = {}
-    values: dict[str, dict[int, Tensor]] = {}  # {model: {seed: NDCG@10 of each user}}
+    values: dict[str, dict[int, Tensor]] = {}  # {model: {seed: NDCG@10 of each target}}
     first: dict[str, str] = {}  # runs that differ in the seed alone are one model, under the first one's name
     for run, model, config in loaded:
         name = run.name if run.name not in (*models, "popularity", "markov") else str(run)
@@ -371,6 +372,8 @@ def main() -> None:
     report = {"data": {"name": data.name, **size}, "protocol": protocol, "machine": machine(), "rows": rows}
     report |= {"comparisons": pairs, "seeds": seeds}
     if args.bench and models:
+        if args.json:  # what is known is kept where nothing can be compiled
+            write_json(args.json, report)
         report["bench"] = benchmark(models, part.sizes)
         print_bench(report["bench"])
     if args.json:

@@ -43,9 +43,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import (
-    PAD, SPLITS, Batch, InputError, Interactions, Spans, add_data_flags, batches, data_flags, grid_windows, item_counts,
-    load_asked, mask_items, next_items, number, pad_left, positive, random_windows, run_command, write_atomic,
-    write_json,
+    PAD, SPLITS, Batch, InputError, Interactions, Parts, Spans, add_data_flags, batches, data_flags, grid_windows,
+    item_counts, load_asked, mask_items, next_items, number, pad_left, positive, random_windows, run_command,
+    write_atomic, write_json,
 )  # fmt: skip
 from evaluate import hit_rate, ndcg, rank_targets
 from prebert import (
@@ -55,11 +55,11 @@ from prebert import (
 )  # fmt: skip
 
 Loss = Callable[[PreBert, Batch], Tensor]
-SPARSE = 100  # interactions an item. With fewer, item vectors start from titles as well, and dropout is sparse_dropout,
-# or halfway there if users come back to items.
+SPARSE = 100  # interactions an item. With fewer, item vectors start from titles as well and dropout is sparse_dropout,
+# or, if users come back to items, the mean of it and dropout.
 
-# What a kind of question needs. Next items are five times as many questions an epoch, so a model overfits earlier:
-# fewer epochs, more dropout, smoothed labels.
+# What a kind of question needs. Next items are five times as many questions an epoch (all of them, not a MASK_RATE of
+# 0.2), so a model overfits earlier: fewer epochs, more dropout, smoothed labels.
 RECIPES: dict[str, dict[str, float]] = {
     "next": dict(epochs=6, lr=1e-3, body_lr=3e-4, tokens=2048, dropout=0.2, sparse_dropout=0.2, label_smoothing=0.1),
     "masked": dict(epochs=10, lr=1e-3, body_lr=3e-4, tokens=2048, dropout=0.1, sparse_dropout=0.1, label_smoothing=0.0),
@@ -67,10 +67,11 @@ RECIPES: dict[str, dict[str, float]] = {
 
 
 def item_loss(model: PreBert, batch: Batch, label_smoothing: float = 0.0, sampler: "Sampler | None" = None) -> Tensor:
-    """Mean of -log p(item | what the model may see) over the asked positions, a scalar; the loss of both objectives.
+    """Mean cross entropy of the items asked for over the asked positions, a scalar; the loss of both objectives.
 
-    p = softmax(head(h) E^T + b) over all items, or over the label and a sample of them; the encoder's last
-    layer and this softmax are computed where something is asked and nowhere else.
+    -log p(item), p = softmax(head(h) E^T + b) over all items, or over the label and a sample of them, with a share
+    `label_smoothing` of each label given to all items alike. The encoder's last layer and this softmax are computed
+    where something is asked and nowhere else.
     """
     is_asked = batch.labels != PAD  # (B, M)
     states, columns = model(batch.tokens, batch.positions)[is_asked], batch.labels[is_asked] - 1  # (Q, D), (Q,)
@@ -133,7 +134,7 @@ def keep_freed_memory() -> None:
 
 
 def seeded(seed: int, kind: str, count: int) -> Generator:
-    """A generator for one purpose at one moment: resuming needs the numbers, not the random state."""
+    """A generator for one purpose at one moment, so that resuming needs seed and count, and no saved random state."""
     return Generator().manual_seed((seed * 1_000_003 + count) * 3 + ("windows", "batches", "masks").index(kind))
 
 
@@ -156,7 +157,7 @@ def draw_batch(
 
 
 def validate(model: PreBert, valid: Spans, exclude_seen: bool, users: int) -> tuple[float, float]:
-    """NDCG@10 and HR@10 on the validation part, for the same random `users` every time."""
+    """NDCG@10 and HR@10 on the validation part, at the same random targets, `users` of them, every time."""
     chosen = torch.randperm(len(valid.targets), generator=Generator().manual_seed(0))[:users]
     process, processes = world()
     device = model.item_bias.device
@@ -181,7 +182,7 @@ def catch_signals() -> list[int]:
     return caught
 
 
-class Objective(nn.Module):
+class ModelWithLoss(nn.Module):
     """Model and loss as one module, so that PyTorch's DDP sees one forward pass a step."""
 
     def __init__(self, model: PreBert, loss_of: Loss):
@@ -193,20 +194,20 @@ class Objective(nn.Module):
 
 
 def train(
-    model: PreBert, loss_of: Loss, data: Interactions, parts: tuple[Spans, Spans, Spans], run: Path,
-    args: argparse.Namespace, config: dict,
+    model: PreBert, loss_of: Loss, data: Interactions, parts: Parts, run: Path, args: argparse.Namespace, config: dict,
 ) -> None:  # fmt: skip
     """Train until the budget (--epochs or --minutes) or the patience is used up; leaves a run folder.
 
     The best weights by validation NDCG@10 are in model.safetensors at any time; from train_state.pt --resume goes on
-    bit for bit, since every random draw is a function of the seed and its step or epoch. Raises InputError when there
-    is nothing to ask, the folder is taken, or the loss is not finite; exits with 130 or 143 after Ctrl-C or SIGTERM.
+    bit for bit (with --minutes the clock decides), since every random draw is a function of the seed and its step or
+    epoch. Raises InputError when there is nothing to ask, the folder is taken, or the loss is not finite; exits with
+    130 or 143 after Ctrl-C or SIGTERM.
     """
     train_part, valid_part, _ = parts
     has_valid = len(valid_part.targets) > 0  # not with --all and --final, where the last epoch's weights are the best
     windows = draw_windows(model, train_part, seeded(args.seed, "windows", 0))[0]
     if not len(windows) or (data.split in ("last", "sessions") and not has_valid):
-        raise InputError(f"{data.name}: no user has the three items that training needs, four for next items")
+        raise InputError(f"{data.name}: too short; a user needs three items, for next items four, a session two")
     if data.num_items <= FULL_SOFTMAX:  # with huge catalogues, keeping freed blocks fragments memory
         keep_freed_memory()
     device, seed, (process, processes) = pick_device(args.device), args.seed, world()
@@ -216,8 +217,8 @@ def train(
         state = open_run(run, model, optimizer, data, train_part, args, config)
         if state is None:
             return
-        objective: nn.Module = Objective(model, loss_of)
-        objective = DistributedDataParallel(objective) if processes > 1 else objective
+        with_loss: nn.Module = ModelWithLoss(model, loss_of)
+        with_loss = DistributedDataParallel(with_loss) if processes > 1 else with_loss
         caught, saved = catch_signals(), time.perf_counter()
         if args.start and state["step"] == 0:
             if process == 0:
@@ -228,18 +229,19 @@ def train(
         # When training would have begun, had it not been interrupted.
         began, began_cpu = saved - state["seconds"], time.process_time() - state["cpu_seconds"]
 
-        def spent(steps: float = math.inf) -> float:  # share of the budget, by the clock or by epochs of so many steps
+        def spent(steps: float = math.inf) -> float:  # share of the budget, in the middle of a step of so many
             if args.minutes:
                 return state["seconds"] / (60 * args.minutes)
-            return (state["epoch"] + state["batch"] / steps) / args.epochs if args.epochs else 1.0
+            return (state["epoch"] + (state["batch"] + 0.5) / steps) / args.epochs if args.epochs else 1.0
 
         while spent() < 1 and state["waited"] < args.patience:
             # An epoch: fresh windows, fresh batches of similar length, fresh questions.
             epoch = state["epoch"]
             starts, ends, last_only = draw_windows(model, train_part, seeded(seed, "windows", epoch))
-            plan = batches(ends - starts, args.tokens, generator=seeded(seed, "batches", epoch))
-            done = sum(int((ends - starts)[rows].sum()) for rows in plan[: state["batch"]])
-            bar = tqdm(total=int((ends - starts).sum()), initial=done, desc=f"epoch {epoch + 1}", unit=" items",
+            sizes = ends - starts  # (W,)
+            plan = batches(sizes, args.tokens, generator=seeded(seed, "batches", epoch))
+            done = sum(int(sizes[rows].sum()) for rows in plan[: state["batch"]])
+            bar = tqdm(total=int(sizes.sum()), initial=done, desc=f"epoch {epoch + 1}", unit=" items",
                        leave=False, unit_scale=True, mininterval=0.5 if sys.stderr.isatty() else 30,
                        disable=process > 0)  # fmt: skip
             for rows in plan[state["batch"] :]:
@@ -251,7 +253,7 @@ def train(
                 own, weight = share_of(batch)
                 torch.manual_seed(seed * 1_000_003 + state["step"] * processes + process)  # for dropout
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    loss = objective(*(tensor.to(device) for tensor in own)) * weight
+                    loss = with_loss(*(tensor.to(device) for tensor in own)) * weight
                 optimizer.zero_grad()
                 loss.backward()
                 norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
@@ -268,7 +270,7 @@ def train(
                 state["loss"] = value if state["step"] == 0 else 0.99 * state["loss"] + 0.01 * value
                 state["step"], state["batch"] = state["step"] + 1, state["batch"] + 1
                 bar.set_postfix_str(f"loss {state['loss']:.3f}", refresh=False)
-                bar.update(int((ends - starts)[rows].sum()))
+                bar.update(int(sizes[rows].sum()))
                 if stop or time.perf_counter() - saved > 600:
                     state["cpu_seconds"], saved = time.process_time() - began_cpu, time.perf_counter()
                     save_state(run, model, optimizer, state)
@@ -295,7 +297,7 @@ def train(
             print(f"epoch {epoch + 1:>3}  {minutes:6.1f} min  loss {loss_now:.3f}{scores}", flush=True)
             save_state(run, model, optimizer, state)
         if process == 0:
-            costs = {"minutes": state["seconds"] / 60, "cpu_minutes": state["cpu_seconds"] / 60}
+            costs = {"minutes": (time.perf_counter() - began) / 60, "cpu_minutes": state["cpu_seconds"] / 60}
             ended = {"valid_NDCG@10": state["best"] if has_valid else None, "peak_memory_gb": peak_memory_gb()}
             write_json(run / "metrics.json", {**ended, "steps": state["step"], "epochs": state["epoch"], **costs})
             (run / "train_state.pt").unlink(missing_ok=True)
@@ -318,7 +320,7 @@ def save_state(run: Path, model: PreBert, optimizer: torch.optim.Optimizer, stat
 
 
 def load_state(content: bytes, run: Path, model: PreBert, optimizer: torch.optim.Optimizer) -> dict:
-    """Put a checkpoint into model and optimizer and return the state; tensors and plain values only, never a pickle.
+    """Put a checkpoint into model and optimizer and return the state; reading it makes tensors and plain values only.
 
     Raises InputError if it cannot be read or does not fit.
     """
@@ -385,7 +387,7 @@ def open_run(
     where = f"{autocast_dtype(model.item_bias.device, args.precision)} on {model.item_bias.device}"
     where += f" x {processes}" if processes > 1 else ""
     print(f"training {run}: {params:,} parameters, dropout {args.dropout:g}, {where}", flush=True)
-    if kind == "fresh":  # from here on, weights without a checkpoint are no interrupted training
+    if kind == "fresh":  # a run has a checkpoint from its start to its end: without one, weights are no training's
         save_state(run, model, optimizer, state)
     return state
 
@@ -464,9 +466,9 @@ class Sampler(NamedTuple):
 def draw_candidates(sampler: Sampler, certain: Tensor) -> tuple[Tensor, Tensor]:
     """Candidates instead of the catalogue at Q positions: `certain` columns (Q, C) of each, and shared negatives.
 
-    Returns the negatives' columns (N,) and what to add to the scores of both, (Q, C + N): log(times drawn / times
-    expected) for a negative, so that the sum of exponentials estimates that over the catalogue without bias
-    (Bengio & Senecal 2008); nothing for a certain column, except that what stands in a row twice counts once.
+    Returns the negatives' columns (N,) and what to add to the scores of both, (Q, C + N). For a negative that is
+    log(times drawn / times expected): the sum of exponentials then estimates that over the catalogue without bias
+    (Bengio & Senecal 2008). For a certain column it is 0. What stands in a row twice counts once.
     """
     drawn = torch.multinomial(sampler.chance, sampler.draws, replacement=True)
     columns, times = drawn.unique(return_counts=True)  # ascending
@@ -521,13 +523,13 @@ def add_training_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict[
         f"{SPARSE} interactions an item {by_recipe('sparse_dropout')}, halfway if users repeat items")  # fmt: skip
     add("--label-smoothing", type=number(0, 0.9),
         help=f"share of a label given to all items alike {by_recipe('label_smoothing')}")  # fmt: skip
-    add("--warmup", type=number(0, 0.99), default=0.05, help="share of the budget in which the rate rises")
+    add("--warmup", type=number(0, 0.99), default=0.05, help="share of the budget that the rate rises (default: 0.05)")
     add("--weight-decay", type=number(0), default=0.01, help="(default: %(default)s)")
     add("--max-length", type=positive, help="items the model reads (default: 200; a student as its teacher)")
     add("--negatives", type=positive, help="sampled softmax with this many shared negatives "
         f"(default: the full catalogue up to {FULL_SOFTMAX:,} items, then {NEGATIVES:,})")  # fmt: skip
     add("--patience", type=positive, help="epochs without improvement before stopping (default: a third, at least 5)")
-    add("--eval-users", type=positive, default=3000, help="validation users asked after an epoch")
+    add("--eval-users", type=positive, default=3000, help="validation targets after an epoch (default: %(default)s)")
     add("--seed", type=int, default=0, help="(default: %(default)s)")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where the hardware has it")
@@ -573,8 +575,8 @@ def settle(args: argparse.Namespace, recipes: dict[str, dict[str, float]], data:
         args.epochs = max(1, args.epochs // 5) if args.start else args.epochs
     args.name = f"{args.name}{suffix}"
     if args.dropout is None and sparse(data):
-        other = "dropout" if data.repeats else "sparse_dropout"
-        args.dropout = (recipe["sparse_dropout"] + recipe[other]) / 2
+        usual, own = recipe["dropout"], recipe["sparse_dropout"]
+        args.dropout = (usual + own) / 2 if data.repeats else own
     for key, value in recipe.items():
         if key in vars(args) and getattr(args, key) is None:
             setattr(args, key, value)
@@ -584,7 +586,7 @@ def settle(args: argparse.Namespace, recipes: dict[str, dict[str, float]], data:
 def best_epoch(args: argparse.Namespace, data: Interactions, suffix: str) -> int:
     """The epoch that was best for the run <name> by validation; data: as it was split for that run.
 
-    Raises InputError where there is no such run, or where it is of another log or of other questions.
+    Raises InputError where there is no such run, or where it is of another log, of other questions or another start.
     """
     run = Path("runs") / data.name / args.name
     again = run.with_name(run.name + suffix) / "config.json"
@@ -596,8 +598,9 @@ def best_epoch(args: argparse.Namespace, data: Interactions, suffix: str) -> int
         raise InputError(f"{run} does not tell the best epoch; {advice}")
     config, catalogue = read_run(run)
     check_catalogue(run, config, catalogue, data)
-    if config["settings"].get("objective") != args.objective:
-        raise InputError(f"{run} has another --objective; its best epoch says nothing here; give --epochs N")
+    for name in ("objective", "start"):
+        if config["settings"].get(name) != getattr(args, name):
+            raise InputError(f"{run} has another --{name}; its best epoch says nothing here; give --epochs N")
     rows = (run / "log.csv").read_text().split()[1:]
     return 1 + max(range(len(rows)), key=lambda row: float(rows[row].split(",")[4]))
 

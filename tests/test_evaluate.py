@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import hand_log
 
-from data import Spans, leave_one_out, pad_left
+from data import SPLITS, Spans, leave_one_out, pad_left
 from evaluate import (
     DRAWS, Markov, Popularity, compare, hit_rate, metrics, ndcg, rank_targets, resampled, target_ranks, two_sided,
 )  # fmt: skip
@@ -72,6 +72,15 @@ def test_popularity_and_transitions_by_hand():
     scores = Markov(train, 9)(history)
     assert scores.long().tolist() == [[1, 0, 2, 0, 0, 0, 0, 0, 0], [0] * 9, [0, 2, 0, 0, 0, 0, 0, 0, 0]]
     assert scores[1].argmax() == 1  # 9 was held out and has no successor: popularity decides
+
+
+def test_popularity_breaks_the_ties_of_transitions_however_small():
+    # Item 1 is followed 20 times by each of 2 and 3; 3 stands once more at the end of a long log.
+    rows = [[1, 2], [1, 3]] * 20 + [[4] * 1000] * 1000 + [[3]]
+    log = hand_log(*rows)
+    everything, _, _ = SPLITS["none"](log)
+    part = Spans(everything.items, torch.tensor([0, 0]), torch.tensor([1, 1]), torch.tensor([2, 3]))  # after 1
+    assert rank_targets(Markov(everything, 4), part, False, 1).tolist() == [2, 1]
 
 
 def test_ranking_in_chunks_gives_the_same_ranks():

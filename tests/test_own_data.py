@@ -14,7 +14,7 @@ import torch
 from conftest import HEAD, ROOT, TINY, hand_log, inside, write_ring
 
 from data import HELD_OUT, PAD, InputError, SPLITS, load_dataset
-from evaluate import metrics, target_ranks
+from evaluate import hit_rate, metrics, ndcg, target_ranks
 from prebert import (
     centred, encode_texts, item_vectors, load_bert, load_run, principal_components, read_safetensors,
     save_texts, start_from, without_seed, write_safetensors,
@@ -238,7 +238,7 @@ def test_training_on_validation_too_leaves_test_alone(trained):
     assert sum(counts) == len(whole.items) - whole.num_users
     text = inside("evaluate.py", *flags, cwd=trained)
     assert "student-no-kd-final" in text and "all others are trained on" in text and "skipped" in text
-    assert "--final held out no validation part" in inside("evaluate.py", *flags, "--valid", cwd=trained, expect=2)
+    assert "--final held nothing out" in inside("evaluate.py", *flags, "--valid", cwd=trained, expect=2)
     run = ("--runs", RUN + "-final")
     words = inside("evaluate.py", "--data", "ring.inter", *run, "--valid", cwd=trained, expect=2)
     assert "all others are trained on" in words
@@ -255,6 +255,15 @@ def test_training_on_validation_too_leaves_test_alone(trained):
     (trained / RUN / "metrics.json").write_text(log)
     for name in ("student-no-kd-final", "on-final"):
         shutil.rmtree(trained / "runs/ring" / name)
+
+
+def test_the_best_epoch_is_not_taken_from_a_run_with_another_start(trained, tmp_path):
+    write_ring(tmp_path)
+    flags = ["--data", "ring.inter", *ON_RING, "--start", trained / RUN]
+    inside("distill.py", *flags, cwd=tmp_path)
+    without = [flag for flag in ON_RING if flag not in ("--epochs", "2")]
+    words = inside("distill.py", "--data", "ring.inter", *without, "--final", cwd=tmp_path, expect=2)
+    assert "another --start" in words
 
 
 def test_seeds_are_one_model_whatever_epochs_were_best_for_them():
@@ -316,7 +325,8 @@ def test_sessions_by_hand(tmp_path):
 def test_a_target_that_training_never_saw_is_a_miss():
     scores = torch.tensor([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0]])
     ranks = target_ranks(scores, torch.tensor([1, PAD]))
-    assert ranks.tolist() == [1, 4]
+    assert ranks[0] == 1 and [hit_rate(ranks, k).tolist() for k in (1, 10, 1000)] == [[1, 0]] * 3  # of three items
+    assert ndcg(ranks, 10).tolist() == [1, 0]
     many = metrics(torch.tensor([1, 2, 20, 21, 400]))
     assert many["MRR@20"] == pytest.approx((1 + 1 / 2 + 1 / 20) / 5) and many["HR@20"] == pytest.approx(3 / 5)
 
@@ -385,7 +395,8 @@ def test_new_items_are_recommended_by_their_texts_and_change_no_other_score(trai
     text = inside("student.py", "New film", "id:103", "-k", 99, "--seen", "keep", *flags, cwd=trained)
     assert "New film  (id:900)" in text
     (tmp_path / "new.csv").write_text("item_id,brand\n900,Acme\n")
-    assert "no items with titles" in inside("student.py", "id:103", *flags, cwd=trained, expect=2)
+    words = "no items with titles: new.csv has no column of titles, only"
+    assert words in inside("student.py", "id:103", *flags, cwd=trained, expect=2)
     write_safetensors(run / "texts.safetensors", {"texts": torch.zeros(3, 4)})
     with pytest.raises(InputError, match="does not fit the run"):
         Recommender(run, compile=False).add_items({"toy": "toy"})
@@ -430,6 +441,7 @@ def test_raw_ids_in_lists_mean_that_item_alone(tmp_path):
     [
         (["--out", "x.tsv"], "give its --data"),
         (["--user", "1"], "give its --data"),
+        (["id:103", "--data", "ring.inter"], "--data is the log of"),
         (["--out", "x.tsv", "--data", "other.inter"], "knows none of the items"),
         (["--device", "meta", "id:103"], "--device meta"),
         (["--only", "empty.txt", "id:103"], "none of its 0 lines"),
@@ -467,3 +479,17 @@ def test_what_is_kept_of_texts_goes_with_its_run(trained):
     inside("distill.py", *flags, "--overwrite", cwd=trained)
     assert not (run / "texts.safetensors").exists()
     shutil.rmtree(run)
+
+
+def test_texts_are_read_once_and_a_wrong_bert_is_noticed_before_training(ring, tmp_path, monkeypatch):
+    bert, _ = bert_folder(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    flags = ["--data", ring, *TINY, "--max-length", 8]
+    inside("teacher.py", *flags, "--bert", bert, "--item-init", "text+cooc", cwd=tmp_path)
+    assert len(list((tmp_path / "cache/prebert/titles").iterdir())) == 1
+    words = inside("distill.py", *flags, "--size", "tiny", "--bert", "nosuch", cwd=tmp_path, expect=2)
+    assert "no BERT 'nosuch'" in words and not (tmp_path / "runs/ring/student").exists()
+    inside("distill.py", *flags, "--size", "tiny", "--bert", "none", cwd=tmp_path)  # no texts are kept
+    assert not (tmp_path / "runs/ring/student/texts.safetensors").exists()
+    words = inside("student.py", "id:103", "--run", "runs/ring/student", "--new-items", "Film", cwd=tmp_path, expect=2)
+    assert "has no texts.safetensors" in words

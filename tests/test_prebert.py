@@ -368,6 +368,10 @@ def test_what_the_weights_do_not_tell_is_not_guessed(tmp_path, name):
         lambda tensors: tensors.update({"encoder.layer.0.crossattention.self.key.weight": torch.zeros(16, 16)}),
         lambda tensors: tensors.update({"encoder.layer.0.intermediate.dense.weight": torch.zeros(31, 16)}),
         lambda tensors: tensors.update({"embeddings.position_embeddings.weight": torch.zeros(12)}),
+        lambda tensors: tensors.update({"encoder.layer.0.intermediate.dense.weight": torch.tensor(1.0)}),
+        lambda tensors: tensors.update(
+            {f"encoder.layer.0.attention.self.{part}.bias": torch.tensor(1.0) for part in ("query", "key", "value")}
+        ),
         lambda tensors: tensors.update({"embeddings.word_embeddings.weight": torch.zeros(30, 17)}),
         lambda tensors: tensors.clear(),
     ],

@@ -269,6 +269,15 @@ class StopAt:
         return item_loss(model, batch)
 
 
+def test_every_step_trains_even_a_single_one(ring, tmp_path):
+    log = load_dataset(str(ring))
+    torch.manual_seed(5)
+    before = MiniBert("tiny", log.num_items, 16).state_dict()
+    after = go(log, tmp_path, item_loss, epochs=1, tokens=10_000).state_dict()
+    assert (tmp_path / "log.csv").read_text().splitlines()[1].startswith("1,1,")
+    assert not torch.equal(before["item_bias"], after["item_bias"])
+
+
 @pytest.mark.parametrize("objective", ["masked", "next"])
 def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(ring, tmp_path, objective, capsys):
     log = load_dataset(str(ring))
@@ -619,6 +628,15 @@ def test_bench_reports_every_field(ring, tmp_path, monkeypatch):
         assert 0 < row["p50_ms"] <= row["p95_ms"] <= row["p99_ms"] and row["name"] == "student-no-kd"
         assert row["users_per_s"] == pytest.approx(1000 * row["batch_size"] / row["p50_ms"], rel=0.9)
         assert (row["compile_and_load_s"] > 0) == (row["mode"] == "compiled")
+
+
+def test_accuracies_are_kept_where_nothing_can_be_compiled(ring, tmp_path):
+    inside("distill.py", "--data", ring, "--no-kd", "--size", "tiny", *TINY, cwd=tmp_path)
+    flags = ["--data", ring, "--bench", "--json", "b.json"]
+    words = command("evaluate.py", *flags, cwd=tmp_path, expect=2, CXX="/none/g++", XDG_CACHE_HOME=str(tmp_path))
+    assert "cannot compile" in words
+    report = json.loads((tmp_path / "b.json").read_text())
+    assert len(report["rows"]) == 3 and "bench" not in report
 
 
 def test_the_released_student_is_evaluated_where_nothing_is_trained(ring, tmp_path, monkeypatch):

@@ -423,7 +423,8 @@ def test_yoochoose_sessions_repeats_and_fraction(tmp_path):
     assert histories(log)[0] == ["214536502", "214536502", "214536500"] and log.num_users == 3
     assert log.repeats and "NOT excluded" in log.protocol and log.titles == log.raw_ids
     log = load_dataset("yoochoose", tmp_path, 1, 1, fraction=2)
-    assert histories(log) == [["214536506"], ["214577561", "214536502"]] and "3 repeated or of users before the latest 1/2" in data.card(log)
+    assert histories(log) == [["214536506"], ["214577561", "214536502"]]
+    assert "3 repeated or of users before the latest 1/2" in data.card(log)
 
 
 def test_parsed_copy_is_the_log_and_follows_its_file(tmp_path, monkeypatch):

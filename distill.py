@@ -31,8 +31,8 @@ from data import (
     load_asked, number, pad_left, run_command,
 )  # fmt: skip
 from prebert import (
-    ITEM_INITS, PreBert, Reader, check_catalogue, item_vectors, load_bert, load_run, pick_device, principal_components,
-    save_texts, set_item_table, start_from, without_seed,
+    ITEM_INITS, PreBert, Reader, check_catalogue, item_vectors, load_bert, load_run, near_identity, pick_device,
+    principal_components, save_texts, set_item_table, start_from, without_seed,
 )  # fmt: skip
 from student import STUDENTS, MiniBert
 from teacher import (
@@ -170,6 +170,8 @@ def build_student(
         vectors = item_vectors(args.item_init, data, part, size, bert)
     if vectors is not None:
         set_item_table(model, vectors, 1.0)
+    if args.near_identity:
+        near_identity(model)
     if args.start:
         start_from(model, args.start, data, vectors)
     return model

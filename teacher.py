@@ -50,13 +50,13 @@ from data import (
 from evaluate import hit_rate, ndcg, rank_targets
 from prebert import (
     ITEM_INITS, NEVER, VERSION, BertConfig, PreBert, Reader, check_catalogue, item_vectors, load_bert, machine,
-    peak_memory_gb, pick_device, prebert_from_bert, read_json, read_run, save_texts, set_item_table, start_from,
-    write_safetensors,
+    near_identity, peak_memory_gb, pick_device, prebert_from_bert, read_json, read_run, save_texts, set_item_table,
+    start_from, write_safetensors,
 )  # fmt: skip
 
 Loss = Callable[[PreBert, Batch], Tensor]
 SPARSE = 100  # interactions an item. With fewer, item vectors start from titles as well and dropout is sparse_dropout,
-# or, if users come back to items, the mean of it and dropout.
+# or, if users come back to items, the mean of it and dropout; and models start `near_identity`.
 
 # What a kind of question needs. Next items are five times as many questions an epoch (all of them, not a MASK_RATE of
 # 0.2), so a model overfits earlier: fewer epochs, more dropout, smoothed labels.
@@ -523,6 +523,8 @@ def add_training_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict[
         f"{SPARSE} interactions an item {by_recipe('sparse_dropout')}, halfway if users repeat items")  # fmt: skip
     add("--label-smoothing", type=number(0, 0.9),
         help=f"share of a label given to all items alike {by_recipe('label_smoothing')}")  # fmt: skip
+    add("--near-identity", action=argparse.BooleanOptionalAction,
+        help=f"begin with body and head that change little (default: with fewer than {SPARSE} interactions an item)")
     add("--warmup", type=number(0, 0.99), default=0.05, help="share of the budget that the rate rises (default: 0.05)")
     add("--weight-decay", type=number(0), default=0.01, help="(default: %(default)s)")
     add("--max-length", type=positive, help="items the model reads (default: 200; a student as its teacher)")
@@ -577,6 +579,8 @@ def settle(args: argparse.Namespace, recipes: dict[str, dict[str, float]], data:
     if args.dropout is None and sparse(data):
         usual, own = recipe["dropout"], recipe["sparse_dropout"]
         args.dropout = (usual + own) / 2 if data.repeats else own
+    if args.near_identity is None:
+        args.near_identity = sparse(data)
     for key, value in recipe.items():
         if key in vars(args) and getattr(args, key) is None:
             setattr(args, key, value)
@@ -640,6 +644,8 @@ def build_teacher(args: argparse.Namespace, data: Interactions, part: Spans) -> 
     vectors = item_vectors(args.item_init, data, part, model.config.hidden_size, bert)
     if vectors is not None:
         set_item_table(model, vectors, norm)
+    if args.near_identity:
+        near_identity(model)
     if args.start:
         start_from(model, args.start, data, vectors)
     return model, bert

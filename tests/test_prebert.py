@@ -29,6 +29,7 @@ from prebert import (
     cooccurrence_vectors,
     encode_texts,
     load_bert,
+    near_identity,
     prebert_from_bert,
     read_safetensors,
     rename_bert_weights,
@@ -421,6 +422,27 @@ def test_prebert_keeps_berts_body_mask_and_positions(tmp_path):
     )
     with pytest.raises(InputError, match="12 positions"):
         prebert_from_bert(bert, tokenizer, 20, 13)
+
+
+def test_near_the_identity_models_name_the_items_whose_rows_are_like_the_newest_ones():
+    torch.manual_seed(0)
+    model = PreBert(BertConfig(64, 4, 4, 256, 10, hidden_dropout_prob=0.0, causal=True), 60)
+    for layer in model.encoder.layers:  # a body that says something, as BERT's does
+        for linear in (layer.attention.qkv, layer.attention.output, layer.feed_forward.up, layer.feed_forward.down):
+            nn.init.normal_(linear.weight, std=0.15)
+    kinds = torch.randn(6, 64).repeat_interleave(10, 0)  # ten items of each of six kinds
+    set_item_table(model, kinds + 0.5 * torch.randn(60, 64), 1.0)
+    history = torch.randint(1, 61, (40, 5))
+
+    def same_kind() -> float:
+        best = model.eval().score_next(history).argmax(1)  # (B,) item - 1
+        return (best // 10 == (history[:, -1] - 1) // 10).double().mean().item()
+
+    before = model.encoder.layers[0].attention.output.weight.clone()
+    assert same_kind() < 0.5
+    near_identity(model)
+    assert same_kind() > 0.9
+    assert torch.allclose(model.encoder.layers[0].attention.output.weight, 0.2 * before)
 
 
 class Hub(SimpleHTTPRequestHandler):

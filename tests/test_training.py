@@ -418,7 +418,10 @@ def test_recipes_fill_in_what_the_flags_left_open_and_help_shows_them(ring, tmp_
     ):  # fmt: skip
         args = parser.parse_args(["--objective", "next", *given])
         settle(args, distill.RECIPES, data)
-        assert args.dropout == dropout
+        assert args.dropout == dropout and args.near_identity == (data is not log)
+    args = parser.parse_args(["--objective", "next", "--no-near-identity"])
+    settle(args, distill.RECIPES, few)
+    assert args.near_identity is False
     assert default_init(few, "minilm") == "text+cooc" and default_init(few, "none") == "cooc"
     assert default_init(replace(few, texts=[""]), "minilm") == default_init(log, "minilm") == "cooc"
     names = [str(n) for n in range(20_002)]

@@ -61,7 +61,7 @@ SPARSE = 100  # interactions an item. With fewer, item vectors start from titles
 # What a kind of question needs. Next items are five times as many questions an epoch (all of them, not a MASK_RATE of
 # 0.2), so a model overfits earlier: fewer epochs, more dropout, smoothed labels.
 RECIPES: dict[str, dict[str, float]] = {
-    "next": dict(epochs=6, lr=1e-3, body_lr=3e-4, tokens=2048, dropout=0.2, sparse_dropout=0.2, label_smoothing=0.1),
+    "next": dict(epochs=6, lr=1e-3, body_lr=3e-4, tokens=2048, dropout=0.2, sparse_dropout=0.4, label_smoothing=0.1),
     "masked": dict(epochs=10, lr=1e-3, body_lr=3e-4, tokens=2048, dropout=0.1, sparse_dropout=0.1, label_smoothing=0.0),
 }
 

@@ -207,7 +207,7 @@ def train(
     has_valid = len(valid_part.targets) > 0  # not with --all and --final, where the last epoch's weights are the best
     windows = draw_windows(model, train_part, seeded(args.seed, "windows", 0))[0]
     if not len(windows) or (data.split in ("last", "sessions") and not has_valid):
-        raise InputError(f"{data.name}: too short; a user needs three items, for next items four, a session two")
+        raise InputError(f"{data.name}: no user has three items, for next items four, or no session has two")
     if data.num_items <= FULL_SOFTMAX:  # with huge catalogues, keeping freed blocks fragments memory
         keep_freed_memory()
     device, seed, (process, processes) = pick_device(args.device), args.seed, world()

@@ -176,7 +176,7 @@ def worker(device: str) -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     model = MiniBert("tiny", 100, 16, causal=True, dropout=0.0).to(device)
-    objective, batch, found = teacher.Objective(model, teacher.item_loss), made_up(model, 64, device), []
+    objective, batch, found = teacher.ModelWithLoss(model, teacher.item_loss), made_up(model, 64, device), []
     for module in (objective, nn.parallel.DistributedDataParallel(objective)):
         model.zero_grad()
         module(*batch).backward()
@@ -251,7 +251,7 @@ def steps_in(s: SimpleNamespace, name: str, mode: str, warm: bool) -> dict:
         model = PreBert(BertConfig(*shape, hidden_dropout_prob=0.2, causal=True), ITEMS)
     if "nn.Dropout" in mode:
         plain_dropout(model)
-    objective: Callable = teacher.Objective(model.to(s.device).train(), teacher.item_loss)
+    objective: Callable = teacher.ModelWithLoss(model.to(s.device).train(), teacher.item_loss)
     if "compiled" in mode:
         torch._dynamo.reset()
         objective = torch.compile(objective, dynamic=True)
@@ -344,7 +344,7 @@ def million(s: SimpleNamespace) -> Rows:
         ms = {n: 1000 * timed(partial(graph, *people), s.device, s.seconds) for n, people in asked.items()}
     yield {"items": s.items, "same_top10": same, **ms}
     sampler = teacher.Sampler(torch.full((s.items,), 1 / s.items, device=s.device), min(8192, s.items // 10))
-    objective = teacher.Objective(model.train(), partial(teacher.item_loss, sampler=sampler))
+    objective = teacher.ModelWithLoss(model.train(), partial(teacher.item_loss, sampler=sampler))
     batch = made_up(model, s.positions["student"][0], s.device)
     seconds = timed(training_step(objective, model, batch, s.device), s.device, 2 * s.seconds)
     yield {"items_per_s": batch.tokens.numel() / seconds, "negatives": sampler.draws}

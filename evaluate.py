@@ -348,9 +348,8 @@ def main() -> None:
         ranks = rank_targets(score, part, not data.repeats, longest, where, title=name)
         of_users = ndcg(ranks, 10)  # (R,)
         interval = np.percentile(resampled(of_users[None], owners), [2.5, 97.5]).tolist()
-        rows.append({"name": name, **row, **metrics(ranks), "ci95": interval})
-        if rare.any():
-            rows[-1] |= {"rare users": int(rare.sum()), "rare NDCG@10": of_users[rare].mean().item()}
+        apart = {"rare users": int(rare.sum()), "rare NDCG@10": of_users[rare].mean().item()} if rare.any() else {}
+        rows.append({"name": name, **row, **metrics(ranks), "ci95": interval, **apart})
         return of_users
 
     evaluate("popularity", Popularity(train, data.num_items), 1, "cpu")
@@ -380,8 +379,7 @@ def main() -> None:
         write_json(args.json, report)
         print(f"written to {args.json}")
     if not models:
-        command = shlex.join(["python", "teacher.py", *data_flags(args)])
-        print(f"no runs of this log under runs/{data.name} yet; next: {command}")
+        print(f"no runs under runs/{data.name} yet; next:", shlex.join(["python", "teacher.py", *data_flags(args)]))
 
 
 if __name__ == "__main__":

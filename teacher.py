@@ -386,7 +386,8 @@ def open_run(
     params = sum(parameter.numel() for parameter in model.parameters())
     where = f"{autocast_dtype(model.item_bias.device, args.precision)} on {model.item_bias.device}"
     where += f" x {processes}" if processes > 1 else ""
-    print(f"training {run}: {params:,} parameters, dropout {args.dropout:g}, {where}", flush=True)
+    start = ", begins near the identity" * args.near_identity
+    print(f"training {run}: {params:,} parameters, dropout {args.dropout:g}{start}, {where}", flush=True)
     if kind == "fresh":  # a run has a checkpoint from its start to its end: without one, weights are no training's
         save_state(run, model, optimizer, state)
     return state

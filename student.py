@@ -20,6 +20,7 @@ import time
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -122,7 +123,8 @@ def compile_ahead(graph: TopK, package: Path) -> Callable:
         reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
         raise InputError(f"cannot compile, which needs a working C++ compiler such as g++: {reason[:120]}") from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):  # it was renamed, or there is no such folder
+            unfinished.unlink()
     return load_package(package)
 
 

@@ -163,6 +163,8 @@ def test_without_a_compiler_only_compile_fails(ring, tmp_path, monkeypatch, caps
     assert "C++ compiler" in said and said.strip().count("\n") == 0 and len(said) < 400
     answer = command("student.py", "--run", run, *ids(3, run=run), cwd=tmp_path, **env)
     assert "eager" in answer and answer.count("Film") > 5 and not list(tmp_path.rglob("*.pt2"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(run / "config.json"))  # a file
+    assert not Recommender(run, compile=True).compiled and "cannot compile" in capsys.readouterr().err
 
     def fail(*_: object) -> None:
         raise InputError("no compiler here")

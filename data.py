@@ -973,7 +973,7 @@ def column_names(text: str) -> dict[str, str]:
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that every script shares; `load_asked` reads them."""
     group = parser.add_argument_group("data")
-    add, alone = group.add_argument, group.add_mutually_exclusive_group().add_argument
+    add = group.add_argument
     add("--data", default="ml-1m", help=f"{', '.join(PUBLIC)} or a path to a .inter, .csv or .tsv file")
     add("--root", help="folder of datasets (default: $PREBERT_DATA, else ./data)")
     add("--columns", type=column_names, default={}, help="of your own file: user=NAME,item=NAME,time=NAME,label=NAME")
@@ -984,11 +984,9 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     add("--fraction", type=positive, default=1, metavar="N", help="keep the latest 1/N of the users")
     add("--split", choices=("last", "sessions"), default="last", help="held out: each user's last two items (default), "
         "or the sessions of the last day and the newest tenth of the rest")  # fmt: skip
-    alone("--final", action="store_true", help="hold out the test part alone: runs <name>-final, trained on validation "
-          "too, for as many epochs as were best for <name>")  # fmt: skip
-    alone("--all", action="store_true", help="hold out nothing: runs <name>-all, that cannot be evaluated")
     add("--seen", choices=("auto", "keep", "exclude"), default="auto", help="items of the history: rank them or leave "
         "them out (default: leave out, unless 1 %% of the interactions or more are repeats)")  # fmt: skip
+    parser.set_defaults(final=False, all=False)  # flags of trainings, and --final of evaluate.py
 
 
 def load_asked(args: argparse.Namespace) -> Interactions:
@@ -1044,7 +1042,6 @@ def main() -> None:
     began = time.perf_counter()
     data = load_asked(args)
     print(card(data))
-    args.final = args.all = False  # those come after a training that has held out more
     command = shlex.join(["python", "teacher.py", *data_flags(args)])
     print(f"loaded in {time.perf_counter() - began:.1f} s; next: {command}")
 

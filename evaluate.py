@@ -321,6 +321,7 @@ def main() -> None:
     add = parser.add_argument
     add("--runs", nargs="+", metavar="RUN", help="run folders (default: all under runs/<data>, else the released one)")
     add("--valid", action="store_true", help="the validation part instead of test: to choose between models")
+    add("--final", action="store_true", help="of runs <name>-final, which were trained on validation too")
     add("--bench", action="store_true", help="also time every run")
     add("--json", type=Path, metavar="FILE", help="write everything to this file")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
@@ -331,7 +332,7 @@ def main() -> None:
     train, valid, test = SPLITS[data.split](data)
     part = valid if args.valid else test
     if not len(part.targets):
-        raise InputError(f"{data.name}: no targets: no user has three items, or --all or --final held nothing out")
+        raise InputError(f"{data.name}: no targets: no user has three items, or --final holds no validation part out")
     owners = np.unique(part.starts.numpy(), return_inverse=True)[1]  # (R,)
     rare = (part.targets > 0) & (item_counts(train, data.num_items)[part.targets - 1] <= RARE)  # (R,)
     loaded = []

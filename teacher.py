@@ -536,6 +536,10 @@ def add_training_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict[
     add("--seed", type=int, default=0, help="(default: %(default)s)")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where the hardware has it")
+    held_out = parser.add_mutually_exclusive_group()
+    held_out.add_argument("--final", action="store_true", help="hold out the test part alone: runs <name>-final, "
+        "trained on validation too, for as many epochs as were best for <name>")  # fmt: skip
+    held_out.add_argument("--all", action="store_true", help="hold out nothing: runs <name>-all, not to be evaluated")
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on with an interrupted run, or start it")
     again.add_argument("--overwrite", action="store_true", help="start again in an existing run folder")
@@ -571,27 +575,27 @@ def settle(args: argparse.Namespace, recipes: dict[str, dict[str, float]], data:
     suffix = {"none": "-all", "last": "", "sessions": ""}.get(data.split, "-final")
     if args.epochs == 0 and (suffix or not args.start):
         raise InputError("--epochs 0 trains nothing; it is for --start RUN without --all and --final")
-    if args.epochs is None and suffix and not (args.minutes or args.start):
-        args.epochs = best_epoch(args, replace(data, split=args.split), suffix)
-    if args.epochs is None:  # a hundredth of the data gets three times the passes
-        args.epochs = round(recipe["epochs"] * max(1.0, (1e6 / len(data.items)) ** 0.25))
-        args.epochs = max(1, args.epochs // 5) if args.start else args.epochs
-    args.name = f"{args.name}{suffix}"
     if args.dropout is None and sparse(data):
         usual, own = recipe["dropout"], recipe["sparse_dropout"]
         args.dropout = (usual + own) / 2 if data.repeats else own
     if args.near_identity is None:
         args.near_identity = sparse(data)
     for key, value in recipe.items():
-        if key in vars(args) and getattr(args, key) is None:
+        if key != "epochs" and key in vars(args) and getattr(args, key) is None:
             setattr(args, key, value)
+    if args.epochs is None and suffix and not (args.minutes or args.start):
+        args.epochs = best_epoch(args, replace(data, split=args.split), suffix)
+    if args.epochs is None:  # a hundredth of the data gets three times the passes
+        args.epochs = round(recipe["epochs"] * max(1.0, (1e6 / len(data.items)) ** 0.25))
+        args.epochs = max(1, args.epochs // 5) if args.start else args.epochs
+    args.name = f"{args.name}{suffix}"
     args.patience = args.patience or max(5, args.epochs // 3)
 
 
 def best_epoch(args: argparse.Namespace, data: Interactions, suffix: str) -> int:
     """The epoch that was best for the run <name> by validation; data: as it was split for that run.
 
-    Raises InputError where there is no such run, or where it is of another log, of other questions or another start.
+    Raises InputError where there is no such run, or where it is of another log or has other settings.
     """
     run = Path("runs") / data.name / args.name
     again = run.with_name(run.name + suffix) / "config.json"
@@ -603,9 +607,11 @@ def best_epoch(args: argparse.Namespace, data: Interactions, suffix: str) -> int
         raise InputError(f"{run} does not tell the best epoch; {advice}")
     config, catalogue = read_run(run)
     check_catalogue(run, config, catalogue, data)
-    for name in ("objective", "start"):
-        if config["settings"].get(name) != getattr(args, name):
-            raise InputError(f"{run} has another --{name}; its best epoch says nothing here; give --epochs N")
+    may_differ = ("name", "seed", "epochs", "minutes", "patience", "eval_users", "precision", "teacher", "all")
+    for name, value in config["settings"].items():
+        if name not in may_differ and getattr(args, name, None) != value:
+            flag = f"--{name.replace('_', '-')}, {str(value)[:40]}"
+            raise InputError(f"{run} has another {flag}; its best epoch says nothing here; use the same or --epochs N")
     rows = (run / "log.csv").read_text().split()[1:]
     return 1 + max(range(len(rows)), key=lambda row: float(rows[row].split(",")[4]))
 
@@ -633,7 +639,6 @@ def describe(data: Interactions, model: PreBert, args: argparse.Namespace, teach
 def build_teacher(args: argparse.Namespace, data: Interactions, part: Spans) -> tuple[PreBert, Reader | None]:
     """PreBERT with its item table: BERT's body, or (--bert none) the same shape with random weights; and that BERT."""
     torch.manual_seed(args.seed)
-    args.item_init = args.item_init or default_init(data, args.bert)
     causal = args.objective == "next"
     if args.bert == "none":
         shape = BertConfig(max_position_embeddings=args.max_length, hidden_dropout_prob=args.dropout, causal=causal)
@@ -665,6 +670,7 @@ def main() -> None:
     args = parser.parse_args()
     join_processes(args.device)
     data = load_asked(args)
+    args.item_init = args.item_init or default_init(data, args.bert)
     settle(args, RECIPES, data)
     parts = SPLITS[data.split](data)
     model, bert = build_teacher(args, data, parts[0])

@@ -24,6 +24,7 @@ from test_prebert import bert_folder
 from test_student import write_run
 
 ON_RING = ["--no-kd", "--size", "tiny", "--item-init", "cooc", *TINY]
+BEST = [*ON_RING[:-8], *TINY[2:]]  # the same without --epochs
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +211,7 @@ def test_new_items_start_near_those_with_the_nearest_vectors(trained):
 
 
 def test_final_training_uses_everything_and_cannot_be_evaluated(trained):
-    text = inside("distill.py", "--data", "ring.inter", *ON_RING[:-8], "--all", cwd=trained)
+    text = inside("distill.py", "--data", "ring.inter", *BEST, "--all", cwd=trained)
     run, rows = trained / (RUN + "-all"), (trained / RUN / "log.csv").read_text().split()[1:]
     best = max(range(len(rows)), key=lambda row: float(rows[row].split(",")[4])) + 1
     assert "validation" not in text and json.loads((run / "metrics.json").read_text())["epochs"] == best
@@ -221,7 +222,7 @@ def test_final_training_uses_everything_and_cannot_be_evaluated(trained):
     assert "skipped" in inside("evaluate.py", "--data", "ring.inter", cwd=trained)
     student = ("--data", "ring.inter", "--teacher", run, *TINY, "--name", "leak")
     assert "everything is trained on" in inside("distill.py", *student, cwd=trained, expect=2)
-    flags = ("--data", "ring.inter", *ON_RING[:-8], "--all", "--name", "none")
+    flags = ("--data", "ring.inter", *BEST, "--all", "--name", "none")
     words = inside("distill.py", *flags, cwd=trained, expect=2)
     assert "train without --all and --final first" in words
 
@@ -232,25 +233,28 @@ def test_training_on_validation_too_leaves_test_alone(trained):
     assert len(valid.targets) == 0 and torch.equal(train.ends + 1, torch.from_numpy(whole.offsets[1:]))
     assert torch.equal(test.targets, SPLITS["last"](whole)[2].targets)
     flags = ("--data", "ring.inter", "--final")
-    text = inside("distill.py", *flags, *ON_RING[:-8], cwd=trained)
+    text = inside("distill.py", *flags, *BEST, cwd=trained)
     assert "validation" not in text and "evaluate.py --data ring.inter --final" in text
     counts = json.loads((trained / (RUN + "-final") / "catalogue.json").read_text())["counts"]
     assert sum(counts) == len(whole.items) - whole.num_users
     text = inside("evaluate.py", *flags, cwd=trained)
     assert "student-no-kd-final" in text and "all others are trained on" in text and "skipped" in text
-    assert "--final held nothing out" in inside("evaluate.py", *flags, "--valid", cwd=trained, expect=2)
+    assert "--final holds no validation" in inside("evaluate.py", *flags, "--valid", cwd=trained, expect=2)
     run = ("--runs", RUN + "-final")
     words = inside("evaluate.py", "--data", "ring.inter", *run, "--valid", cwd=trained, expect=2)
     assert "all others are trained on" in words
     assert "not allowed with" in inside("distill.py", *flags, "--no-kd", "--all", cwd=trained, expect=2)
     # A run that held out more may be gone on from; the best epoch is taken only from a run like this one.
     go_on = ("--name", "on", "--start", RUN, "--epochs", 1, "--max-length", 16)
-    assert "starting from" in inside("distill.py", *flags, *ON_RING[:-8], *go_on, cwd=trained)
-    masked = (*ON_RING[:-8], "--objective", "masked", "--overwrite")
+    assert "starting from" in inside("distill.py", *flags, *BEST, *go_on, cwd=trained)
+    masked = (*BEST, "--objective", "masked", "--overwrite")
     assert "another --objective" in inside("distill.py", *flags, *masked, cwd=trained, expect=2)
+    wetter = (*BEST, "--dropout", 0.3, "--overwrite")
+    assert "another --dropout" in inside("distill.py", *flags, *wetter, cwd=trained, expect=2)
+    assert "unrecognized" in inside("student.py", "--run", RUN, "id:1", "--all", cwd=trained, expect=2)
     log = (trained / RUN / "metrics.json").read_text()
     (trained / RUN / "metrics.json").unlink()  # as after an interruption
-    words = inside("distill.py", *flags, *ON_RING[:-8], "--overwrite", cwd=trained, expect=2)
+    words = inside("distill.py", *flags, *BEST, "--overwrite", cwd=trained, expect=2)
     assert "does not tell the best epoch" in words
     (trained / RUN / "metrics.json").write_text(log)
     for name in ("student-no-kd-final", "on-final"):

@@ -166,7 +166,7 @@ def last_day(data: Interactions, final: bool = False) -> Parts:
     """
     days = in_seconds(data.begins) // 86400
     year = 1970 + days.max() / 365.2425
-    if not 1980 < year < 2100:
+    if not 1971 < year < 2100:
         raise InputError(f"{data.name}: --split sessions needs times; the last would be of {year:.0f}; use ISO dates")
     test = days == days.max()
     rest = np.flatnonzero(~test)
@@ -346,11 +346,18 @@ def core_filter(users: np.ndarray, items: np.ndarray, min_items: int, min_length
         keep = keep[enough]
 
 
-def first_times(clicks: Clicks) -> np.ndarray:
-    """Indices of the first time of each user and item, in file order."""
-    order = np.lexsort((clicks.times, clicks.users))
-    pairs = clicks.users[order] * len(clicks.raw_items) + clicks.items[order]
-    return np.sort(order[np.unique(pairs, return_index=True)[1]])
+def without_repeats(clicks: Clicks, keep: np.ndarray, once: bool) -> np.ndarray:
+    """The entries `keep`, sorted by user and time, without lines that were written twice: same user, item and time.
+
+    once: without any that name an item that the user has had. Where all times are one, nothing is known to be twice.
+    """
+    users, items, times = (column[keep] for column in clicks[:3])
+    if not once and times.min() == times.max():
+        return keep
+    same = (users[1:] == users[:-1]) & (once | (times[1:] == times[:-1]))
+    moments = np.cumsum(np.append(True, ~same))
+    keys = moments * len(clicks.raw_items) + items
+    return keep[np.sort(np.unique(keys, return_index=True)[1])]
 
 
 def latest_users(clicks: Clicks, keep: np.ndarray, fraction: int) -> np.ndarray:
@@ -370,7 +377,7 @@ def numbered(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return order, first[codes]
 
 
-REPEATS_FROM = 0.01  # of a log's interactions; fewer are accidents, such as a line written twice
+REPEATS_FROM = 0.01  # of a log's interactions; fewer are accidents
 
 
 def build(
@@ -379,14 +386,15 @@ def build(
 ) -> Interactions:  # fmt: skip
     """Filter, sort by time within users (ties keep the file's order) and number items by first appearance.
 
-    titles: {raw item id: (title, text)}. once: a user's repeated item counts once, its first time. Users come back to
-    items if a share REPEATS_FROM of what is kept was theirs before. Raises InputError when nothing is left.
+    titles: {raw item id: (title, text)}. once: see `without_repeats`. Users come back to items if a share REPEATS_FROM
+    of what is kept was theirs before. Raises InputError when nothing is left.
     """
     read = len(clicks.users)
     if not read:
         raise InputError(f"{name}: the log has no interactions")
-    keep = first_times(clicks) if once else np.arange(read)
-    keep = latest_users(clicks, keep, fraction) if fraction > 1 else keep
+    keep = latest_users(clicks, np.arange(read), fraction) if fraction > 1 else np.arange(read)
+    keep = keep[np.lexsort((clicks.times[keep], clicks.users[keep]))]  # stable: ties stay in file order
+    keep = without_repeats(clicks, keep, once)
     core = keep[core_filter(clicks.users[keep], clicks.items[keep], min_items, min_length)]
     older = f" or of users before the latest 1/{fraction}" * (fraction > 1)
     lines = f"{read:,} read, {read - len(keep):,} repeated{older}, {len(keep) - len(core):,} of rare users or items"
@@ -394,8 +402,7 @@ def build(
     if not len(core):
         least = f"where a user needs {min_length} and an item {min_items}; try a smaller --min-count"
         raise InputError(f"{name}: none is left of {lines}, {least}")
-    order = core[np.lexsort((clicks.times[core], clicks.users[core]))]  # stable: ties stay in file order
-    users, (kept, items) = clicks.users[order], numbered(clicks.items[order])
+    users, (kept, items) = clicks.users[core], numbered(clicks.items[core])
     starts = np.flatnonzero(np.diff(users, prepend=-1))  # (U,) where the next user begins
     raw_ids = ["", *(clicks.raw_items[item] for item in kept)]
     pairs = np.sort(users * len(kept) + items)
@@ -404,7 +411,7 @@ def build(
     taken["titles"] = f"{sum(map(titles.__contains__, raw_ids)):,} of {len(kept):,} items; {taken['titles']}"
     shown, texts = map(list, zip(*(titles.get(raw_id, (raw_id, "")) for raw_id in raw_ids), strict=True))
     user_ids = [clicks.raw_users[user] for user in users[starts]]
-    offsets, begins = np.append(starts, len(order)), clicks.times[order[starts]]
+    offsets, begins = np.append(starts, len(core)), clicks.times[core[starts]]
     return Interactions(name, items + 1, offsets, raw_ids, shown, texts, user_ids, begins, repeats, taken)
 
 
@@ -412,12 +419,14 @@ def build(
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """Lines of a (gzipped) file: UTF-8, or Latin-1 where a line is not; InputError for UTF-16 and broken gzip files."""
+    """Lines of a (gzipped) file: UTF-8, or Windows-1252 where a line is not; InputError for other files."""
     bar = tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name, leave=False, delay=1)
     with open(path, "rb") as raw, bar:
         try:
             for number, line in enumerate(gzip.open(raw) if path.suffix.lower() == ".gz" else raw):
                 if not number:
+                    if line.startswith((b"PK\3\4", b"PAR1", b"\x1f\x8b")):
+                        raise InputError(f"{path} is a zip, Excel, Parquet or gzip file; save it as CSV")
                     if b"\0" in line[:200] or line[:2] in (b"\xff\xfe", b"\xfe\xff"):
                         raise InputError(f"{path} looks like UTF-16; save it as UTF-8")
                     if b"\r" in line.rstrip(b"\r\n"):
@@ -425,8 +434,8 @@ def read_lines(path: Path) -> Iterator[str]:
                     line = line.removeprefix(b"\xef\xbb\xbf")  # a byte-order mark
                 try:
                     text = line.decode()
-                except UnicodeDecodeError:
-                    text = line.decode("latin-1")
+                except UnicodeDecodeError:  # five bytes mean nothing in Windows-1252
+                    text = line.decode("latin-1" if re.search(rb"[\x81\x8d\x8f\x90\x9d]", line) else "cp1252")
                 yield text.rstrip("\r\n")
                 if not number & 0x3FFF and raw.seekable():  # a pipe has no place
                     bar.update(raw.tell() - bar.n)
@@ -439,10 +448,10 @@ def moment(text: str) -> float:
 
     Seconds, milliseconds and nanoseconds order alike, so the unit does not matter. ValueError for anything else.
     """
-    if len(text) > 9 and text[4] in "-/":
-        when = datetime.fromisoformat(text.replace("/", "-").removesuffix(" UTC"))
-        return (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
     with suppress(ValueError):
+        if len(text) > 9 and text[4] in "-/":
+            when = datetime.fromisoformat(text.replace("/", "-").removesuffix(" UTC"))
+            return (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
         number = float(text)
         if abs(number) < 2**63:  # false for nan, too
             return number
@@ -463,17 +472,27 @@ Row = TypeVar("Row")
 
 
 def fields_at(separator: str) -> Fields:
-    """A function that cuts a line at `separator`; as in CSV, quotes around a whole field are removed, others stay."""
+    """A function that cuts a line at `separator`; as in CSV, quotes around a whole field are removed, others stay.
+
+    A quote inside quotes is written twice or, as databases do, behind a backslash.
+    """
 
     def fields_of(line: str) -> list[str]:
         if '"' in line and len(separator) == 1:
-            with suppress(csv.Error):
-                return next(csv.reader([line], delimiter=separator, strict=True))
+            for escape in (None, "\\"):
+                with suppress(csv.Error):
+                    return csv_fields(line, separator, escape)
             if open_quote(line, separator):
-                raise InputError(f"a quote is not closed on the line {line[:60]!r}")
+                raise InputError(f"a quote is not closed on the line {line[:60]!r}, or only 50 lines later")
         return line.split(separator)
 
     return fields_of
+
+
+def csv_fields(line: str, separator: str, escape: str | None = None) -> list[str]:
+    """Fields of a line; csv.Error where its quotes are not those of CSV."""
+    reader = csv.reader([line], delimiter=separator, escapechar=escape, skipinitialspace=True, strict=True)
+    return next(reader)
 
 
 def open_quote(line: str, separator: str) -> bool:
@@ -484,7 +503,8 @@ def open_quote(line: str, separator: str) -> bool:
 def whole_rows(lines: Lines, separator: str, width: int) -> Lines:
     """Lines of a table, one a row: what stands in quotes, such as a description, may go over up to 50 lines.
 
-    Lines are joined only where that makes a row of `width` fields, and where none of them could be one by itself.
+    Lines are joined only where that makes a row of `width` fields, and in a table with tabs, where quotes are rarely
+    meant so, only where none of them could be a row by itself.
     """
     ahead: deque[tuple[int, str]] = deque()  # lines that were looked at and belong to nothing yet
     while True:
@@ -501,14 +521,14 @@ def whole_rows(lines: Lines, separator: str, width: int) -> Lines:
                 break
             more, closes = ahead[place][1], ahead[place][1].count('"') % 2 > 0
             row = f"{row} {more}"
-            if more.count(separator) == width - 1 and not (closes and separator not in line):
+            if separator == "\t" and more.count(separator) == width - 1:
                 break
             if closes:
                 with suppress(csv.Error):
-                    if len(next(csv.reader([row], delimiter=separator, strict=True))) == width:
+                    if len(csv_fields(row, separator)) == width:
                         line = row
                         ahead = deque(itertools.islice(ahead, place + 1, None))
-                        break
+                break
         yield number, line
 
 
@@ -519,9 +539,13 @@ def open_table(path: Path) -> tuple[Lines, Fields, list[str]]:
         return lines, *OFFICIAL[path.name]
     # Excel may put a line such as sep=; before the header.
     _, header = next((line for line in lines if line[1] and not line[1].startswith("sep=")), (1, ""))
+    if not header:
+        raise InputError(f"{path} is empty")
     separator = max("\t,;|", key=header.count)
     fields_of, kind = fields_at(separator), re.compile(r":(token|float)(_seq)?$")  # RecBole writes user_id:token
     names = [kind.sub("", name).strip() for name in fields_of(header)]
+    if 2 * sum(bool(re.fullmatch(r"[\d\s.,:+/TZ-]+", name)) for name in names) >= len(names):  # numbers and dates
+        raise InputError(f"{path}:1: a header such as user_id,item_id,timestamp must come first; found {header[:60]!r}")
     for name, word in zip(names, plain(names), strict=True):
         if word and plain(names).count(word) > 1:
             raise InputError(f"{path}:1: column {name!r} occurs twice; rename one")
@@ -561,10 +585,13 @@ COLUMNS = {
     "reviewtime createdat createdtime clicktime viewtime purchasedate orderdate invoicedate transactiondate tdat",
     "label": "label click clicked isclick isclicked purchased bought liked",
 }
-NO = {"0", "0.0", "0.00", "-1", "false", "f", "no", "n"}  # labels that say: shown, but not clicked
-MISSING = {"", "null", "none", "nan", "\\n"}  # how databases and pandas write an id that is not there
-LOOKS_LIKE_TIME = re.compile(r"time|date|stamp|epoch|when|(^|_)(ts|at|on|day)$", re.IGNORECASE)
-DATED = re.compile(r"\d{9,19}(\.\d+)?|\d{4}[-/]\d\d?[-/]\d\d?.*")  # the value of what may be a time
+YES, NO = {"true", "t", "yes", "y"}, {"false", "f", "no", "n"}  # labels besides numbers; no: shown, but not clicked
+# How databases, pandas and R write what is not there.
+MISSING = {"", "null", "(null)", "none", "nan", "na", "<na>", "n/a", "#n/a", "undefined", "\\n"}
+LOOKS_LIKE_TIME = re.compile(r"(?i:time|date|stamp|epoch|when|datum|fecha|(^|_)(ts|dt|at|on|day)$)|[a-z](At|On)$")
+# The value of what may be a time: seconds and finer, 1.6e9, 20140428, 28.04.2014 10:51, Apr 28 2014.
+DATED = re.compile(r"-?\d{9,19}(\.\d+)?|\d\.\d+[eE]\+?\d\d?|(19|20)\d{6}(T.*)?|\d{1,4}[-/.]\d\d?[-/.]\d\d?.*|"
+                   r"[A-Z][a-z]{2,8}\.? \d\d?,? .*")  # fmt: skip
 
 
 def place_of(names: list[str], known: str) -> int | None:
@@ -573,12 +600,13 @@ def place_of(names: list[str], known: str) -> int | None:
 
 
 def find_columns(
-    path: Path, names: list[str], fields_of: Fields, first: str, given: dict[str, str], sessions: bool = False
+    path: Path, names: list[str], first: list[str], given: dict[str, str], sessions: bool = False
 ) -> dict[str, int | None]:
-    """Where {"user", "item", "time", "label"} stand in a log whose first line is `first`.
+    """Where {"user", "item", "time", "label", "owner"} stand in a log whose first line has the fields `first`.
 
     given: names that override the known ones, "none" for no such column. sessions: a session, if there is one, is the
-    user. Raises InputError where a column is missing or in doubt: an order of lines is no substitute for a time.
+    user, and whoever had it the owner. Raises InputError where a column is missing or in doubt: an order of lines is no
+    substitute for a time.
     """
     found = f"found {', '.join(names[:12])}"
     for name in given.values():
@@ -586,9 +614,13 @@ def find_columns(
             raise InputError(f"{path}:1: no column {name!r}; {found}")
     if lists := [name for name in names if name.endswith("_list")]:
         raise InputError(f"{path}: {lists[0]} holds histories; write one line a click: user_id, item_id, timestamp")
-    places = {kind: place_of(names, known) for kind, known in COLUMNS.items()}
-    if sessions and (place := place_of(names, "sessionid session sid")) is not None:
-        places["user"] = place
+    dated = {place for place, value in enumerate(first[: len(names)]) if DATED.fullmatch(value.strip())}
+    places = {kind: place_of(names, known) for kind, known in COLUMNS.items()} | {"owner": None}
+    if places["label"] in dated:  # the day of a purchase
+        places["label"] = None
+    session = place_of(names, "sessionid session sid") if sessions and "user" not in given else None
+    if session is not None:
+        places |= {"user": session, "owner": places["user"] if places["user"] != session else None}
     places |= {kind: names.index(name) if name != "none" else None for kind, name in given.items()}
     used = [place for place in places.values() if place is not None]
     if len(set(used)) < len(used):
@@ -596,22 +628,38 @@ def find_columns(
     for kind in ("user", "item"):
         if places[kind] is None:
             raise InputError(f"{path}:1: no column is known as the {kind}; {found}; name it: --columns {kind}=NAME")
-    if places["time"] is None and "time" not in given:
-        for place, (name, value) in enumerate(zip(names, fields_of(first), strict=False)):
-            if place not in used and (LOOKS_LIKE_TIME.search(name) or DATED.fullmatch(value.strip())):
-                way = f"--columns time={name}, or time=none if the lines are in the order of time"
-                raise InputError(f"{path}:1: no column is known as the time, but {name} could be one; say {way}")
+    timed, when = {place for place, name in enumerate(names) if LOOKS_LIKE_TIME.search(name)}, places["time"]
+    likely = sorted((dated | timed if when is None else dated & timed) - {*used}, key=lambda place: place not in dated)
+    if likely and when not in dated and "time" not in given:
+        what = "no column is known as the time" if when is None else f"{names[when]} does not look like a time"
+        way = f"--columns time={names[likely[0]]}, or time=none if the lines are in the order of time"
+        could = " or ".join(names[place] for place in likely[:3])
+        raise InputError(f"{path}:1: {what}, but {could} could be one; say {way}")
     return places
+
+
+def says_yes(label: str) -> bool:
+    """Whether a label says that an item was clicked, not just shown; ValueError for one that says neither."""
+    label = label.strip().lower()
+    if label in YES or label in NO or label in MISSING:
+        return label in YES
+    with suppress(ValueError):
+        return float(label) > 0
+    raise ValueError(f"{label!r} is neither yes nor no; --columns label=none takes every line")
 
 
 def read_log(path: Path, given: dict[str, str], sessions: bool) -> tuple[Clicks, dict[str, str]]:
     """A log and what was taken for what; `given` and `sessions` as in `find_columns`."""
     lines, fields_of, names = open_table(path)
     number, first = next(lines, (1, ""))
-    places = find_columns(path, names, fields_of, first, given, sessions)
-    user, item, when, label = places.values()
+    fields_of_first: list[str] = []
+    with suppress(ValueError, KeyError, SyntaxError):  # reported below
+        fields_of_first = fields_of(first)
+    places = find_columns(path, names, fields_of_first, given, sessions)
+    user, item, when, label, owner = places.values()
     user_ids: dict[str, int] = {}
     item_ids: dict[str, int] = {}
+    owners: dict[str, str] = {}  # of sessions
     users, items, times = array("q"), array("q"), array("d")
 
     def take(line: str) -> bool:
@@ -620,11 +668,17 @@ def read_log(path: Path, given: dict[str, str], sessions: bool) -> tuple[Clicks,
         user_id, item_id = fields[user].strip(), fields[item].strip()  # type: ignore[index]
         if MISSING & {user_id.lower(), item_id.lower()} or "\0" in line or "\t" in user_id + item_id:
             raise ValueError("user and item must be there, without NUL bytes and tabs")
+        if '"' in line and '"' in (user_id[0], item_id[0]):
+            raise ValueError("a quote begins the user or the item, and does not end with it")
         if any(fields[len(names) :]):  # which column has a field too many is not known
             raise ValueError(f"expected {len(names)} fields, not {len(fields)}")
         time_of = 0.0 if when is None else moment(fields[when].strip())
-        if label is not None and fields[label].strip().lower() in NO:
+        if label is not None and not says_yes(fields[label]):
             return False
+        if owner is not None:
+            who = fields[owner].strip()
+            if who.lower() not in MISSING and owners.setdefault(user_id, who) != who:
+                raise ValueError(f"session {user_id} is of two users, {owners[user_id]} too; number sessions over all")
         users.append(user_ids.setdefault(user_id, len(user_ids)))
         items.append(item_ids.setdefault(item_id, len(item_ids)))
         times.append(time_of)
@@ -633,7 +687,9 @@ def read_log(path: Path, given: dict[str, str], sessions: bool) -> tuple[Clicks,
     left_out = sum(not clicked for clicked in rows_of(path, itertools.chain([(number, first)], lines), take))
     named = {kind: names[place] for kind, place in places.items() if place is not None}
     columns = ", ".join(f"{kind} = {name}" for kind, name in named.items())
-    taken = {"columns": f"{columns} of {path.name}" + "; no time: lines are in its order" * (when is None)}
+    unread = [name for name in names if LOOKS_LIKE_TIME.search(name) and name not in named.values()]
+    taken = {"columns": f"{columns} of {path.name}" + "; no time: lines are in its order" * (when is None)
+             + f"; not read: {', '.join(unread)}" * bool(unread)}  # fmt: skip
     if label is not None:
         taken["left out"] = f"{left_out:,} lines whose {named['label']} says no"
     if (rating := place_of(names, "rating stars score")) is not None:
@@ -654,23 +710,25 @@ def title_place(names: list[str]) -> int | None:
 
 # Columns, besides the title, that say in words what an item is.
 DESCRIBES = re.compile(
-    r"(^|[_ ])(genres?|category|categories|class|tags?|brand|developer|publisher|authors?|artist|studio|director)$",
-    re.IGNORECASE,
+    r"(?i:(^|[-_ ])(genres?|category|categories|class|tags?|brand|developer|publisher|authors?|artist|studio|director)"
+    r"([-_ ]?names?|_list)?$)|[a-z](Genres?|Category|Categories|Tags?|Brand|Authors?|Artist)$"
 )
 LISTED = re.compile(r"(?<!\w)u?['\"]|['\"](?!\w)|[\[\]|]")  # what lists of words are written with
 
 
-def read_titles(path: Path) -> tuple[dict[str, tuple[str, str]], str]:
+def read_titles(path: Path, item_name: str = "") -> tuple[dict[str, tuple[str, str]], str]:
     """{raw item id: (title, text)} and a word on where they come from; trailing empty fields may be missing.
 
-    The text, which BERT reads, is the title and the columns that DESCRIBES knows, each after its name.
+    item_name: what the log calls its items, tried first. The text, which BERT reads, is the title and the columns that
+    DESCRIBES knows, each after its name.
     """
     lines, fields_of, names = open_table(path)
-    item, title, year = place_of(names, COLUMNS["item"] + " id"), title_place(names), place_of(names, "releaseyear")
+    item = names.index(item_name) if item_name in names else place_of(names, COLUMNS["item"] + " id")
+    title, year = title_place(names), place_of(names, "releaseyear")
     others = [place for place, name in enumerate(names) if DESCRIBES.search(name) and place not in (item, title)]
     if item is None or title is None:
         what = "items" if item is None else "titles"
-        return {}, f"{path.name} has no column of {what}, only {', '.join(names[:9])}"
+        return {}, f"{path.name} has no column of {what}, only {', '.join(names[:9])}; call it item_id or title"
 
     def parse(line: str) -> tuple[str, str, str]:
         """Raw id, title and text."""
@@ -843,7 +901,7 @@ def fetch(folder: Path, public: Public) -> None:
 
 TABLE = re.compile(r"\.(inter|item|csv|tsv)(\.gz)?$", re.IGNORECASE)
 CACHE_FROM = 1 << 24  # bytes; smaller logs are read faster than anyone waits
-COPY_VERSION = 5  # of what a parsed copy holds
+COPY_VERSION = 6  # of what a parsed copy holds
 
 
 def dataset_name(name: str) -> str:
@@ -912,7 +970,10 @@ def load_dataset(
     if copy.exists() and (data := read_copy(copy, source)):
         return data
     clicks, taken = read_log(paths[0], columns or {}, sessions)
-    titles, taken["titles"] = read_titles(paths[1]) if len(paths) > 1 else ({}, "no file of titles was found")
+    titles: dict[str, tuple[str, str]] = {}
+    taken["titles"] = "no file of titles was found"
+    if len(paths) > 1:
+        titles, taken["titles"] = read_titles(paths[1], (columns or {}).get("item", ""))
     once = name in PUBLIC and PUBLIC[name].once
     data = build(dataset_name(name), clicks, titles, taken, min_items, min_length, fraction, once)
     if titles_file and not any(data.texts):

@@ -332,7 +332,7 @@ def main() -> None:
     train, valid, test = SPLITS[data.split](data)
     part = valid if args.valid else test
     if not len(part.targets):
-        raise InputError(f"{data.name}: no targets: no user has three items, or --final holds no validation part out")
+        raise InputError(f"{data.name}: no targets: no user has three items, no session two, or --final leaves nothing")
     owners = np.unique(part.starts.numpy(), return_inverse=True)[1]  # (R,)
     rare = (part.targets > 0) & (item_counts(train, data.num_items)[part.targets - 1] <= RARE)  # (R,)
     loaded = []

@@ -15,6 +15,7 @@ import difflib
 import hashlib
 import math
 import os
+import re
 import sys
 import time
 import unicodedata
@@ -161,6 +162,9 @@ def native(run: Path, graph: TopK, compile: bool) -> Callable | None:
         return compile_ahead(graph, package)
 
 
+SEARCHED = 5000  # names, for some like a misspelt one; more take over a second
+
+
 class Recommender:
     """Histories of raw ids or titles in, the k best items out, through a graph that scores and ranks in one piece.
 
@@ -225,7 +229,7 @@ class Recommender:
         if not isinstance(texts, Mapping):
             raise InputError("new items are given as {raw id: text}")
         new = {str(raw_id): str(text) for raw_id, text in texts.items()}
-        if known := [raw_id for raw_id in new if self.matches(raw_id)]:
+        if known := [raw_id for raw_id in new if raw_id in self.by_id]:
             raise InputError(f"item {known[0]!r} is in the catalogue already")
         if not new:
             return
@@ -287,7 +291,7 @@ class Recommender:
             which = ", ".join(f"id:{self.raw_ids[item]}" for item in found)
             raise InputError(f"{name!r} is the name of {len(found)} items; say which: {which}")
         inside = [title for title in self.by_title if text.casefold() in title.casefold()][:3]
-        close = inside or difflib.get_close_matches(text, list(self.by_title), 3, 0.5)
+        close = inside or difflib.get_close_matches(text, list(self.by_title)[:SEARCHED], 3, 0.5)
         hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
         raise InputError(f"no item {name!r} in the catalogue{hint}")
 
@@ -365,8 +369,10 @@ def add_new_items(recommender: Recommender, names: list[str]) -> None:
             if not read:
                 raise InputError(f"{name}: no items with titles: {where}")
             found |= {raw_id: both for raw_id, both in read.items() if raw_id not in recommender.by_id}
-        elif Path(name).is_file():
+        elif Path(name).is_file() or re.search(r"\.(json|xlsx?|txt|parquet)$", name):
             raise InputError(f"{name}: a file of new items is a .csv, .tsv or .item with a header")
+        elif recommender.matches(name):
+            raise InputError(f"item {name!r} is in the catalogue already")
         else:
             found[name] = (name, name)
     titles = {raw_id: title for raw_id, (title, _) in found.items()}
@@ -401,7 +407,7 @@ def recommend_all(recommender: Recommender, data: Interactions, path: Path) -> N
 def user_items(recommender: Recommender, data: Interactions, user: str) -> list[int]:
     """One user's history by the run's ids; InputError for a user that is not in the log."""
     if user not in data.user_ids:
-        close = difflib.get_close_matches(user, data.user_ids, 3)
+        close = difflib.get_close_matches(user, data.user_ids[:SEARCHED], 3)
         hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
         raise InputError(f"no user {user!r} in {data.name}, which has {data.num_users:,}{hint}")
     items, sizes = histories(recommender, data)

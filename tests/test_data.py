@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 import data
 from data import (
     PAD,
+    REPEATS_FROM,
     InputError,
     Interactions,
     Spans,
@@ -110,7 +111,7 @@ def test_columns_can_be_named(tmp_path):
         atomic(tmp_path, MINE, name="x.csv", item="sku")
 
 
-@pytest.mark.parametrize("name", ["when", "visited_at", "ordertime", "my_date", "col4"])
+@pytest.mark.parametrize("name", ["when", "visited_at", "addedAt", "TRANSACTION_DT", "Datum", "my_date", "col4"])
 def test_a_time_under_another_name_is_named_not_ignored(tmp_path, name):
     text = f"user_id,item_id,{name}\nu,b,1609459202\nu,a,1609459201\n"
     with pytest.raises(InputError, match=f"--columns time={name}"):
@@ -135,8 +136,18 @@ def test_without_any_time_the_order_of_lines_counts_and_the_card_says_so(tmp_pat
         ('user_id,"item_id\nu,a\n', "a quote is not closed"),
         ('user_id,item_id\nu,"a\n', "a quote is not closed"),
         ("name,item_id\nu,a\n", "--columns user="),
-        ("\n", "no column is known as the user"),
-        ("", "no column is known as the user"),
+        ("\n", "x.inter is empty"),
+        ("", "x.inter is empty"),
+        ("0\t2010-10-19T23:55:27Z\t30.2\t-97.7\t22847\n", ":1: a header .* must come first"),
+        ("1,1,5,978300760\n", ":1: a header .* must come first"),
+        (b"PK\3\4 and so on", "Excel"),
+        ("user_id,item_id,time\nu,a,1/15/2011 8:00\n", ":2: .*write 2020-01-31"),
+        ("user_id,item_id,date,time\nu,a,20160508,901\n", "time does not look like a time, but date could be one"),
+        ("userId,venueId,timezoneOffset,utcTimestamp\n0,0,-240,2012-04-03 18:00:09\n", "--columns time=utcTimestamp"),
+        ("user_id,item_id,purchased\nu,a,2020-03-01\n", "purchased could be one"),
+        ("user_id,item_id,clicked\nu,a,perhaps\n", "'perhaps' is neither yes nor no; --columns label=none"),
+        (HEAD + "NA\tp\t1\n", ":2: user and item must be there"),
+        ('user_id,item_id,time\n"u" ,a,1\n', "a quote begins the user"),
         (HEAD, "the log has no interactions"),
         (HEAD + "a\tp\n", ":2: fields are missing"),
         (HEAD + "a\tp\t1\na\tq\tsoon\n", ":3: .*'soon'"),
@@ -156,6 +167,52 @@ def test_bad_tables_end_in_one_clear_line(tmp_path, text, words):
     with pytest.raises(InputError, match=words) as caught:
         atomic(tmp_path, text, least=5)
     assert "\n" not in str(caught.value)
+
+
+def test_what_may_be_a_time_is_asked_about(tmp_path):
+    for value in ("28.04.2014 10:51", "11/9/2000", "20200128", "20200128T101112Z", "1.6E+09", "Jan 28 2020"):
+        with pytest.raises(InputError, match="--columns time=visited"):
+            atomic(tmp_path, f"user_id;item_id;visited\nu;a;{value}\n", name="x.csv")
+
+
+def test_labels_say_yes_or_no(tmp_path):
+    said = ["1", "0", "", "NULL", "nan", "0.000000", "-1", "true", "No", "3.5", "Y"]
+    rows = "".join(f"u,i{n},{label},{n}\n" for n, label in enumerate(said))
+    log = atomic(tmp_path, "user_id,item_id,clicked,time\n" + rows, name="x.csv")
+    assert histories(log) == [["i0", "i7", "i9", "i10"]] and "7 lines whose clicked says no" in data.card(log)
+
+
+def test_quotes_behind_backslashes_blanks_and_line_breaks(tmp_path):
+    text = '"user_id","item_id","text","time"\n"u","4","the \\"best\\", ever",4\nu, "3", x, 5\n'
+    text += 'u,5,"Great place.\nFood, drinks, service, all good.\nBye.",6\n'
+    assert histories(atomic(tmp_path, text, name="x.csv")) == [["4", "3", "5"]]
+    rows = "".join(f"u{n},i{n % 9},t,{n}\n" for n in range(300))
+    log = atomic(tmp_path, 'user_id,item_id,text,time\n10,2,"Bad.\nu9,i9,x,5\n.",7\n' + rows, name="x.csv")
+    assert "i9" not in log.raw_ids and len(log.items) == 301
+
+
+def test_session_numbers_of_two_users_are_not_one_session(tmp_path):
+    day = 86400
+    rows = [f"u{n // 9},{n // 3},i{n % 7},{day * n}\n" for n in range(90)]
+    (tmp_path / "x.csv").write_text("user_id,session_id,item_id,timestamp\n" + "".join(rows))
+    log = load_dataset(str(tmp_path / "x.csv"), min_items=1, min_length=1, sessions=True)
+    assert log.num_users == 30 and "user = session_id" in data.card(log) and "owner = user_id" in data.card(log)
+    rows = [f"u{n // 9},{n // 3 % 3},i{n % 7},{day * n}\n" for n in range(90)]
+    (tmp_path / "x.csv").write_text("user_id,session_id,item_id,timestamp\n" + "".join(rows))
+    with pytest.raises(InputError, match="session 0 is of two users"):
+        load_dataset(str(tmp_path / "x.csv"), min_items=1, min_length=1, sessions=True)
+
+
+def test_titles_are_found_by_the_logs_own_name_of_items(tmp_path):
+    table = "aid,title,mainGenre,author_name\n1,Caf\u00e9 \u2013 1,War,Tom\n"
+    (tmp_path / "x.item").write_bytes(table.encode("cp1252"))
+    log = atomic(tmp_path, "who,aid\nu,1\n", user="who", item="aid")
+    assert log.titles[1] == "Caf\u00e9 \u2013 1" and log.texts[1].endswith(". mainGenre: War. author_name: Tom")
+
+
+def test_times_that_are_not_read_are_on_the_card(tmp_path):
+    text = "user_id,item_id,eventdate,timeframe\nu,a,2016-05-09,5\n"
+    assert "not read: timeframe" in data.card(atomic(tmp_path, text, name="x.csv"))
 
 
 def test_excel_pandas_and_concatenated_files(tmp_path):
@@ -468,10 +525,22 @@ def test_unknown_names_are_refused(tmp_path):
         load_dataset(str(tmp_path / "no.inter"))
 
 
-def test_a_line_written_twice_does_not_change_the_protocol(tmp_path):
-    lines = [f"u{n % 10}\ti{n}\t{n}\n" for n in range(300)]
-    for twice, repeats in ((0, False), (3, False), (4, True)):  # 4 of 304 are over 1 %
-        log = atomic(tmp_path, HEAD + "".join(lines + lines[:twice]))
+def test_a_line_written_twice_counts_once_and_does_not_change_the_protocol(tmp_path):
+    lines = [f"u{n % 10}\ti{n % 30}\t{n}\n" for n in range(30)]
+    for more in ([], lines[:1], lines):
+        log = atomic(tmp_path, HEAD + "".join(lines + more))
+        assert len(log.items) == 30 and not log.repeats
+        assert f"{30 + len(more)} read, {len(more)} repeated" in log.taken["interactions"]
+    # At another time it is another click; without times nothing is known to be the same one.
+    again = [f"u{n % 10}\ti{n % 30}\t{n + 99}\n" for n in range(30)]
+    assert len(atomic(tmp_path, HEAD + "".join(lines + again)).items) == 60
+    still = [line.rpartition("\t")[0] + "\t7\n" for line in lines]
+    assert len(atomic(tmp_path, HEAD + "".join(still + still)).items) == 60
+    assert REPEATS_FROM * 300 == 3
+    many = [f"u{n % 10}\ti{n}\t{n}\n" for n in range(297)]
+    for twice, repeats in ((2, False), (3, True)):
+        later = [f"u{n % 10}\ti{n}\t{n + 999}\n" for n in range(twice)]
+        log = atomic(tmp_path, HEAD + "".join(many + later))
         assert log.repeats == repeats and ("NOT excluded" in log.protocol) == repeats
 
 

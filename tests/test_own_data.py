@@ -239,7 +239,7 @@ def test_training_on_validation_too_leaves_test_alone(trained):
     assert sum(counts) == len(whole.items) - whole.num_users
     text = inside("evaluate.py", *flags, cwd=trained)
     assert "student-no-kd-final" in text and "all others are trained on" in text and "skipped" in text
-    assert "--final holds no validation" in inside("evaluate.py", *flags, "--valid", cwd=trained, expect=2)
+    assert "--final leaves nothing" in inside("evaluate.py", *flags, "--valid", cwd=trained, expect=2)
     run = ("--runs", RUN + "-final")
     words = inside("evaluate.py", "--data", "ring.inter", *run, "--valid", cwd=trained, expect=2)
     assert "all others are trained on" in words

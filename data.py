@@ -351,13 +351,19 @@ def without_repeats(clicks: Clicks, keep: np.ndarray, once: bool) -> np.ndarray:
 
     once: without any that name an item that the user has had. Where all times are one, nothing is known to be twice.
     """
-    users, items, times = (column[keep] for column in clicks[:3])
-    if not once and times.min() == times.max():
+    if not once and clicks.times.min() == clicks.times.max():
         return keep
-    same = (users[1:] == users[:-1]) & (once | (times[1:] == times[:-1]))
-    moments = np.cumsum(np.append(True, ~same))
-    keys = moments * len(clicks.raw_items) + items
-    return keep[np.sort(np.unique(keys, return_index=True)[1])]
+
+    def as_before(column: np.ndarray) -> np.ndarray:  # whether an entry is as the one before, (len(keep),)
+        values = column[keep]
+        return np.append(False, values[1:] == values[:-1])
+
+    same = as_before(clicks.users)
+    if not once:
+        same &= as_before(clicks.times)
+    some = np.flatnonzero(same | np.append(same[1:], False))  # most moments have one entry, and none to compare
+    keys = np.cumsum(~same)[some] * len(clicks.raw_items) + clicks.items[keep[some]]
+    return np.delete(keep, np.delete(some, np.unique(keys, return_index=True)[1]))
 
 
 def latest_users(clicks: Clicks, keep: np.ndarray, fraction: int) -> np.ndarray:
@@ -448,13 +454,15 @@ def moment(text: str) -> float:
 
     Seconds, milliseconds and nanoseconds order alike, so the unit does not matter. ValueError for anything else.
     """
-    with suppress(ValueError):
+    try:
         if len(text) > 9 and text[4] in "-/":
             when = datetime.fromisoformat(text.replace("/", "-").removesuffix(" UTC"))
             return (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
         number = float(text)
-        if abs(number) < 2**63:  # false for nan, too
-            return number
+    except ValueError:
+        number = math.nan
+    if abs(number) < 2**63:  # false for nan, too
+        return number
     raise ValueError(f"{text!r} is not a time; write 2020-01-31 10:00 or a number")
 
 

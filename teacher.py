@@ -59,11 +59,13 @@ SPARSE = 100  # interactions an item. With fewer, item vectors start from titles
 # or, if users come back to items, the mean of it and dropout; and models start `near_identity`.
 
 # What a kind of question needs. Next items are five times as many questions an epoch (all of them, not a MASK_RATE of
-# 0.2), so a model overfits earlier: fewer epochs, more dropout, smoothed labels.
-RECIPES: dict[str, dict[str, float]] = {
+# 0.2), so a model overfits earlier: fewer epochs, more dropout, smoothed labels. Epochs, learning rates and positions
+# in a batch are for a million interactions; see `settle` for less.
+RECIPES: dict[str, dict] = {
     "next": dict(epochs=6, lr=1e-3, body_lr=3e-4, tokens=2048, dropout=0.2, sparse_dropout=0.4, label_smoothing=0.1),
     "masked": dict(epochs=10, lr=1e-3, body_lr=3e-4, tokens=2048, dropout=0.1, sparse_dropout=0.1, label_smoothing=0.0),
 }
+LEAST_TOKENS = 512  # positions in a batch
 
 
 def item_loss(model: PreBert, batch: Batch, label_smoothing: float = 0.0, sampler: "Sampler | None" = None) -> Tensor:
@@ -503,7 +505,7 @@ def make_sampler(args: argparse.Namespace, train_part: Spans, num_items: int) ->
 # ---------------------------------------------------------------- the command
 
 
-def add_training_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict[str, float]]) -> None:
+def add_training_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict]) -> None:
     """The flags of both training scripts; what a recipe decides is None until `settle`."""
     add = parser.add_argument_group("training").add_argument
 
@@ -517,9 +519,10 @@ def add_training_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict[
         help=f"passes over the data; more on small data {by_recipe('epochs')}; with --start a fifth, or 0: "
         "the old weights with today's catalogue")  # fmt: skip
     add("--minutes", type=number(0, above=True), help="budget by the clock instead of --epochs")
-    add("--lr", type=number(0, above=True), help=f"peak learning rate {by_recipe('lr')}")
+    add("--tokens", type=positive, help="positions in a batch, over all processes; fewer on small data "
+        f"{by_recipe('tokens')}")  # fmt: skip
+    add("--lr", type=number(0, above=True), help=f"peak learning rate; less with fewer --tokens {by_recipe('lr')}")
     add("--body-lr", type=number(0, above=True), help=f"the same for encoder and positions {by_recipe('body_lr')}")
-    add("--tokens", type=positive, help=f"positions in a batch, over all processes {by_recipe('tokens')}")
     add("--dropout", type=number(0, 0.9), help=f"share of activations zeroed {by_recipe('dropout')}; with fewer than "
         f"{SPARSE} interactions an item {by_recipe('sparse_dropout')}, halfway if users repeat items")  # fmt: skip
     add("--label-smoothing", type=number(0, 0.9),
@@ -557,7 +560,7 @@ def default_init(data: Interactions, bert: str) -> str:
     return kind
 
 
-def settle(args: argparse.Namespace, recipes: dict[str, dict[str, float]], data: Interactions) -> None:
+def settle(args: argparse.Namespace, recipes: dict[str, dict], data: Interactions) -> None:
     """Fill in what the flags left open, so that config.json tells all, and end the run's name in -all or -final.
 
     Raises InputError for what makes no sense.
@@ -580,13 +583,18 @@ def settle(args: argparse.Namespace, recipes: dict[str, dict[str, float]], data:
         args.dropout = (usual + own) / 2 if data.repeats else own
     if args.near_identity is None:
         args.near_identity = sparse(data)
-    for key, value in recipe.items():
-        if key != "epochs" and key in vars(args) and getattr(args, key) is None:
-            setattr(args, key, value)
+    smaller = max(1.0, 1e6 / len(data.items))  # small data: smaller batches, so that an epoch has as many steps
+    args.tokens = args.tokens or max(LEAST_TOKENS, recipe["tokens"] // 2 ** round(math.log2(smaller)))
+    for key in ("lr", "body_lr"):  # a step of fewer questions says less, and may change less
+        if getattr(args, key) is None:
+            setattr(args, key, recipe[key] * math.sqrt(args.tokens / recipe["tokens"]))
+    for key in ("dropout", "label_smoothing"):
+        if getattr(args, key) is None:
+            setattr(args, key, recipe[key])
     if args.epochs is None and suffix and not (args.minutes or args.start):
         args.epochs = best_epoch(args, replace(data, split=args.split), suffix)
     if args.epochs is None:  # a hundredth of the data gets three times the passes
-        args.epochs = round(recipe["epochs"] * max(1.0, (1e6 / len(data.items)) ** 0.25))
+        args.epochs = round(recipe["epochs"] * smaller**0.25)
         args.epochs = max(1, args.epochs // 5) if args.start else args.epochs
     args.name = f"{args.name}{suffix}"
     args.patience = args.patience or max(5, args.epochs // 3)

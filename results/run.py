@@ -40,10 +40,12 @@ MODELS = {
     "student-of-starts": "distill.py --teacher RUNS/student-no-kd-sSEED RUNS/student-no-kd-cooc-sSEED "
     "RUNS/student-no-kd-text-sSEED",
     "student-of-seeds": "distill.py --teacher RUNS/student-no-kd-s1 RUNS/student-no-kd-s2 RUNS/student-no-kd-s3",
+    "student-of-teachers": "distill.py --teacher RUNS/teacher-s1 RUNS/teacher-s2 RUNS/teacher-s3",
     "teacher-masked": "teacher.py --objective masked --epochs 16 --patience 16",
     "student-masked": "distill.py --teacher RUNS/teacher-masked-sSEED",
     "bert4rec": "distill.py --no-kd --objective masked --epochs 60 --patience 60",
 }
+OF_SESSIONS = "--size small --epochs 6 --patience 9"  # students there: most sessions have two or three items
 TEXT = {"student-no-kd-text", "student-of-starts"}  # need titles, which YooChoose has not
 MASKED_ON = {"ml-1m"}  # the masked teacher and its student: where the paper's own objective is repeated
 
@@ -64,6 +66,8 @@ def folder(data: str, run: str) -> str:
 def training(data: str, name: str, seed: int) -> list[str]:
     """The command that trains one run, or goes on with it."""
     flags = re.sub(r"RUNS/(\S+)", lambda run: folder(data, run[1]), MODELS[name].replace("SEED", str(seed)))
+    if data.startswith("sessions"):
+        flags = flags.replace("distill.py", f"distill.py {OF_SESSIONS}")  # the model's own flags come after
     shown = f"sessions-{name}" if data.startswith("sessions") else name
     words = f"{flags} {DATA[data]} --seed {seed} --name {shown}-s{seed} --eval-users 10000 --resume"
     return [sys.executable, *shlex.split(words)]

@@ -422,6 +422,15 @@ def test_recipes_fill_in_what_the_flags_left_open_and_help_shows_them(ring, tmp_
     args = parser.parse_args(["--objective", "next", "--no-near-identity"])
     settle(args, distill.RECIPES, few)
     assert args.near_identity is False
+    # Half of a million interactions, half of the positions in a batch, and the root of a half of the learning rate.
+    for given, size, tokens, lr in (
+        ([], 999_611, 4096, 3e-3), ([], 5_000_000, 4096, 3e-3), ([], 500_000, 2048, 3e-3 / 2**0.5),
+        ([], 198_502, 1024, 1.5e-3), ([], 124_150, 512, 3e-3 / 8**0.5), ([], 1_000, 512, 3e-3 / 8**0.5),
+        (["--tokens", "4096"], 1_000, 4096, 3e-3), (["--lr", "0.1"], 1_000, 512, 0.1),
+    ):  # fmt: skip
+        args = parser.parse_args(["--objective", "next", *given])
+        settle(args, distill.RECIPES, replace(log, items=np.ones(size, np.int64)))
+        assert args.tokens == tokens and args.lr == pytest.approx(lr)
     assert default_init(few, "minilm") == "text+cooc" and default_init(few, "none") == "cooc"
     assert default_init(replace(few, texts=[""]), "minilm") == default_init(log, "minilm") == "cooc"
     names = [str(n) for n in range(20_002)]

@@ -587,7 +587,7 @@ def settle(args: argparse.Namespace, recipes: dict[str, dict], data: Interaction
     args.tokens = args.tokens or max(LEAST_TOKENS, recipe["tokens"] // 2 ** round(math.log2(smaller)))
     for key in ("lr", "body_lr"):  # a step of fewer questions says less, and may change less
         if getattr(args, key) is None:
-            setattr(args, key, recipe[key] * math.sqrt(args.tokens / recipe["tokens"]))
+            setattr(args, key, recipe[key] * min(1.0, args.tokens / recipe["tokens"]) ** 0.5)
     for key in ("dropout", "label_smoothing"):
         if getattr(args, key) is None:
             setattr(args, key, recipe[key])

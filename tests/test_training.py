@@ -426,7 +426,7 @@ def test_recipes_fill_in_what_the_flags_left_open_and_help_shows_them(ring, tmp_
     for given, size, tokens, lr in (
         ([], 999_611, 4096, 3e-3), ([], 5_000_000, 4096, 3e-3), ([], 500_000, 2048, 3e-3 / 2**0.5),
         ([], 198_502, 1024, 1.5e-3), ([], 124_150, 512, 3e-3 / 8**0.5), ([], 1_000, 512, 3e-3 / 8**0.5),
-        (["--tokens", "4096"], 1_000, 4096, 3e-3), (["--lr", "0.1"], 1_000, 512, 0.1),
+        (["--tokens", "9999"], 1_000, 9999, 3e-3), (["--lr", "0.1"], 1_000, 512, 0.1),
     ):  # fmt: skip
         args = parser.parse_args(["--objective", "next", *given])
         settle(args, distill.RECIPES, replace(log, items=np.ones(size, np.int64)))

@@ -608,9 +608,9 @@ def place_of(names: list[str], known: str) -> int | None:
 
 
 def find_columns(
-    path: Path, names: list[str], first: list[str], given: dict[str, str], sessions: bool = False
+    path: Path, names: list[str], fields_of: Fields, first: str, given: dict[str, str], sessions: bool = False
 ) -> dict[str, int | None]:
-    """Where {"user", "item", "time", "label", "owner"} stand in a log whose first line has the fields `first`.
+    """Where {"user", "item", "time", "label", "owner"} stand in a log whose first line is `first`.
 
     given: names that override the known ones, "none" for no such column. sessions: a session, if there is one, is the
     user, and whoever had it the owner. Raises InputError where a column is missing or in doubt: an order of lines is no
@@ -622,7 +622,10 @@ def find_columns(
             raise InputError(f"{path}:1: no column {name!r}; {found}")
     if lists := [name for name in names if name.endswith("_list")]:
         raise InputError(f"{path}: {lists[0]} holds histories; write one line a click: user_id, item_id, timestamp")
-    dated = {place for place, value in enumerate(first[: len(names)]) if DATED.fullmatch(value.strip())}
+    dated: set[int] = set()
+    with suppress(ValueError, KeyError, SyntaxError):  # an unreadable line, which is reported later
+        values = fields_of(first)[: len(names)]
+        dated = {place for place, value in enumerate(values) if DATED.fullmatch(value.strip())}
     places = {kind: place_of(names, known) for kind, known in COLUMNS.items()} | {"owner": None}
     if places["label"] in dated:  # the day of a purchase
         places["label"] = None
@@ -660,10 +663,7 @@ def read_log(path: Path, given: dict[str, str], sessions: bool) -> tuple[Clicks,
     """A log and what was taken for what; `given` and `sessions` as in `find_columns`."""
     lines, fields_of, names = open_table(path)
     number, first = next(lines, (1, ""))
-    fields_of_first: list[str] = []
-    with suppress(ValueError, KeyError, SyntaxError):  # reported below
-        fields_of_first = fields_of(first)
-    places = find_columns(path, names, fields_of_first, given, sessions)
+    places = find_columns(path, names, fields_of, first, given, sessions)
     user, item, when, label, owner = places.values()
     user_ids: dict[str, int] = {}
     item_ids: dict[str, int] = {}

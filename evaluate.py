@@ -368,9 +368,9 @@ def main() -> None:
         values.setdefault(model_name, {})[config["seed"]] = of_users
     print_table(rows, data.split)
     pairs, seeds = compare({name: list(of_seeds.values()) for name, of_seeds in values.items()}, owners)
-    size = {"users": data.num_users, "items": data.num_items, "interactions": len(data.items), "taken": data.taken}
-    report = {"data": {"name": data.name, **size}, "protocol": protocol, "machine": machine(), "rows": rows}
-    report |= {"comparisons": pairs, "seeds": seeds}
+    log = {"name": data.name, "users": data.num_users, "items": data.num_items, "interactions": len(data.items)}
+    report = {"data": log | {"taken": data.taken}, "protocol": protocol, "machine": machine(), "rows": rows,
+              "comparisons": pairs, "seeds": seeds}  # fmt: skip
     if args.bench and models:
         if args.json:  # what is known is kept where nothing can be compiled
             write_json(args.json, report)

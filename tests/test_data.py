@@ -148,6 +148,7 @@ def test_without_any_time_the_order_of_lines_counts_and_the_card_says_so(tmp_pat
         ("user_id,item_id,clicked\nu,a,perhaps\n", "'perhaps' is neither yes nor no; --columns label=none"),
         (HEAD + "NA\tp\t1\n", ":2: user and item must be there"),
         ('user_id,item_id,time\n"u" ,a,1\n', "a quote begins the user"),
+        ("user_id,item_id\nu,a,2020-01-01\n", ":2: expected 2 fields, not 3"),
         (HEAD, "the log has no interactions"),
         (HEAD + "a\tp\n", ":2: fields are missing"),
         (HEAD + "a\tp\t1\na\tq\tsoon\n", ":3: .*'soon'"),

@@ -62,10 +62,11 @@ SPARSE = 100  # interactions an item. With fewer, item vectors start from titles
 # 0.2), so a model overfits earlier: fewer epochs, more dropout, smoothed labels. Epochs, learning rates and positions
 # in a batch are for a million interactions; see `settle` for less.
 RECIPES: dict[str, dict] = {
-    "next": dict(epochs=6, lr=1e-3, body_lr=3e-4, tokens=2048, dropout=0.2, sparse_dropout=0.4, label_smoothing=0.1),
-    "masked": dict(epochs=10, lr=1e-3, body_lr=3e-4, tokens=2048, dropout=0.1, sparse_dropout=0.1, label_smoothing=0.0),
+    "next": dict(epochs=6, lr=1e-3, body_lr=3e-4, tokens=2048, least_tokens=2048, dropout=0.2, sparse_dropout=0.4,
+        label_smoothing=0.1),
+    "masked": dict(epochs=10, lr=1e-3, body_lr=3e-4, tokens=2048, least_tokens=2048, dropout=0.1, sparse_dropout=0.1,
+        label_smoothing=0.0),
 }
-LEAST_TOKENS = 512  # positions in a batch
 
 
 def item_loss(model: PreBert, batch: Batch, label_smoothing: float = 0.0, sampler: "Sampler | None" = None) -> Tensor:
@@ -519,8 +520,8 @@ def add_training_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict]
         help=f"passes over the data; more on small data {by_recipe('epochs')}; with --start a fifth, or 0: "
         "the old weights with today's catalogue")  # fmt: skip
     add("--minutes", type=number(0, above=True), help="budget by the clock instead of --epochs")
-    add("--tokens", type=positive, help="positions in a batch, over all processes; fewer on small data "
-        f"{by_recipe('tokens')}")  # fmt: skip
+    add("--tokens", type=positive, help=f"positions in a batch, over all processes {by_recipe('tokens')}; fewer on small "
+        f"data, at least {recipes['next']['least_tokens']}")  # fmt: skip
     add("--lr", type=number(0, above=True), help=f"peak learning rate; less with fewer --tokens {by_recipe('lr')}")
     add("--body-lr", type=number(0, above=True), help=f"the same for encoder and positions {by_recipe('body_lr')}")
     add("--dropout", type=number(0, 0.9), help=f"share of activations zeroed {by_recipe('dropout')}; with fewer than "
@@ -584,7 +585,7 @@ def settle(args: argparse.Namespace, recipes: dict[str, dict], data: Interaction
     if args.near_identity is None:
         args.near_identity = sparse(data)
     smaller = max(1.0, 1e6 / len(data.items))  # small data: smaller batches, so that an epoch has as many steps
-    args.tokens = args.tokens or max(LEAST_TOKENS, recipe["tokens"] // 2 ** round(math.log2(smaller)))
+    args.tokens = args.tokens or max(recipe["least_tokens"], recipe["tokens"] // 2 ** round(math.log2(smaller)))
     for key in ("lr", "body_lr"):  # a step of fewer questions says less, and may change less
         if getattr(args, key) is None:
             setattr(args, key, recipe[key] * min(1.0, args.tokens / recipe["tokens"]) ** 0.5)

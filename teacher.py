@@ -520,8 +520,8 @@ def add_training_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict]
         help=f"passes over the data; more on small data {by_recipe('epochs')}; with --start a fifth, or 0: "
         "the old weights with today's catalogue")  # fmt: skip
     add("--minutes", type=number(0, above=True), help="budget by the clock instead of --epochs")
-    add("--tokens", type=positive, help=f"positions in a batch, over all processes {by_recipe('tokens')}; fewer on small "
-        f"data, at least {recipes['next']['least_tokens']}")  # fmt: skip
+    add("--tokens", type=positive, help=f"positions in a batch, over all processes {by_recipe('tokens')}; fewer on "
+        f"small data, at least {recipes['next']['least_tokens']}")  # fmt: skip
     add("--lr", type=number(0, above=True), help=f"peak learning rate; less with fewer --tokens {by_recipe('lr')}")
     add("--body-lr", type=number(0, above=True), help=f"the same for encoder and positions {by_recipe('body_lr')}")
     add("--dropout", type=number(0, 0.9), help=f"share of activations zeroed {by_recipe('dropout')}; with fewer than "

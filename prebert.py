@@ -210,6 +210,9 @@ class PreBert(nn.Module):
     The newest item has the last position, max_length - 1, and older ones those before it, so that padding on the left
     changes nothing. The output is tied to the input: logits = head(h) E^T + b over the items (Press & Wolf 2017), with
     h the encoder's state and E the item table; PAD and MASK have no logit.
+
+    What comes next depends most on what came last, more than in sentences. So an item is read together with a share of
+    each of the three before it: a short convolution, as in Mamba (Gu & Dao 2023). Its shares are 0 as training begins.
     """
 
     def __init__(self, config: BertConfig, num_items: int):
@@ -218,6 +221,7 @@ class PreBert(nn.Module):
         size = config.hidden_size
         self.item_embedding = nn.Embedding(num_items + 2, size)  # PAD (never seen), items, MASK (masked models)
         self.position_embedding = nn.Embedding(config.max_position_embeddings, size)
+        self.convolution = nn.Parameter(torch.zeros(3, size))  # shares of the item before, of the one before that, ...
         self.encoder = Encoder(config)
         self.head = nn.Sequential(nn.Linear(size, size), nn.GELU(), nn.LayerNorm(size, config.layer_norm_eps))
         self.item_bias = nn.Parameter(torch.zeros(num_items))
@@ -235,8 +239,12 @@ class PreBert(nn.Module):
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """tokens (B, T) left-padded, positions (B, M): states ready for `logits`, (B, M, D)."""
         positioned = self.position_embedding.weight[self.max_length - tokens.shape[1] :]  # (T, D)
-        x = self.item_embedding(tokens) + positioned  # (B, T, D)
-        return self.head(self.encoder(x, tokens != PAD, positions))
+        real, steps = tokens != PAD, len(self.convolution)
+        items = self.item_embedding(tokens) * real[..., None]  # (B, T, D)
+        x, before = items + positioned, F.pad(items, (0, 0, steps, 0))  # (B, T, D), (B, 3 + T, D)
+        for step, share in enumerate(self.convolution, 1):
+            x = x + share * before[:, steps - step : -step]
+        return self.head(self.encoder(x, real, positions))
 
     def logits(self, states: Tensor) -> Tensor:
         """states (..., D) to scores (..., num_items); column j is item j + 1."""
@@ -607,7 +615,9 @@ def load_run(run: str | Path) -> tuple[PreBert, dict, dict]:
     tensors, num_items = read_safetensors(path), len(catalogue["raw_ids"]) - 1
     if num_items < 1 or tensors.get("item_bias", torch.empty(0)).shape != (num_items,):
         raise InputError(f"{run}: catalogue.json and model.safetensors have different numbers of items, or none")
-    return with_weights(PreBert(config_of(tensors, config["model"], path), num_items), tensors, path), config, catalogue
+    model = PreBert(config_of(tensors, config["model"], path), num_items)
+    tensors = {"convolution": model.convolution, **tensors}  # older runs have none: zeros
+    return with_weights(model, tensors, path), config, catalogue
 
 
 def check_catalogue(run: Path, config: dict, catalogue: dict, data: Interactions) -> None:

@@ -185,6 +185,21 @@ def test_hidden_states_equal_hugging_faces_with_real_minilm_weights():
     assert difference < 1e-4
 
 
+def test_an_item_is_read_with_shares_of_the_three_before_it():
+    model = shaken(PreBert(BertConfig(8, 1, 2, 16, 12, hidden_dropout_prob=0.0), 20))
+    read = []
+    model.encoder.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    for tokens in ([PAD, PAD, 3, 1, 7, 4, 9], [5]):  # also of histories shorter than three
+        model(torch.tensor([tokens]), torch.tensor([[0]]))
+        table, positions, shares = model.item_embedding.weight, model.position_embedding.weight, model.convolution
+        for place, item in enumerate(tokens):
+            expected = positions[12 - len(tokens) + place] + (item != PAD) * table[item]
+            for step in (1, 2, 3):
+                if place >= step and tokens[place - step] != PAD:
+                    expected = expected + shares[step - 1] * table[tokens[place - step]]
+            assert torch.allclose(read[-1][0, place], expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_asked_positions_equal_the_full_computation(causal):
     model = shaken(PreBert(BertConfig(16, 2, 4, 32, 12, hidden_dropout_prob=0.0, causal=causal), 20))

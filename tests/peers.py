@@ -100,6 +100,7 @@ class HuggingFace(nn.Module):
             hidden_dropout_prob=dropout, attention_probs_dropout_prob=0.0,
         )  # fmt: skip
         self.bert = BertModel(shape, add_pooling_layer=False)
+        self.convolution = nn.Parameter(torch.zeros(3, HIDDEN))
         self.head = nn.Sequential(nn.Linear(HIDDEN, HIDDEN), nn.GELU(), nn.LayerNorm(HIDDEN, 1e-12))
         self.bias = nn.Parameter(torch.zeros(1 + ITEMS))
 
@@ -121,10 +122,13 @@ class HuggingFace(nn.Module):
         missing, unexpected = self.bert.load_state_dict(state, strict=False)
         assert not unexpected and all("position_ids" in name or "token_type_ids" in name for name in missing), missing
         self.head.load_state_dict({name[5:]: ours[name] for name in ours if name.startswith("head.")})
-        self.bias.data[1:] = ours["item_bias"]
+        self.bias.data[1:], self.convolution.data = ours["item_bias"], ours["convolution"]
 
     def states(self, tokens: Tensor) -> Tensor:
-        return self.bert(input_ids=tokens, attention_mask=(tokens != 0).long()).last_hidden_state  # (B, T, D)
+        items = self.bert.embeddings.word_embeddings(tokens) * (tokens != 0)[..., None]  # (B, T, D)
+        before = F.pad(items, (0, 0, 3, 0))
+        read = items + sum(self.convolution[step - 1] * before[:, 3 - step : -step] for step in (1, 2, 3))
+        return self.bert(inputs_embeds=read, attention_mask=(tokens != 0).long()).last_hidden_state  # (B, T, D)
 
     def logits(self, states: Tensor) -> Tensor:
         return F.linear(self.head(states), self.bert.embeddings.word_embeddings.weight[: 1 + ITEMS], self.bias)

@@ -7,7 +7,7 @@ and items with fewer than five are left out, repeatedly), 3 seconds on two CPU c
 set or a path to a table of your own with a header.
 
 The first 400 lines are what a recommender needs to know; the rest is about files. In order: sequences -> batches ->
-questions -> filtering -> lines -> tables -> public datasets -> the command.
+questions -> filtering -> lines -> tables -> public datasets -> datasets by name or path -> the command.
 
 Letters: B batch (users), T sequence length, S whole history, M asked positions of a row, U users, R rows of a `Spans`,
 W windows, L log entries, I items.
@@ -79,9 +79,10 @@ class Interactions:
     texts: list[str]  # (num_items + 1,) title and what else the file of titles says, empty where there is no title
     user_ids: list[str]  # (U,) the file's own id of each user
     begins: np.ndarray  # (U,) float64, the time of each user's first item
-    repeats: bool  # whether users come back to items, see `build`; if so, seen items are not excluded
+    repeats: bool  # whether users come back to items, see `build`
     taken: dict[str, str]  # what was taken for what, and what became of the lines; the card prints it
     split: str = "last"  # a key of HELD_OUT and SPLITS
+    exclude_seen: bool = True  # whether what a user had is left out of the ranking
 
     @property
     def num_users(self) -> int:
@@ -93,13 +94,13 @@ class Interactions:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of items, offsets and split: two logs with the same one have the same held-out items."""
+        """SHA-256 of items, offsets and what else decides the split: with the same one, the same items are held out."""
         split = b"" if self.split == "last" else self.split.encode() + self.begins.tobytes()
         return hashlib.sha256(self.items.tobytes() + self.offsets.tobytes() + split).hexdigest()
 
     @property
     def protocol(self) -> str:
-        seen = f"seen items {'NOT ' * self.repeats}excluded"
+        seen = f"seen items {'' if self.exclude_seen else 'NOT '}excluded"
         ranking = f"full ranking over {self.num_items:,} items, {seen}, ties counted against the target"
         return f"{HELD_OUT[self.split]}; {ranking}"
 
@@ -162,7 +163,7 @@ def last_day(data: Interactions, final: bool = False) -> Parts:
 
     Every prefix of a held-out session asks for its next item, as session-based recommenders are evaluated
     (Hidasi et al. 2016, section 4). final: all but the last day is trained on, and the validation part is empty.
-    Raises InputError where all sessions begin on one day.
+    Raises InputError for times that are no dates, and for fewer than ten sessions before the last day.
     """
     days = in_seconds(data.begins) // 86400
     year = 1970 + days.max() / 365.2425
@@ -213,8 +214,8 @@ def item_counts(part: Spans, num_items: int) -> Tensor:
 
 
 def pad_left(items: Tensor, starts: Tensor, ends: Tensor, length: int) -> Tensor:
-    """Rows items[starts[b]:ends[b]], cut to their newest `length` entries, padded on the left. (B, length)"""
-    index = ends[:, None] - length + torch.arange(length)  # (B, T)
+    """Rows items[starts[b]:ends[b]], cut to their newest `length` entries, padded on the left, (B, length)."""
+    index = ends[:, None] - length + torch.arange(length)  # (B, length)
     return torch.where(index >= starts[:, None], items[index.clamp(min=0)], PAD)
 
 
@@ -290,7 +291,7 @@ class Batch(NamedTuple):
     tokens: Tensor  # (B, T) left-padded
     positions: Tensor  # (B, M) where something is asked
     labels: Tensor  # (B, M) the item asked for, PAD where nothing is
-    entries: Tensor  # (B, M) the place in the log of the item at each position
+    entries: Tensor  # (B, M) the place in the log of the item at each position; a teacher's cached states lie there
 
 
 def mask_items(tokens: Tensor, last_only: Tensor, mask: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -368,8 +369,10 @@ def without_repeats(clicks: Clicks, keep: np.ndarray, once: bool) -> np.ndarray:
 
 def latest_users(clicks: Clicks, keep: np.ndarray, fraction: int) -> np.ndarray:
     """Those of the entries `keep` that belong to the 1/fraction of users whose last click is most recent."""
+    timed = clicks.times.min() < clicks.times.max()  # else lines are in the order of time
+    times = clicks.times if timed else np.arange(len(clicks.times))
     latest = np.full(clicks.users.max(initial=0) + 1, -np.inf)
-    np.maximum.at(latest, clicks.users, clicks.times)
+    np.maximum.at(latest, clicks.users, times)
     recent = np.argsort(-latest, kind="stable")[: -(-len(latest) // fraction)]
     return keep[np.isin(clicks.users[keep], recent)]
 
@@ -418,7 +421,8 @@ def build(
     shown, texts = map(list, zip(*(titles.get(raw_id, (raw_id, "")) for raw_id in raw_ids), strict=True))
     user_ids = [clicks.raw_users[user] for user in users[starts]]
     offsets, begins = np.append(starts, len(core)), clicks.times[core[starts]]
-    return Interactions(name, items + 1, offsets, raw_ids, shown, texts, user_ids, begins, repeats, taken)
+    arrays = (items + 1, offsets, raw_ids, shown, texts, user_ids, begins)
+    return Interactions(name, *arrays, repeats, taken, exclude_seen=not repeats)
 
 
 # ---------------------------------------------------------------- lines
@@ -664,7 +668,7 @@ def read_log(path: Path, given: dict[str, str], sessions: bool) -> tuple[Clicks,
     lines, fields_of, names = open_table(path)
     number, first = next(lines, (1, ""))
     places = find_columns(path, names, fields_of, first, given, sessions)
-    user, item, when, label, owner = places.values()
+    user, item, when, label, owner = (places[kind] for kind in ("user", "item", "time", "label", "owner"))
     user_ids: dict[str, int] = {}
     item_ids: dict[str, int] = {}
     owners: dict[str, str] = {}  # of sessions
@@ -909,7 +913,7 @@ def fetch(folder: Path, public: Public) -> None:
 
 TABLE = re.compile(r"\.(inter|item|csv|tsv)(\.gz)?$", re.IGNORECASE)
 CACHE_FROM = 1 << 24  # bytes; smaller logs are read faster than anyone waits
-COPY_VERSION = 6  # of what a parsed copy holds
+COPY_VERSION = 7  # of what a parsed copy holds
 
 
 def dataset_name(name: str) -> str:
@@ -948,7 +952,8 @@ def read_copy(path: Path, source: list) -> Interactions | None:
         with np.load(path) as saved:
             rest = json.loads(saved["rest"].tobytes())
             arrays = {name: saved[name] for name in ("items", "offsets", "begins")}
-            return Interactions(**arrays, **rest) if rest.pop("source") == source else None
+            made_of = rest.pop("source")
+            return Interactions(**arrays, **rest) if made_of == source else None
     except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"{path} cannot be read ({error}); delete it and run again") from error
 
@@ -1066,8 +1071,8 @@ def load_asked(args: argparse.Namespace) -> Interactions:
         args.data, args.root, args.min_items, args.min_length, args.fraction, args.columns, args.titles,
         sessions=args.split == "sessions",
     )
-    repeats = data.repeats if args.seen == "auto" else args.seen == "keep"
-    return replace(data, repeats=repeats, split="none" if args.all else args.split + "-final" * args.final)
+    exclude_seen = data.exclude_seen if args.seen == "auto" else args.seen == "exclude"
+    return replace(data, exclude_seen=exclude_seen, split="none" if args.all else args.split + "-final" * args.final)
 
 
 def data_flags(args: argparse.Namespace) -> list[str]:

@@ -62,9 +62,9 @@ def distillation_loss(
     """
     assert student.shape == teacher.shape and labels.shape == student.shape[:1]
     student, teacher = student.float(), teacher.float()
-    log_p = F.log_softmax(student / temperature + correction, dim=-1)
-    log_q = F.log_softmax(teacher / temperature + correction, dim=-1)
-    divergence = F.kl_div(log_p, log_q, reduction="sum", log_target=True)
+    log_student = F.log_softmax(student / temperature + correction, dim=-1)
+    log_teacher = F.log_softmax(teacher / temperature + correction, dim=-1)
+    divergence = F.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
     cross_entropy = F.cross_entropy(student + correction, labels, reduction="sum")
     return ((1 - alpha) * cross_entropy + alpha * temperature**2 * divergence) / max(1, len(labels))
 
@@ -106,10 +106,11 @@ def student_loss(
 @torch.no_grad()
 def top_items(pairs: list[tuple[PreBert, Tensor]], count: int) -> Tensor:
     """The likeliest columns of the mean teacher, (Q, count); pairs: each teacher with its states (Q, D)."""
-    num_items, positions = pairs[0][0].num_items, len(pairs[0][1])
-    found = []
-    for rows in torch.arange(positions).split(max(1, 2**26 // num_items)):  # a quarter GiB of scores
-        answers = mean_of([teacher.logits(states[rows.to(states.device)]) for teacher, states in pairs])
+    teachers, states = zip(*pairs, strict=True)
+    num_items, found = teachers[0].num_items, []
+    at_most = at_once(states[0].device, num_items)[1]  # all scores of all positions may not fit
+    for rows in zip(*(own.split(at_most) for own in states), strict=True):
+        answers = mean_of([teacher.logits(own) for teacher, own in zip(teachers, rows, strict=True)])
         found.append(answers.topk(min(count, num_items)).indices)
     return torch.cat(found)
 
@@ -126,7 +127,8 @@ def states_of(teacher: PreBert, part: Spans, dtype: torch.dtype) -> Tensor:
     states = torch.zeros(len(part.items), teacher.config.hidden_size, dtype=dtype)
     starts, ends = grid_windows(part, teacher.max_length)
     ends, device = ends - 1, teacher.item_bias.device  # nothing is asked after a window's last item
-    for rows in tqdm(batches(ends - starts, at_once(device, 1)[0]), desc="the teacher reads", disable=world()[0] > 0):
+    positions, _ = at_once(device, teacher.num_items)
+    for rows in tqdm(batches(ends - starts, positions), desc="the teacher reads", disable=world()[0] > 0):
         width = int((ends - starts)[rows].max())
         tokens = pad_left(part.items, starts[rows], ends[rows], width)  # (B, T)
         entries = (ends[rows] - width)[:, None] + torch.arange(width)  # (B, T)
@@ -172,10 +174,10 @@ def build_student(
         vectors = item_vectors(args.item_init, data, part, size, bert)
     if vectors is not None:
         set_item_table(model, vectors, 1.0)
-    if args.near_identity:
-        near_identity(model)
     if args.start:
         start_from(model, args.start, data, vectors)
+    elif args.near_identity:
+        near_identity(model)
     return model
 
 
@@ -231,6 +233,7 @@ def main() -> None:
     usual = f"runs/{data.name}/teacher" + "-all" * args.all + "-final" * args.final
     args.teacher = [str(Path(run)) for run in args.teacher or [usual]]
     teachers, made_by = load_teachers(args, data)
+    args.teacher = args.teacher if teachers else None
     settle(args, RECIPES, data)
     parts = SPLITS[data.split](data)
     from_texts = "text" in args.item_init or (teachers and (Path(args.teacher[0]) / "texts.safetensors").exists())

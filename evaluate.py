@@ -346,7 +346,7 @@ def main() -> None:
 
     def evaluate(name: str, score: Scorer, longest: int, where: str | torch.device, **row: object) -> Tensor:
         """Append a row to the table; returns NDCG@10 of each target, (R,)."""
-        ranks = rank_targets(score, part, not data.repeats, longest, where, title=name)
+        ranks = rank_targets(score, part, data.exclude_seen, longest, where, title=name)
         of_users = ndcg(ranks, 10)  # (R,)
         interval = np.percentile(resampled(of_users[None], owners), [2.5, 97.5]).tolist()
         apart = {"rare users": int(rare.sum()), "rare NDCG@10": of_users[rare].mean().item()} if rare.any() else {}

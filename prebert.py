@@ -5,9 +5,9 @@ catalogue comes, and everything between the embedding table and the output keeps
 BERT reads in both directions. To predict each next item, its layers get a causal mask and learn to live with it in
 fine-tuning; [MASK] is then never read, only where masked items are guessed, as in the paper.
 
-This file holds no command; teacher.py trains what is built here. From data.py it takes PAD, which is 0, and pieces of
-logs. In order: shape -> attention -> layer -> encoder -> `PreBert` -> BERT's weights -> safetensors -> a model on disk
--> first values of the item table.
+This file holds no command; teacher.py trains what is built here. In order: shape -> attention -> layer -> encoder ->
+`PreBert` -> BERT's weights -> safetensors; and, to be read after data.py, whose `Interactions` and `Spans` they take:
+a model on disk -> first values of the item table -> new logs and new items.
 
 Letters: B batch, T sequence length, D hidden size, N heads, K head size (N * K = D), S size that is asked for, I items,
 M positions of a row that are asked for (T where all are).
@@ -121,8 +121,8 @@ class SelfAttention(nn.Module):
         else:
             size = x.shape[-1]
             query = F.linear(queries, self.qkv.weight[:size], self.qkv.bias[:size])  # (B, M, D)
-            key, value = F.linear(x, self.qkv.weight[size:], self.qkv.bias[size:]).chunk(2, dim=-1)
-        mixed = attend(self.heads(query), self.heads(key), self.heads(value), bias.to(query.dtype))
+            key, value = F.linear(x, self.qkv.weight[size:], self.qkv.bias[size:]).chunk(2, dim=-1)  # (B, T, D)
+        mixed = attend(self.heads(query), self.heads(key), self.heads(value), bias.to(query.dtype))  # (B, N, M, K)
         return self.output(mixed.transpose(1, 2).flatten(2))  # (B, M, D)
 
     def one_query(self, x: Tensor, bias: Tensor, queries: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ class SelfAttention(nn.Module):
         query = torch.einsum("bd,nkd->bnk", queries[:, 0], query_matrix) + query_bias  # (B, N, K)
         key_query = torch.einsum("bnk,nkd->bnd", query * query.shape[-1] ** -0.5, key_matrix)  # (B, N, D)
         shares = (key_query @ x.transpose(1, 2) + bias[:, 0].to(x.dtype)).softmax(-1)  # (B, N, T)
-        mixed = torch.einsum("bnd,nkd->bnk", shares @ x, value_matrix) + value_bias
+        mixed = torch.einsum("bnd,nkd->bnk", shares @ x, value_matrix) + value_bias  # (B, N, K)
         return mixed.flatten(1)[:, None]  # (B, 1, D)
 
 
@@ -192,7 +192,7 @@ class Encoder(nn.Module):
     def forward(self, embedded: Tensor, real: Tensor, positions: Tensor | None = None) -> Tensor:
         """embedded (B, T, D), real (B, T) false at padding, positions (B, M); returns (B, T or M, D)."""
         x = self.dropout(self.norm(embedded))
-        bias = torch.zeros(real.shape, device=real.device).masked_fill(~real, NEVER)[:, None, None]  # (B, 1, 1, T)
+        bias = torch.where(real, 0.0, NEVER)[:, None, None]  # (B, 1, 1, T)
         if self.causal:
             future = torch.full((real.shape[1], real.shape[1]), -torch.inf, device=real.device).triu(1)
             bias = bias + future  # (B, 1, T, T)
@@ -209,7 +209,7 @@ class PreBert(nn.Module):
 
     The newest item has the last position, max_length - 1, and older ones those before it, so that padding on the left
     changes nothing. The output is tied to the input: logits = head(h) E^T + b over the items (Press & Wolf 2017), with
-    h the encoder's state and E the item table; PAD and MASK have no logit.
+    h the encoder's state and E the item table; PAD and MASK have no logit. Outside this class, states are head(h).
 
     What comes next depends most on what came last, more than in sentences. So an item is read together with a share of
     each of the three before it: a short convolution, as in Mamba (Gu & Dao 2023). Its shares are 0 as training begins.
@@ -482,10 +482,10 @@ def prebert_from_bert(
 def near_identity(model: PreBert) -> None:
     """Let body and head hand on almost what they read, at first: a state begins near the row of its item.
 
-    What attention and feed-forward add starts at a fifth of its size, and the head at the identity (the idea of ReZero,
-    Bachlechner et al. 2021, and LayerScale, Touvron et al. 2021). The output is tied to the item table, so items whose
-    rows are alike are recommended after each other from the first step on, and sparse data need not teach the way back
-    from BERT's states to the rows.
+    What attention and feed-forward add starts at a fifth of its size, the head's linear map at the identity (as in
+    ReZero, Bachlechner et al. 2021, and LayerScale, Touvron et al. 2021). The output is tied to the item table, so
+    items whose rows are alike are recommended after each other from the first step on, and sparse data need not teach
+    the way back from BERT's states to the rows.
     """
     with torch.no_grad():
         for name, parameter in model.encoder.named_parameters():
@@ -558,7 +558,7 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def write_safetensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
-    """Write {name: tensor} atomically; the header is padded with spaces so that data starts at 8 n bytes."""
+    """Write {name: tensor} atomically; spaces after the header let the data start at a multiple of 8 bytes."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     header, blobs, position = {}, [], 0
     for name, tensor in sorted(tensors.items()):
@@ -779,19 +779,22 @@ def set_item_table(model: PreBert, table: Tensor, norm: float) -> None:
         model.item_embedding.weight[1:-1] = centred(table) * norm
 
 
-def nearby(new: Tensor, known: Tensor, rows: Tensor, bias: Tensor, count: int = 5) -> tuple[Tensor, Tensor]:
-    """Item rows (n, D) and biases (n,) of new items with vectors (n, E), from those of known ones with vectors (I, E).
+# ---------------------------------------------------------------- new logs and new items
 
-    A new row is the mean of the `count` rows (I, D) whose vectors are nearest, weighted by softmax(10 cosine), and as
-    long as they are.
+
+def nearby(new: Tensor, known: Tensor, rows: Tensor, bias: Tensor, count: int = 5) -> tuple[Tensor, Tensor]:
+    """Item rows (n, D) and biases (n,) of n new items with vectors (n, E), from known ones with vectors (I, E).
+
+    Seen from the mean row, a new row points where the `count` rows (I, D) whose vectors are nearest point on average,
+    weighted by softmax(10 cosine), and is as long as they are.
     """
     centre, row_centre = known.mean(0), rows.mean(0)
     cosines = F.normalize(new - centre, dim=1) @ F.normalize(known - centre, dim=1).T  # (n, I)
     best, nearest = cosines.topk(min(count, len(known)))  # (n, count) each
     shares = (10 * best).softmax(1)
     neighbours = rows[nearest] - row_centre  # (n, count, D)
-    directions = F.normalize((shares[..., None] * neighbours).sum(1), dim=1)
-    lengths = (shares * neighbours.norm(dim=2)).sum(1, keepdim=True)
+    directions = F.normalize((shares[..., None] * neighbours).sum(1), dim=1)  # (n, D)
+    lengths = (shares * neighbours.norm(dim=2)).sum(1, keepdim=True)  # (n, 1)
     return row_centre + directions * lengths, (shares * bias[nearest]).sum(1)
 
 

@@ -3,9 +3,10 @@
     python student.py "Toy Story (1995)" "Matrix, The (1999)"            # runs/ml-1m/student
     python student.py --run results/ml-1m/student 1 2571                 # the released one knows raw ids
 
-Prints what to watch next, with scores and the milliseconds that it took. Mini-BERT is a BERT4Rec
-(Sun et al. 2019) with the anatomy of its teacher, `PreBert`, and an eighth of its weights (1.6 of 12.2 million on
-ML-1M); distill.py trains it. In order: the model -> top k -> native code -> `Recommender` -> the command.
+Prints what to watch next, with scores and the milliseconds that it took. Mini-BERT has the anatomy of its teacher,
+`PreBert`, and an eighth of its weights (1.6 of 12.2 million on ML-1M); trained on masked items it is a BERT4Rec (Sun et
+al. 2019), on next items nearer to a SASRec (Kang & McAuley 2018). distill.py trains it. In order: the model -> top k ->
+native code -> `Recommender` -> the command.
 
 Letters: B batch (users), T sequence length, S whole history, V catalogue (items + PAD + MASK), k how many.
 """
@@ -44,7 +45,7 @@ STUDENTS = {  # hidden size, layers, heads; the feed-forward is four times as wi
 
 
 class MiniBert(PreBert):
-    """A small BERT4Rec with random first weights: `PreBert`'s contract at a preset of STUDENTS."""
+    """A small `PreBert` with random first weights, of a size in STUDENTS."""
 
     def __init__(self, size: str, num_items: int, max_length: int, causal: bool = False, dropout: float = 0.1):
         hidden, layers, heads = STUDENTS[size]
@@ -58,8 +59,8 @@ class MiniBert(PreBert):
 def scores_by_id(model: PreBert, states: Tensor) -> Tensor:
     """`PreBert.logits` of states (B, D) with one column per item id, -inf for PAD and MASK, (B, V or V - 1, even).
 
-    In two halves of the table at once: for one user MKL reads a matrix with a single core, and a compiled call with
-    200 items takes 12 % longer.
+    In two halves of the table at once: without them a compiled call with 200 items takes 12 % longer, since MKL reads a
+    matrix with a single core for one user.
     """
     table = model.item_embedding.weight
     rows = len(table) // 2 * 2  # an odd table's last row is MASK's
@@ -153,13 +154,14 @@ def native(run: Path, graph: TopK, compile: bool) -> Callable | None:
     Raises InputError where it cannot be made or loaded.
     """
     package = package_of(run, graph)
-    try:
-        return load_package(package) if package.exists() else compile_ahead(graph, package) if compile else None
-    except InputError:
-        if not compile or not package.exists():
-            raise
-        package.unlink()  # a broken copy
-        return compile_ahead(graph, package)
+    if package.exists():
+        try:
+            return load_package(package)
+        except InputError:
+            if not compile:
+                raise
+            package.unlink()  # a broken copy
+    return compile_ahead(graph, package) if compile else None
 
 
 SEARCHED = 5000  # names, for some like a misspelt one; more take over a second
@@ -258,7 +260,7 @@ class Recommender:
         for group in tqdm(groups, desc=title, leave=False, disable=not title):
             rows = present[group]
             history = users.histories(rows, self.device)  # (B, S)
-            excluded = history if self.exclude_seen else torch.zeros_like(history[:, :2])
+            excluded = history if self.exclude_seen else torch.zeros_like(history[:, :2])  # PAD alone, (B, 2)
             found = self.graph(self.model.question(history), excluded, allowed)
             scores[rows], best[rows] = found[0].cpu(), found[1].cpu()
         return scores, best
@@ -459,7 +461,7 @@ def main() -> None:
         print_ranked(recommender.similar(args.similar))
         return
     if args.out or args.user is not None:
-        args.min_items = args.min_length = 1  # whoever is in the log, with whatever history
+        args.min_count = args.min_count or 1  # whoever is in the log, with whatever history
         if recommender.config["settings"].get("split") == "sessions":
             args.split = "sessions"  # what the run knows as a user
         data = load_asked(args)

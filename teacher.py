@@ -91,9 +91,9 @@ def item_loss(model: PreBert, batch: Batch, label_smoothing: float = 0.0, sample
 
 
 def make_optimizer(model: PreBert, lr: float, body_lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW with two learning rates: `body_lr` for encoder and positions, `lr` for item table and head.
+    """AdamW with two learning rates: `body_lr` for encoder and positions, `lr` for item table, convolution and head.
 
-    Weight decay is for matrices that multiply; tables, norms and biases are left alone.
+    Weight decay is for what multiplies, matrices and the convolution; tables, norms and biases are left alone.
     """
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
@@ -155,8 +155,9 @@ def draw_batch(
     """Windows (B,) as a batch with fresh questions, of the model's kind."""
     width = int((ends - starts).max())
     tokens = pad_left(part.items, starts, ends, width)  # (B, T)
-    question = next_items(tokens) if model.config.causal else mask_items(tokens, last_only, model.mask_id, generator)
-    return Batch(*question, entries=(ends - width)[:, None] + question[1])
+    asked = next_items(tokens) if model.config.causal else mask_items(tokens, last_only, model.mask_id, generator)
+    tokens, positions, labels = asked  # (B, T), (B, M), (B, M)
+    return Batch(tokens, positions, labels, entries=(ends - width)[:, None] + positions)
 
 
 def validate(model: PreBert, valid: Spans, exclude_seen: bool, users: int) -> tuple[float, float]:
@@ -171,7 +172,8 @@ def validate(model: PreBert, valid: Spans, exclude_seen: bool, users: int) -> tu
     return quality / len(chosen), hits / len(chosen)
 
 
-def catch_signals() -> list[int]:
+@contextmanager
+def signals_caught() -> Iterator[list[int]]:
     """A list into which Ctrl-C and SIGTERM are written, so that training ends between two steps; two of them end it."""
     caught: list[int] = []
 
@@ -180,9 +182,12 @@ def catch_signals() -> list[int]:
             sys.exit(128 + received)
         caught.append(received)
 
-    for wanted in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(wanted, handle)
-    return caught
+    before = {wanted: signal.signal(wanted, handle) for wanted in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for wanted, handler in before.items():
+            signal.signal(wanted, handler)
 
 
 class ModelWithLoss(nn.Module):
@@ -216,28 +221,30 @@ def train(
     device, seed, (process, processes) = pick_device(args.device), args.seed, world()
     dtype = autocast_dtype(device, args.precision)
     optimizer = make_optimizer(model.train().to(device), args.lr, args.body_lr, args.weight_decay)
-    with locked(run):
+    with locked(run), signals_caught() as caught:
         state = open_run(run, model, optimizer, data, train_part, args, config)
         if state is None:
             return
         with_loss: nn.Module = ModelWithLoss(model, loss_of)
         with_loss = DistributedDataParallel(with_loss) if processes > 1 else with_loss
-        caught, saved = catch_signals(), time.perf_counter()
+        now = saved = time.perf_counter()  # when the last checkpoint was written
         if args.start and state["step"] == 0:
             if process == 0:
                 write_safetensors(run / "model.safetensors", model.state_dict())
             if has_valid:
-                state["best"], hits = validate(model, valid_part, not data.repeats, args.eval_users)
+                state["best"], hits = validate(model, valid_part, data.exclude_seen, args.eval_users)
                 print(f"before training: validation NDCG@10 {state['best']:.4f}  HR@10 {hits:.4f}", flush=True)
         # When training would have begun, had it not been interrupted.
-        began, began_cpu = saved - state["seconds"], time.process_time() - state["cpu_seconds"]
+        began, began_cpu = now - state["seconds"], time.process_time() - state["cpu_seconds"]
 
-        def spent(steps: float = math.inf) -> float:  # share of the budget, in the middle of a step of so many
+        def spent(steps: float = math.inf) -> float:
+            """Share of the budget; within an epoch of so many steps, in the middle of the next one."""
             if args.minutes:
                 return state["seconds"] / (60 * args.minutes)
             return (state["epoch"] + (state["batch"] + 0.5) / steps) / args.epochs if args.epochs else 1.0
 
-        while spent() < 1 and state["waited"] < args.patience:
+        # An epoch that was begun is ended, also where the minutes were over as it was interrupted.
+        while (spent() < 1 or state["batch"]) and state["waited"] < args.patience:
             # An epoch: fresh windows, fresh batches of similar length, fresh questions.
             epoch = state["epoch"]
             starts, ends, last_only = draw_windows(model, train_part, seeded(seed, "windows", epoch))
@@ -286,7 +293,7 @@ def train(
             bar.close()
             # Evaluate on validation users, keep the weights if they are the best so far, log, checkpoint.
             state["epoch"], state["batch"] = epoch + 1, 0
-            quality, hits = validate(model, valid_part, not data.repeats, args.eval_users) if has_valid else (0.0, 0.0)
+            quality, hits = validate(model, valid_part, data.exclude_seen, args.eval_users) if has_valid else (0.0, 0.0)
             best = not has_valid or quality > state["best"]
             state["best"], state["waited"] = max(quality, state["best"]), 0 if best else state["waited"] + 1
             state["cpu_seconds"], saved = time.process_time() - began_cpu, time.perf_counter()
@@ -341,7 +348,8 @@ def check_same(run: Path, config: dict, data: Interactions) -> None:
     """InputError unless a run was started with these settings on these interactions; names the first that differs."""
     before, catalogue = read_run(run)
     check_catalogue(run, before, catalogue, data)
-    then, now = ({**c["settings"], "teachers": c.get("teachers"), "model": c["model"]} for c in (before, config))
+    beside = ("teachers", "model", "exclude_seen")
+    then, now = (c["settings"] | {key: c.get(key) for key in beside} for c in (before, config))
     for key in now:
         if then.get(key) != now[key]:
             was, is_now = str(then.get(key))[:40], str(now[key])[:40]
@@ -380,8 +388,10 @@ def open_run(
     state = load_state(checkpoint, run, model, optimizer) if kind == "interrupted" else dict(FRESH)
     if process == 0:
         if kind == "fresh":
-            for name in ("metrics.json", "train_state.pt", "model.safetensors", "texts.safetensors", "log.csv"):
+            for name in ("metrics.json", "train_state.pt", "texts.safetensors", "log.csv"):
                 (run / name).unlink(missing_ok=True)
+            if not args.start:  # a run may be its own start, whose weights are replaced, never missing
+                (run / "model.safetensors").unlink(missing_ok=True)
             counts = [0, *item_counts(part, data.num_items).tolist()]
             write_json(run / "catalogue.json", {"raw_ids": data.raw_ids, "titles": data.titles, "counts": counts})
             write_json(run / "config.json", config)
@@ -389,7 +399,7 @@ def open_run(
     params = sum(parameter.numel() for parameter in model.parameters())
     where = f"{autocast_dtype(model.item_bias.device, args.precision)} on {model.item_bias.device}"
     where += f" x {processes}" if processes > 1 else ""
-    start = ", begins near the identity" * args.near_identity
+    start = ", begins near the identity" * (args.near_identity and not args.start)
     print(f"training {run}: {params:,} parameters, dropout {args.dropout:g}{start}, {where}", flush=True)
     if kind == "fresh":  # a run has a checkpoint from its start to its end: without one, weights are no training's
         save_state(run, model, optimizer, state)
@@ -456,8 +466,8 @@ def gathered(values: list[float], device: torch.device) -> Tensor:
 
 # ---------------------------------------------------------------- an aside: large catalogues
 
-FULL_SOFTMAX = 20_000  # items: beyond, the catalogue softmax is estimated from
-NEGATIVES = 8_192  # shared negatives a batch
+FULL_SOFTMAX = 20_000  # items; above this the softmax is estimated from a sample
+NEGATIVES = 8_192  # drawn for a batch, shared by all its positions
 
 
 class Sampler(NamedTuple):
@@ -513,15 +523,17 @@ def add_training_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict]
     def by_recipe(key: str) -> str:
         return f"(default: {', '.join(f'{recipe[key]:g} {kind}' for kind, recipe in recipes.items())})"
 
+    least, most = (recipes["next"][key] for key in ("least_tokens", "tokens"))
+
     add("--name", help="run folder runs/<data>/<name> (default: teacher, student or student-no-kd)")
     add("--start", metavar="RUN", help="begin from the weights of a run on an older log, in a fifth of the epochs")
     add("--objective", choices=tuple(recipes), help="predict each next item, or fill in blanks, the paper's own")
-    add("--epochs", type=lambda text: 0 if text == "0" else positive(text),
+    add("--epochs", type=number(0, kind=int),
         help=f"passes over the data; more on small data {by_recipe('epochs')}; with --start a fifth, or 0: "
         "the old weights with today's catalogue")  # fmt: skip
     add("--minutes", type=number(0, above=True), help="budget by the clock instead of --epochs")
-    add("--tokens", type=positive, help=f"positions in a batch, over all processes {by_recipe('tokens')}; fewer on "
-        f"small data, at least {recipes['next']['least_tokens']}")  # fmt: skip
+    add("--tokens", type=positive, help=f"positions in a batch, over all processes {by_recipe('tokens')}"
+        + f"; fewer on small data, at least {least}" * (least < most))  # fmt: skip
     add("--lr", type=number(0, above=True), help=f"peak learning rate; less with fewer --tokens {by_recipe('lr')}")
     add("--body-lr", type=number(0, above=True), help=f"the same for encoder and positions {by_recipe('body_lr')}")
     add("--dropout", type=number(0, 0.9), help=f"share of activations zeroed {by_recipe('dropout')}; with fewer than "
@@ -572,9 +584,9 @@ def settle(args: argparse.Namespace, recipes: dict[str, dict], data: Interaction
         raise InputError("--max-length must be 3 or more, --seed from 0 to 2^32 - 1")
     if args.negatives is None and data.num_items > FULL_SOFTMAX:
         args.negatives = NEGATIVES
-    if args.negatives and args.label_smoothing:
-        raise InputError("--label-smoothing needs the full softmax, which --negatives and large catalogues do without")
     if args.negatives:
+        if args.label_smoothing:
+            raise InputError("--label-smoothing needs the full softmax; --negatives and large catalogues do without it")
         args.label_smoothing = 0.0
     suffix = {"none": "-all", "last": "", "sessions": ""}.get(data.split, "-final")
     if args.epochs == 0 and (suffix or not args.start):
@@ -632,12 +644,13 @@ def describe(data: Interactions, model: PreBert, args: argparse.Namespace, teach
     """
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    # What does not decide what is learnt, or stands beside the settings, as the split does.
-    hidden = ("resume", "overwrite", "device", "root", "data", "columns", "titles", "no_cache", "final")
+    # Not part of the settings: what does not decide what is learnt, and flags whose outcome stands beside them.
+    hidden = ("resume", "overwrite", "device", "root", "data", "columns", "titles", "no_cache", "final", "seen",
+              "min_count")  # fmt: skip
     settings = {key: value for key, value in vars(args).items() if key not in hidden}
     return {
         "version": VERSION, "data": data.name, "num_items": data.num_items, "interactions": len(data.items),
-        "fingerprint": data.fingerprint, "split": data.split, "exclude_seen": not data.repeats,
+        "fingerprint": data.fingerprint, "split": data.split, "exclude_seen": data.exclude_seen,
         "model": asdict(model.config),
         "seed": args.seed, "settings": settings, "teachers": teachers, "protocol": data.protocol,
         "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -659,10 +672,10 @@ def build_teacher(args: argparse.Namespace, data: Interactions, part: Spans) -> 
     vectors = item_vectors(args.item_init, data, part, model.config.hidden_size, bert)
     if vectors is not None:
         set_item_table(model, vectors, norm)
-    if args.near_identity:
-        near_identity(model)
     if args.start:
         start_from(model, args.start, data, vectors)
+    elif args.near_identity:
+        near_identity(model)
     return model, bert
 
 

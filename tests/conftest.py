@@ -46,7 +46,8 @@ def hand_log(*rows: list[int]) -> Interactions:
     offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
     repeats = any(len(set(row)) < len(row) for row in rows)
     users, texts, begins = [f"u{row}" for row in range(len(rows))], [""] * len(names), np.zeros(len(rows))
-    return Interactions("hand", items, offsets, names, list(names), texts, users, begins, repeats, {})
+    arrays = (items, offsets, names, list(names), texts, users, begins)
+    return Interactions("hand", *arrays, repeats, {}, exclude_seen=not repeats)
 
 
 def command(script: str, *arguments: object, cwd: Path, expect: int = 0, **env: str) -> str:

@@ -273,7 +273,7 @@ def write_split(data: "Interactions", path: Path) -> None:
 
     from data import entries_of, leave_one_out
 
-    arrays: dict = {"num_users": data.num_users, "num_items": data.num_items, "repeats": data.repeats}
+    arrays: dict = {"num_users": data.num_users, "num_items": data.num_items, "exclude_seen": data.exclude_seen}
     train, valid, test = leave_one_out(data)
     for name, part in (("train", train), ("valid", valid), ("test", test)):
         asked = np.searchsorted(data.offsets, part.starts.numpy(), side="right") - 1  # (R,) users

@@ -68,7 +68,7 @@ def main() -> None:
         for name in ("valid", "test"):
             targets = split[f"{name}_targets"]
             asked = split[f"{name}_asked"]
-            place = best_ten(model, parts[name], asked, bool(split["repeats"])) == targets[:, None]  # (R, 10)
+            place = best_ten(model, parts[name], asked, not split["exclude_seen"]) == targets[:, None]  # (R, 10)
             gains = place / np.log2(np.arange(2, 12))
             row |= {f"{name}_NDCG@10": gains.sum(1).mean(), f"{name}_HR@10": place.any(1).mean()}
         print(json.dumps(row), flush=True)

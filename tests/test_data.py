@@ -508,6 +508,13 @@ def test_parsed_copy_is_the_log_and_follows_its_file(tmp_path, monkeypatch):
         load_dataset(str(tmp_path / "x.inter"), min_items=1, min_length=1)
 
 
+def test_without_times_the_latest_users_are_the_last_in_the_file(tmp_path):
+    rows = [f"u{user},i{item}" for user in range(8) for item in range(5)] + ["u0,i5"]
+    (tmp_path / "x.csv").write_text("\n".join(["user,item", *rows]) + "\n")
+    log = load_dataset(str(tmp_path / "x.csv"), min_items=1, fraction=4, columns={"time": "none"})
+    assert log.user_ids == ["u0", "u7"]
+
+
 def test_k_core_repeats_until_stable(tmp_path):
     # c's only partner item z falls to one user once d is gone, and takes c with it.
     rows = "a\tx\t1\na\ty\t2\nb\tx\t1\nb\ty\t2\nc\tx\t1\nc\tz\t2\nd\tz\t1\n"

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import HEAD, ROOT, TINY, hand_log, inside, write_ring
 
+import teacher
 from data import HELD_OUT, PAD, InputError, SPLITS, load_dataset
 from evaluate import hit_rate, metrics, ndcg, target_ranks
 from prebert import (
@@ -59,6 +60,13 @@ def test_recommendations_for_all_users_are_those_of_each_alone(trained):
         expected = recommend([[f"id:{item}" for item in known]])[0]
         for (_, item, score), (raw_id, _, value) in zip(group, expected, strict=True):
             assert item == raw_id and float(score) == pytest.approx(value, rel=1e-3, abs=1e-3)
+
+
+def test_recommendations_for_users_with_enough_items(trained):
+    (trained / "short.inter").write_text((trained / "ring.inter").read_text() + "one\t101\t3\t5\n")
+    for flags, users in (([], 51), (["--min-length", 2], 50), (["--min-count", 8], 50)):
+        text = inside("student.py", "--run", RUN, "--data", "short.inter", "--out", "x.tsv", *flags, cwd=trained)
+        assert f"{users} users" in text
 
 
 def test_one_user_and_one_that_is_not_in_the_log(trained):
@@ -168,6 +176,7 @@ def test_a_run_goes_on_with_a_catalogue_that_has_grown(trained):
     rates = ("--lr", "1e-9", "--body-lr", "1e-9")
     text = inside("distill.py", "--data", "grown.inter", *ON_RING, "--start", RUN, *rates, cwd=trained)
     assert "60 items known, 3 new" in text and "before training: validation NDCG@10" in text
+    assert "near the identity" not in text  # it begins as the old run ended
     old, _, before = load_run(trained / RUN)
     now, config, after = load_run(trained / "runs/grown/student-no-kd")
     places = [before["raw_ids"].index(raw_id) for raw_id in after["raw_ids"][1:] if int(raw_id) < 500]
@@ -193,6 +202,23 @@ def test_a_run_goes_on_with_a_catalogue_that_has_grown(trained):
     inside("distill.py", "--data", "ring.inter", *flags, "runs/ring/seen-all", "--all", cwd=trained)
     shutil.rmtree(trained / "runs/ring/seen-all")
     shutil.rmtree(trained / "runs/ring/x-all")
+
+
+def test_a_run_that_starts_from_itself_keeps_its_weights_until_there_are_new_ones(trained, monkeypatch):
+    on = ("distill.py", "--data", "ring.inter", *ON_RING, "--name", "own")
+    inside(*on, cwd=trained)
+    weights = trained / "runs/ring/own/model.safetensors"
+    before = weights.read_bytes()
+
+    def full(path, content):
+        raise InputError(f"cannot write {path}: no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(teacher, "write_json", full)
+        assert "no space" in inside(*on, "--start", "runs/ring/own", "--overwrite", cwd=trained, expect=2)
+    assert weights.read_bytes() == before
+    inside(*on, "--start", "runs/ring/own", "--overwrite", "--epochs", 1, cwd=trained)
+    shutil.rmtree(weights.parent)
 
 
 def test_new_items_start_near_those_with_the_nearest_vectors(trained):

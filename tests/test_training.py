@@ -287,7 +287,10 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(ring, tmp_path
         with pytest.raises(SystemExit) as stopped:
             go(log, tmp_path / "parts", StopAt(at, number), *flags, **same)
         assert stopped.value.code == code and "--resume" in capsys.readouterr().err
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     go(log, tmp_path / "parts", item_loss, "--resume", **same)
+    assert handlers == [signal.default_int_handler, signal.SIG_DFL]  # Ctrl-C ends what comes after training
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
     whole, parts = ((tmp_path / run / "model.safetensors").read_bytes() for run in ("whole", "parts"))
     assert whole == parts
     lines = [(tmp_path / run / "log.csv").read_text().splitlines() for run in ("whole", "parts")]
@@ -431,6 +434,10 @@ def test_recipes_fill_in_what_the_flags_left_open_and_help_shows_them(ring, tmp_
         args = parser.parse_args(["--objective", "next", *given])
         settle(args, distill.RECIPES, replace(log, items=np.ones(size, np.int64)))
         assert args.tokens == tokens and args.lr == pytest.approx(lr)
+    # Whether seen items are ranked is a matter of evaluation, and decides nothing about training.
+    args = parser.parse_args(["--objective", "next"])
+    settle(args, distill.RECIPES, replace(few, exclude_seen=False))
+    assert args.dropout == 0.5
     assert default_init(few, "minilm") == "text+cooc" and default_init(few, "none") == "cooc"
     assert default_init(replace(few, texts=[""]), "minilm") == default_init(log, "minilm") == "cooc"
     names = [str(n) for n in range(20_002)]
@@ -462,6 +469,21 @@ def test_minutes_budget_follows_the_clock_and_patience_ends_early(ring, tmp_path
         assert time.perf_counter() - began < limit
         report = json.loads((tmp_path / flags[0] / "metrics.json").read_text())
         assert report["minutes"] >= 0.05 if "--minutes" in flags else report["epochs"] < 20
+
+
+def test_minutes_that_end_with_an_interruption_leave_weights(ring, tmp_path):
+    log, run, flags = load_dataset(str(ring)), tmp_path / "run", ["--minutes", "0.02"]
+
+    def slow(model: PreBert, batch: Batch) -> torch.Tensor:  # one step takes longer than all minutes
+        time.sleep(1.3)
+        return StopAt(1, signal.SIGTERM)(model, batch)
+
+    with pytest.raises(SystemExit):
+        go(log, run, slow, *flags)
+    assert not (run / "model.safetensors").exists()
+    go(log, run, item_loss, "--resume", *flags)
+    ended = json.loads((run / "metrics.json").read_text())
+    assert ended["valid_NDCG@10"] >= 0 and ended["epochs"] == 1 and (run / "model.safetensors").exists()
 
 
 # ---------------------------------------------------------------- held out is held out
@@ -522,7 +544,12 @@ def test_a_run_is_evaluated_on_its_own_log_only(ring, tmp_path):
     # The same file under another name, and what was written in other words, is the same log.
     assert "over 2 seeds" in inside("evaluate.py", "--data", "./ring.inter", cwd=tmp_path)
     flags = ["--no-kd", "--size", "tiny", *TINY, "--seed", 1, "--name", "s1", "--resume"]
-    assert "has ended" in inside("distill.py", "--data", "./ring.inter", *flags, cwd=tmp_path)
+    settings = json.loads((tmp_path / "runs/ring/s1/config.json").read_text())["settings"]
+    assert settings["teacher"] is None  # none was read
+    for more in ([], ["--min-count", 5], ["--min-items", 5, "--seen", "exclude"]):
+        assert "has ended" in inside("distill.py", "--data", "./ring.inter", *flags, *more, cwd=tmp_path)
+    words = inside("distill.py", "--data", "./ring.inter", *flags, "--seen", "keep", cwd=tmp_path, expect=2)
+    assert "exclude_seen was True, now False" in words
     whole = log.read_text()
     for change in (longer, shorter, reordered, other_users_first):
         log.write_text(change(whole))

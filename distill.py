@@ -162,7 +162,7 @@ def teacher_states(teachers: list[PreBert], part: Spans, dtype: torch.dtype, cac
 
 
 def build_student(
-    args: argparse.Namespace, data: Interactions, part: Spans, teacher: PreBert | None, bert: Reader | None
+    args: argparse.Namespace, data: Interactions, part: Spans, teacher: PreBert | None, reader: Reader | None
 ) -> MiniBert:
     """Mini-BERT with its item table from the teacher's by PCA, or from `item_vectors`, as a teacher's own."""
     torch.manual_seed(args.seed)
@@ -171,7 +171,7 @@ def build_student(
     if teacher is not None and args.item_init == "pca":
         vectors: Tensor | None = principal_components(teacher.item_embedding.weight[1:-1].detach().cpu(), size)
     else:
-        vectors = item_vectors(args.item_init, data, part, size, bert)
+        vectors = item_vectors(args.item_init, data, part, size, reader)
     if vectors is not None:
         set_item_table(model, vectors, 1.0)
     if args.start:
@@ -203,6 +203,9 @@ def load_teachers(args: argparse.Namespace, data: Interactions) -> tuple[list[Pr
         args.bert = args.bert or config["settings"].get("bert")
     args.objective, args.bert = args.objective or "next", args.bert or "minilm"
     return teachers, made_by
+
+
+# ---------------------------------------------------------------- the command
 
 
 def main() -> None:
@@ -237,8 +240,8 @@ def main() -> None:
     settle(args, RECIPES, data)
     parts = SPLITS[data.split](data)
     from_texts = "text" in args.item_init or (teachers and (Path(args.teacher[0]) / "texts.safetensors").exists())
-    bert = load_bert(args.bert) if from_texts and any(data.texts) and args.bert != "none" else None
-    model = build_student(args, data, parts[0], teachers[0] if teachers else None, bert)
+    reader = load_bert(args.bert) if from_texts and any(data.texts) and args.bert != "none" else None
+    model = build_student(args, data, parts[0], teachers[0] if teachers else None, reader)
     sampler = make_sampler(args, parts[0], data.num_items)
     if args.no_kd:
         loss = partial(item_loss, label_smoothing=args.label_smoothing, sampler=sampler)
@@ -250,8 +253,8 @@ def main() -> None:
     run = Path("runs") / data.name / args.name
     train(model, loss, data, parts, run, args, describe(data, model, args, made_by))
     if world()[0] == 0:
-        if bert:
-            save_texts(run, data, bert)
+        if reader:
+            save_texts(run, data, reader)
         serve = shlex.join(["python", "student.py", "--run", str(run), f"id:{data.raw_ids[1]}"])
         check = shlex.join(["python", "evaluate.py", *data_flags(args)])
         print(f"the best weights are in {run}; next: " + "\nthen: ".join([serve] if args.all else [check, serve]))

@@ -56,12 +56,12 @@ def target_ranks(scores: Tensor, targets: Tensor, seen: Tensor | None = None) ->
 
 
 def hit_rate(ranks: Tensor, k: int) -> Tensor:
-    """HR@k of each user: 1 if the target is among the first k. With one target, recall@k is the same."""
+    """HR@k of each target: 1 if the target is among the first k. With one target, recall@k is the same."""
     return (ranks <= k).double()
 
 
 def ndcg(ranks: Tensor, k: int) -> Tensor:
-    """NDCG@k of each user: 1 / log2(rank + 1) within the first k, else 0 (one target: the ideal is 1)."""
+    """NDCG@k of each target: 1 / log2(rank + 1) within the first k, else 0 (one target: the ideal is 1)."""
     return torch.where(ranks <= k, 1 / torch.log2(ranks.double() + 1), 0.0)
 
 
@@ -97,14 +97,14 @@ def rank_targets(
 DRAWS = 2000
 
 
-def resampled(values: Tensor, owners: np.ndarray, seed: int = 0) -> np.ndarray:
+def resampled(values: Tensor, owners: np.ndarray, stream: int = 0) -> np.ndarray:
     """Means of values (E, R) over DRAWS resamples of the users, and of the seeds where there are several, (N,).
 
     How far a mean would move with other users and other seeds. owners (R,): the user, from 0, of each value; a session
     with several questions is drawn as one. Calls with the same owners draw the same users each time, so that two
-    models are compared on the same ones; their seeds are drawn apart.
+    models are compared on the same ones; their seeds are drawn apart, by the number `stream`.
     """
-    users, seeds = np.random.default_rng(0), np.random.default_rng([seed, 1])
+    users, seeds = np.random.default_rng(0), np.random.default_rng([stream, 1])
     table, means, count = values.numpy(), np.empty(DRAWS), owners.max() + 1
     for draw in range(DRAWS):
         weights = np.bincount(users.integers(0, count, count), minlength=count)[owners]  # (R,)
@@ -156,12 +156,12 @@ class Markov:
 # ---------------------------------------------------------------- speed
 
 
-def bench_inputs(model: PreBert, known: Tensor, size: int) -> list[list[tuple[Tensor, Tensor, Tensor]]]:
-    """Batches of `size` made-up users, each as what `TopK` takes; lengths are quantiles of `known` (R,), shuffled."""
+def bench_inputs(model: PreBert, real: Tensor, size: int) -> list[list[tuple[Tensor, Tensor, Tensor]]]:
+    """Batches of `size` made-up users, each as what `TopK` takes; lengths are quantiles of `real` (R,), shuffled."""
     generator, device = torch.Generator().manual_seed(0), model.item_bias.device
     users = max(32, size)
-    quantiles = ((torch.arange(users) + 0.5) / users * len(known)).long()
-    lengths = known.sort().values[quantiles][torch.randperm(users, generator=generator)]
+    quantiles = ((torch.arange(users) + 0.5) / users * len(real)).long()
+    lengths = real.sort().values[quantiles][torch.randperm(users, generator=generator)]
     inputs, allowed = [], torch.ones(model.num_items + 2, dtype=torch.bool, device=device)
     for sizes in lengths.split(size):
         items, ends = torch.randint(1, model.num_items + 1, (int(sizes.sum()),), generator=generator), sizes.cumsum(0)
@@ -191,8 +191,8 @@ def benchmark(models: dict[str, PreBert], real: Tensor, rounds: int = 6) -> list
         longest = model.max_length - (not model.config.causal)
         lengths = {str(n): torch.tensor([n]) for n in (min(20, longest), min(200, longest))}
         lengths["real"] = real.clamp(max=longest)
-        for size, (length, known) in itertools.product((1, 8, 64, 256), lengths.items()):
-            inputs = bench_inputs(model, known, size)
+        for size, (length, of_users) in itertools.product((1, 8, 64, 256), lengths.items()):
+            inputs = bench_inputs(model, of_users, size)
             row = {"name": name, "batch_size": size, "length": length, "num_items": model.num_items}
             cells.append(({**row, "mode": "eager", "compile_and_load_s": 0.0}, graph, inputs, []))
             cells.append(({**row, "mode": "compiled", "compile_and_load_s": seconds}, compiled, inputs, []))
@@ -269,7 +269,7 @@ def compare(values: dict[str, list[Tensor]], owners: np.ndarray) -> tuple[list[d
     gains, None over a model that has nothing, and {model: seeds, mean and standard deviation of NDCG@10 over seeds}.
     """
     tables = {name: torch.stack(parts) for name, parts in values.items()}  # (E, R) each
-    draws = {name: resampled(table, owners, seed) for seed, (name, table) in enumerate(tables.items())}
+    draws = {name: resampled(table, owners, stream) for stream, (name, table) in enumerate(tables.items())}
     seeds = {}
     for name, table in tables.items():
         if len(table) > 1:
@@ -347,11 +347,11 @@ def main() -> None:
     def evaluate(name: str, score: Scorer, longest: int, where: str | torch.device, **row: object) -> Tensor:
         """Append a row to the table; returns NDCG@10 of each target, (R,)."""
         ranks = rank_targets(score, part, data.exclude_seen, longest, where, title=name)
-        of_users = ndcg(ranks, 10)  # (R,)
-        interval = np.percentile(resampled(of_users[None], owners), [2.5, 97.5]).tolist()
-        apart = {"rare users": int(rare.sum()), "rare NDCG@10": of_users[rare].mean().item()} if rare.any() else {}
+        of_targets = ndcg(ranks, 10)  # (R,)
+        interval = np.percentile(resampled(of_targets[None], owners), [2.5, 97.5]).tolist()
+        apart = {"rare users": int(rare.sum()), "rare NDCG@10": of_targets[rare].mean().item()} if rare.any() else {}
         rows.append({"name": name, **row, **metrics(ranks), "ci95": interval, **apart})
-        return of_users
+        return of_targets
 
     evaluate("popularity", Popularity(train, data.num_items), 1, "cpu")
     evaluate("markov", Markov(train, data.num_items), 1, "cpu")
@@ -361,11 +361,11 @@ def main() -> None:
     for run, model, config in loaded:
         name = run.name if run.name not in (*models, "popularity", "markov") else str(run)
         models[name] = model
-        of_users = evaluate(name, model.score_next, model.max_length, device, **run_row(run, model, config))
+        of_targets = evaluate(name, model.score_next, model.max_length, device, **run_row(run, model, config))
         model_name = first.setdefault(without_seed(config), name)
         if config["seed"] in values.get(model_name, {}):  # the same seed twice: a model of its own
             model_name = name
-        values.setdefault(model_name, {})[config["seed"]] = of_users
+        values.setdefault(model_name, {})[config["seed"]] = of_targets
     print_table(rows, data.split)
     pairs, seeds = compare({name: list(of_seeds.values()) for name, of_seeds in values.items()}, owners)
     log = {"name": data.name, "users": data.num_users, "items": data.num_items, "interactions": len(data.items)}

@@ -41,7 +41,7 @@ from data import HELD_OUT, PAD, InputError, Interactions, Public, Spans, cache_f
 
 @dataclass(frozen=True)
 class BertConfig:
-    """Shape of an encoder, under the names of Hugging Face's config.json."""
+    """Shape of an encoder, MiniLM's where nothing is said, under the names of Hugging Face's config.json."""
 
     hidden_size: int = 384
     num_hidden_layers: int = 6
@@ -422,7 +422,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for file in files for name, tensor in read_safetensors(file).items()}
 
 
-Reader = tuple[Bert, Tokenizer]
+Reader = tuple[Bert, Tokenizer]  # what reads texts
 
 
 def load_bert(source: str) -> Reader:
@@ -752,7 +752,7 @@ def cooccurrence_vectors(train: Spans, num_items: int, size: int, window: int = 
 ITEM_INITS = ("text+cooc", "text", "cooc", "random")
 
 
-def item_vectors(kind: str, data: Interactions, train: Spans, size: int, bert: Reader | None) -> Tensor | None:
+def item_vectors(kind: str, data: Interactions, train: Spans, size: int, reader: Reader | None) -> Tensor | None:
     """First vectors of the items, (num_items, size), by one of ITEM_INITS; None for random ones.
 
     What BERT reads in their texts, the company that they keep in the training part, or the sum of the two, which have
@@ -760,9 +760,9 @@ def item_vectors(kind: str, data: Interactions, train: Spans, size: int, bert: R
     """
     vectors = []
     if "text" in kind:
-        if bert is None or not any(data.texts):
+        if reader is None or not any(data.texts):
             raise InputError(f"--item-init {kind} needs a BERT and item titles; use --item-init cooc")
-        texts = text_vectors(*bert, data.texts[1:])
+        texts = text_vectors(*reader, data.texts[1:])
         vectors.append(centred(texts if texts.shape[1] == size else principal_components(texts, size)))
     if "cooc" in kind:
         vectors.append(centred(cooccurrence_vectors(train, data.num_items, size)))
@@ -833,9 +833,9 @@ def start_from(model: PreBert, run: str, data: Interactions, vectors: Tensor | N
     print(f"starting from {run}: {int(known.sum()):,} items known, {int((~known).sum()):,} new")
 
 
-def save_texts(run: Path, data: Interactions, bert: Reader) -> None:
+def save_texts(run: Path, data: Interactions, reader: Reader) -> None:
     """Keep with a run what BERT reads in its items' texts, (num_items, D), for items that come later."""
-    write_safetensors(run / "texts.safetensors", {"texts": text_vectors(*bert, data.texts[1:]).half()})
+    write_safetensors(run / "texts.safetensors", {"texts": text_vectors(*reader, data.texts[1:]).half()})
 
 
 def with_new_items(model: PreBert, run: Path, source: str, texts: list[str]) -> PreBert:
@@ -846,11 +846,11 @@ def with_new_items(model: PreBert, run: Path, source: str, texts: list[str]) -> 
     path = run / "texts.safetensors"
     if not path.exists():
         raise InputError(f"{run} has no texts.safetensors: trained without titles, it has no vector for new items")
-    bert = load_bert(source)
+    bert, tokenizer = load_bert(source)
     known = read_safetensors(path).get("texts", torch.empty(0)).float()  # (I, D of BERT)
-    if known.ndim != 2 or known.shape[1] != bert[0].config.hidden_size or not 0 < len(known) <= model.num_items:
+    if known.ndim != 2 or known.shape[1] != bert.config.hidden_size or not 0 < len(known) <= model.num_items:
         raise InputError(f"{path} does not fit the run and its BERT, {source}; train again")
     table, bias = model.item_embedding.weight.detach().cpu(), model.item_bias.detach().cpu()
-    rows, biases = nearby(encode_texts(*bert, texts), known, table[1 : len(known) + 1], bias)
+    rows, biases = nearby(encode_texts(bert, tokenizer, texts), known, table[1 : len(known) + 1], bias)
     ours = {"item_embedding.weight": torch.cat([table[:-1], rows, table[-1:]]), "item_bias": torch.cat([bias, biases])}
     return with_weights(PreBert(model.config, model.num_items + len(texts)), {**model.state_dict(), **ours}, run)

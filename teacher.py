@@ -10,7 +10,7 @@ With --objective masked, the paper's own: 0.1822, with --epochs 16 0.1906, one s
 Histories become questions, of one of two kinds (data.py): what follows each item, or which item stood where one is
 hidden (Sun et al. 2019, section 3.5; arXiv 2409.14810, section 3.2). distill.py trains students in the same loop
 with another loss. In order: loss -> optimizer and schedule -> `train` -> checkpoints -> processes -> large
-catalogues -> building the teacher -> the command.
+catalogues -> flags and settings -> building the teacher -> the command.
 
 Letters: B batch (users), T sequence length, D hidden size, M asked positions of a row, Q of a batch, I items,
 W windows, C and N candidates.
@@ -513,7 +513,7 @@ def make_sampler(args: argparse.Namespace, train_part: Spans, num_items: int) ->
     return Sampler(chance.float().to(pick_device(args.device)), args.negatives)
 
 
-# ---------------------------------------------------------------- the command
+# ---------------------------------------------------------------- flags and settings
 
 
 def add_training_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict]) -> None:
@@ -658,25 +658,31 @@ def describe(data: Interactions, model: PreBert, args: argparse.Namespace, teach
     }  # fmt: skip
 
 
+# ---------------------------------------------------------------- building the teacher
+
+
 def build_teacher(args: argparse.Namespace, data: Interactions, part: Spans) -> tuple[PreBert, Reader | None]:
-    """PreBERT with its item table: BERT's body, or (--bert none) the same shape with random weights; and that BERT."""
+    """PreBERT with its item table: BERT's body, or (--bert none) MiniLM's shape with random weights; and that BERT."""
     torch.manual_seed(args.seed)
     causal = args.objective == "next"
     if args.bert == "none":
         shape = BertConfig(max_position_embeddings=args.max_length, hidden_dropout_prob=args.dropout, causal=causal)
-        model, bert, norm = PreBert(shape, data.num_items), None, 1.0
+        model, reader, norm = PreBert(shape, data.num_items), None, 1.0
     else:
-        bert = load_bert(args.bert)
-        model = prebert_from_bert(*bert, data.num_items, args.max_length, causal, args.dropout)
-        norm = bert[0].word_embedding.weight.norm(dim=1).mean().item()
-    vectors = item_vectors(args.item_init, data, part, model.config.hidden_size, bert)
+        reader = bert, tokenizer = load_bert(args.bert)
+        model = prebert_from_bert(bert, tokenizer, data.num_items, args.max_length, causal, args.dropout)
+        norm = bert.word_embedding.weight.norm(dim=1).mean().item()
+    vectors = item_vectors(args.item_init, data, part, model.config.hidden_size, reader)
     if vectors is not None:
         set_item_table(model, vectors, norm)
     if args.start:
         start_from(model, args.start, data, vectors)
     elif args.near_identity:
         near_identity(model)
-    return model, bert
+    return model, reader
+
+
+# ---------------------------------------------------------------- the command
 
 
 def main() -> None:
@@ -695,14 +701,14 @@ def main() -> None:
     args.item_init = args.item_init or default_init(data, args.bert)
     settle(args, RECIPES, data)
     parts = SPLITS[data.split](data)
-    model, bert = build_teacher(args, data, parts[0])
+    model, reader = build_teacher(args, data, parts[0])
     sampler = make_sampler(args, parts[0], data.num_items)
     run = Path("runs") / data.name / args.name
     loss = partial(item_loss, label_smoothing=args.label_smoothing, sampler=sampler)
     train(model, loss, data, parts, run, args, describe(data, model, args))
     if world()[0] == 0:
-        if bert and any(data.texts):
-            save_texts(run, data, bert)
+        if reader and any(data.texts):
+            save_texts(run, data, reader)
         command = shlex.join(["python", "distill.py", *data_flags(args), "--teacher", str(run)])
         print(f"the best weights are in {run}; next: {command}")
 

@@ -62,10 +62,11 @@ def distillation_loss(
     """
     assert student.shape == teacher.shape and labels.shape == student.shape[:1]
     student, teacher = student.float(), teacher.float()
-    log_student = F.log_softmax(student / temperature + correction, dim=-1)
+    log_p = F.log_softmax(student + correction, dim=-1)  # the same as the next where T = 1, and a pass over all saved
+    log_student = log_p if temperature == 1 else F.log_softmax(student / temperature + correction, dim=-1)
     log_teacher = F.log_softmax(teacher / temperature + correction, dim=-1)
     divergence = F.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
-    cross_entropy = F.cross_entropy(student + correction, labels, reduction="sum")
+    cross_entropy = F.nll_loss(log_p, labels, reduction="sum")
     return ((1 - alpha) * cross_entropy + alpha * temperature**2 * divergence) / max(1, len(labels))
 
 

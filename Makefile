@@ -1,5 +1,5 @@
 # make demo: from an empty machine to recommendations. make test: everything that is checked.
-# make results: every number of the READMEs again, days on two cores.
+# make results: the main models of all data sets again, days on two cores.
 PYTHON ?= python3
 BIN := .venv/bin
 FILMS := "Toy Story (1995)" "Star Wars (1977)" "Fargo (1996)"

@@ -4,7 +4,7 @@
     python student.py --run results/ml-1m/student 1 2571                 # the released one knows raw ids
 
 Prints what to watch next, with scores and the milliseconds that it took. Mini-BERT has the anatomy of its teacher,
-`PreBert`, and an eighth of its weights (1.6 of 12.2 million on ML-1M); trained on masked items it is a BERT4Rec (Sun et
+`PreBert`, and 13 % of its weights (1.6 of 12.2 million on ML-1M); trained on masked items it is a BERT4Rec (Sun et
 al. 2019), on next items nearer to a SASRec (Kang & McAuley 2018). distill.py trains it. In order: the model -> top k ->
 native code -> `Recommender` -> the command.
 

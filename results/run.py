@@ -1,4 +1,4 @@
-"""Every number of the two READMEs, by one command: train what is missing, evaluate, write JSON, draw the pictures.
+"""The main models of every data set by one command: train what is missing, evaluate, write JSON, draw the pictures.
 
     make results                                              # everything, days on two cores; stop and start it at will
     python results/run.py --only beauty steam --seeds 1 2 3   # some data sets

@@ -32,6 +32,7 @@ DATA = {  # flags of every script
 MODELS = {
     "teacher": "teacher.py",
     "student": "distill.py --teacher RUNS/teacher-sSEED",
+    "student-of-student": "distill.py --teacher RUNS/student-sSEED",  # a second round
     "student-tiny": "distill.py --teacher RUNS/teacher-sSEED --size tiny",
     "student-no-kd": "distill.py --no-kd",
     "student-no-kd-smooth": "distill.py --no-kd --label-smoothing 0.1",

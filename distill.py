@@ -32,12 +32,12 @@ from data import (
 )  # fmt: skip
 from prebert import (
     ITEM_INITS, PreBert, Reader, check_catalogue, item_vectors, load_bert, load_run, near_identity, pick_device,
-    principal_components, save_texts, set_item_table, start_from, without_seed,
+    principal_components, set_item_table, start_from, with_text_columns, without_seed,
 )  # fmt: skip
 from student import STUDENTS, MiniBert
 from teacher import (
-    Sampler, add_training_flags, autocast_dtype, candidate_logits, default_init, describe, draw_candidates, item_loss,
-    join_processes, make_sampler, settle, train, world,
+    Sampler, add_texts, add_training_flags, autocast_dtype, candidate_logits, default_init, describe, draw_candidates,
+    item_loss, join_processes, make_sampler, settle, train, world,
 )  # fmt: skip
 
 States = Callable[[Batch], list[Tensor]]  # every teacher's states where a batch asks, (Q, D) each
@@ -199,7 +199,8 @@ def load_teachers(args: argparse.Namespace, data: Interactions) -> tuple[list[Pr
         if args.objective != objective or args.max_length != teacher.max_length:
             flags = f"--objective {objective} --max-length {teacher.max_length}"
             raise InputError(f"{run} was trained with {flags}; the student must answer the same questions")
-        teachers.append(teacher.requires_grad_(False).to(pick_device(args.device)))
+        # As it was trained: what its text columns add, a student of it did not learn.
+        teachers.append(with_text_columns(teacher).requires_grad_(False).to(pick_device(args.device)))
         made_by.append(without_seed(config))
         args.bert = args.bert or config["settings"].get("bert")
     args.objective, args.bert = args.objective or "next", args.bert or "minilm"
@@ -253,9 +254,9 @@ def main() -> None:
                        alpha=args.alpha, sampler=sampler)  # fmt: skip
     run = Path("runs") / data.name / args.name
     train(model, loss, data, parts, run, args, describe(data, model, args, made_by))
+    if reader:
+        add_texts(run, data, parts[1], reader, args)
     if world()[0] == 0:
-        if reader:
-            save_texts(run, data, reader)
         serve = shlex.join(["python", "student.py", "--run", str(run), f"id:{data.raw_ids[1]}"])
         check = shlex.join(["python", "evaluate.py", *data_flags(args)])
         print(f"the best weights are in {run}; next: " + "\nthen: ".join([serve] if args.all else [check, serve]))

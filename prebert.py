@@ -213,13 +213,17 @@ class PreBert(nn.Module):
 
     What comes next depends most on what came last, more than in sentences. So an item is read together with a share of
     each of the three before it: a short convolution, as in Mamba (Gu & Dao 2023). Its shares are 0 as training begins.
+
+    Item rows may have `text_size` columns more, with what BERT read in the items' texts. The encoder does not see them;
+    states end in the sum of those of the newest items, an item further back with 0.7 of the share, so that an item
+    scores higher if its text is like theirs. They are added when training is over, see `with_text_columns`.
     """
 
-    def __init__(self, config: BertConfig, num_items: int):
+    def __init__(self, config: BertConfig, num_items: int, text_size: int = 0):
         super().__init__()
         self.config, self.num_items, self.mask_id = config, num_items, num_items + 1
         size = config.hidden_size
-        self.item_embedding = nn.Embedding(num_items + 2, size)  # PAD (never seen), items, MASK (masked models)
+        self.item_embedding = nn.Embedding(num_items + 2, size + text_size)  # PAD (never seen), items, MASK (if masked)
         self.position_embedding = nn.Embedding(config.max_position_embeddings, size)
         self.convolution = nn.Parameter(torch.zeros(3, size))  # shares of the item before, of the one before that, ...
         self.encoder = Encoder(config)
@@ -237,14 +241,21 @@ class PreBert(nn.Module):
         return self.config.max_position_embeddings
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """tokens (B, T) left-padded, positions (B, M): states ready for `logits`, (B, M, D)."""
+        """tokens (B, T) left-padded, positions (B, M): states ready for `logits`, (B, M, D + text_size)."""
         positioned = self.position_embedding.weight[self.max_length - tokens.shape[1] :]  # (T, D)
-        real, steps = tokens != PAD, len(self.convolution)
-        items = self.item_embedding(tokens) * real[..., None]  # (B, T, D)
-        x, before = items + positioned, F.pad(items, (0, 0, steps, 0))  # (B, T, D), (B, 3 + T, D)
+        real, steps, size = tokens != PAD, len(self.convolution), self.config.hidden_size
+        rows = self.item_embedding(tokens) * real[..., None]  # (B, T, D + E)
+        before = F.pad(rows, (0, 0, steps, 0))  # (B, 3 + T, D + E)
+        x = rows[..., :size] + positioned  # (B, T, D)
         for step, share in enumerate(self.convolution, 1):
-            x = x + share * before[:, steps - step : -step]
-        return self.head(self.encoder(x, real, positions))
+            x = x + share * before[:, steps - step : -step, :size]
+        states = self.head(self.encoder(x, real, positions))  # (B, M, D)
+        if rows.shape[2] == size:
+            return states
+        recent = rows[..., size:]  # (B, T, E)
+        for step in range(1, 1 + steps):
+            recent = recent + 0.7**step * before[:, steps - step : -step, size:]
+        return torch.cat([states, recent.gather(1, positions[..., None].expand(-1, -1, recent.shape[2]))], dim=2)
 
     def logits(self, states: Tensor) -> Tensor:
         """states (..., D) to scores (..., num_items); column j is item j + 1."""
@@ -615,7 +626,9 @@ def load_run(run: str | Path) -> tuple[PreBert, dict, dict]:
     tensors, num_items = read_safetensors(path), len(catalogue["raw_ids"]) - 1
     if num_items < 1 or tensors.get("item_bias", torch.empty(0)).shape != (num_items,):
         raise InputError(f"{run}: catalogue.json and model.safetensors have different numbers of items, or none")
-    model = PreBert(config_of(tensors, config["model"], path), num_items)
+    shape = config_of(tensors, config["model"], path)
+    columns = tensors.get("item_embedding.weight", torch.empty(0)).numel() // (num_items + 2)
+    model = PreBert(shape, num_items, max(0, columns - shape.hidden_size))
     tensors = {"convolution": model.convolution, **tensors}  # older runs have none: zeros
     return with_weights(model, tensors, path), config, catalogue
 
@@ -823,7 +836,7 @@ def start_from(model: PreBert, run: str, data: Interactions, vectors: Tensor | N
     known = matched > 0
     if not known.any():
         raise InputError(f"--start {run}: it knows none of the items of {data.name}")
-    weights, table = old.state_dict(), model.item_embedding.weight.detach()
+    weights, table = with_text_columns(old).state_dict(), model.item_embedding.weight.detach()
     rows = weights["item_embedding.weight"][matched]  # (I, D)
     bias = torch.where(known, weights["item_bias"][matched - 1], weights["item_bias"].mean())
     if vectors is not None and not known.all():
@@ -833,9 +846,33 @@ def start_from(model: PreBert, run: str, data: Interactions, vectors: Tensor | N
     print(f"starting from {run}: {int(known.sum()):,} items known, {int((~known).sum()):,} new")
 
 
-def save_texts(run: Path, data: Interactions, reader: Reader) -> None:
-    """Keep with a run what BERT reads in its items' texts, (num_items, D), for items that come later."""
-    write_safetensors(run / "texts.safetensors", {"texts": text_vectors(*reader, data.texts[1:]).half()})
+TEXT_SIZE = 64  # columns of an item table for what BERT reads in texts, of its 384 or so; all of them gain little more
+
+
+def text_directions(vectors: Tensor, centre: Tensor, texts: list[str]) -> Tensor:
+    """What BERT reads in texts, (n, E), as unit vectors from its mean (E,); 0 for an empty text."""
+    return F.normalize(vectors - centre, dim=1) * torch.tensor([[bool(text)] for text in texts])
+
+
+def text_columns(vectors: Tensor, texts: list[str]) -> Tensor:
+    """Columns of an item table, (I, TEXT_SIZE), from what BERT reads in texts; their products are almost cosines."""
+    unit = text_directions(vectors, vectors.mean(0), texts)  # (I, E)
+    return unit @ torch.linalg.eigh((unit.T @ unit).double())[1][:, -TEXT_SIZE:].float()
+
+
+def with_text_columns(model: PreBert, columns: Tensor | None = None) -> PreBert:
+    """The model with these columns (I, E) behind its item rows, instead of those that stood there; None: with none."""
+    table = model.item_embedding.weight.detach().cpu()[:, : model.config.hidden_size]
+    if columns is not None:
+        table = torch.cat([table, F.pad(columns, (0, 0, 1, 1))], dim=1)
+    wider = PreBert(model.config, model.num_items, table.shape[1] - model.config.hidden_size)
+    wider.load_state_dict({**model.state_dict(), "item_embedding.weight": table})
+    return wider
+
+
+def save_texts(run: Path, vectors: Tensor) -> None:
+    """Keep with a run what BERT reads in its items' texts, (num_items, E), for items that come later."""
+    write_safetensors(run / "texts.safetensors", {"texts": vectors.half()})
 
 
 def with_new_items(model: PreBert, run: Path, source: str, texts: list[str]) -> PreBert:
@@ -851,6 +888,14 @@ def with_new_items(model: PreBert, run: Path, source: str, texts: list[str]) -> 
     if known.ndim != 2 or known.shape[1] != bert.config.hidden_size or not 0 < len(known) <= model.num_items:
         raise InputError(f"{path} does not fit the run and its BERT, {source}; train again")
     table, bias = model.item_embedding.weight.detach().cpu(), model.item_bias.detach().cpu()
-    rows, biases = nearby(encode_texts(bert, tokenizer, texts), known, table[1 : len(known) + 1], bias)
+    vectors, size = encode_texts(bert, tokenizer, texts), model.config.hidden_size
+    items, columns = table[1 : len(known) + 1, :size], table[1 : len(known) + 1, size:]
+    rows, biases = nearby(vectors, known, items, bias)  # (n, D), (n,)
+    if columns.shape[1]:  # the new ones by the map that made those of the known, found from these
+        centre, told = known.mean(0), columns.any(1)
+        unit = F.normalize(known[told] - centre, dim=1).double()
+        turn = torch.linalg.lstsq(unit, columns[told].double()).solution.float()  # (E, TEXT_SIZE)
+        rows = torch.cat([rows, text_directions(vectors, centre, texts) @ turn], dim=1)
     ours = {"item_embedding.weight": torch.cat([table[:-1], rows, table[-1:]]), "item_bias": torch.cat([bias, biases])}
-    return with_weights(PreBert(model.config, model.num_items + len(texts)), {**model.state_dict(), **ours}, run)
+    larger = PreBert(model.config, model.num_items + len(texts), table.shape[1] - size)
+    return with_weights(larger, {**model.state_dict(), **ours}, run)

@@ -49,14 +49,16 @@ from data import (
 )  # fmt: skip
 from evaluate import hit_rate, ndcg, rank_targets
 from prebert import (
-    ITEM_INITS, NEVER, VERSION, BertConfig, PreBert, Reader, check_catalogue, item_vectors, load_bert, machine,
-    near_identity, peak_memory_gb, pick_device, prebert_from_bert, read_json, read_run, save_texts, set_item_table,
-    start_from, write_safetensors,
+    ITEM_INITS, NEVER, VERSION, BertConfig, PreBert, Reader, check_catalogue, item_vectors, load_bert, load_run,
+    machine, near_identity, peak_memory_gb, pick_device, prebert_from_bert, read_json, read_run, save_texts,
+    set_item_table, start_from, text_columns, text_vectors, with_text_columns, write_safetensors,
 )  # fmt: skip
 
 Loss = Callable[[PreBert, Batch], Tensor]
 SPARSE = 100  # interactions an item. With fewer, item vectors start from titles as well and dropout is sparse_dropout,
-# or, if users come back to items, the mean of it and dropout; and models start `near_identity`.
+# or, if users come back to items, the mean of it and dropout; models start `near_identity`, and texts count, see
+# `add_texts`.
+TEXT_WEIGHTS = (1.0, 2.0, 4.0)
 
 # What a kind of question needs. Next items are five times as many questions an epoch (all of them, not a MASK_RATE of
 # 0.2), so a model overfits earlier: fewer epochs, more dropout, smoothed labels. Epochs, learning rates and positions
@@ -540,6 +542,8 @@ def add_training_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict]
         f"{SPARSE} interactions an item {by_recipe('sparse_dropout')}, halfway if users repeat items")  # fmt: skip
     add("--label-smoothing", type=number(0, 0.9),
         help=f"share of a label given to all items alike {by_recipe('label_smoothing')}")  # fmt: skip
+    add("--text-weight", type=number(0), help="how much an item gains whose text is like those of the newest items "
+        f"(default: with fewer than {SPARSE} interactions an item, the best of 0, 1, 2, 4 on validation)")
     add("--near-identity", action=argparse.BooleanOptionalAction,
         help=f"begin with body and head that change little (default: with fewer than {SPARSE} interactions an item)")
     add("--warmup", type=number(0, 0.99), default=0.05, help="share of the budget that the rate rises (default: 0.05)")
@@ -682,6 +686,54 @@ def build_teacher(args: argparse.Namespace, data: Interactions, part: Spans) -> 
     return model, reader
 
 
+# ---------------------------------------------------------------- after training: item texts
+
+
+def add_texts(run: Path, data: Interactions, valid: Spans, reader: Reader, args: argparse.Namespace) -> None:
+    """Keep with a trained run what BERT reads in its items' texts, and let it count as far as validation says.
+
+    On sparse data, and with --text-weight, the item table gets `text_columns`: items whose texts are like those of the
+    newest ones score higher. The weight is chosen when training is over, since rows that know the training part by
+    heart leave texts nothing to explain there: learnt along, it gained half as much on Beauty.
+    """
+    device, first = pick_device(args.device), world()[0] == 0
+    gathered([0.0], device)  # here the others wait until the first process has written the run
+    ended, texts = read_json(run / "metrics.json"), text_vectors(*reader, data.texts[1:])  # (I, E)
+    if first:
+        save_texts(run, texts)
+    if "text_weight" in ended or not (sparse(data) or args.text_weight):
+        return
+    model, columns = load_run(run)[0], text_columns(texts, data.texts[1:])
+    weight, tried = args.text_weight, TEXT_WEIGHTS if args.text_weight is None else (args.text_weight,)
+    quality = {0.0: ended["valid_NDCG@10"]}
+    for other in tqdm(tried if len(valid.targets) else (), desc="texts", leave=False, disable=not first):
+        wider = with_text_columns(model, columns * other**0.5).to(device)
+        quality[other] = validate(wider, valid, data.exclude_seen, args.eval_users)[0]
+    if weight is None and len(valid.targets):
+        weight = max(quality, key=lambda other: quality[other])
+        weight = weight if quality[weight] >= 1.01 * quality[0.0] else 0.0
+    if weight is None:
+        weight = weight_before(run, args.start)
+    found = ", ".join(f"{score:.4f} with {other:g}" for other, score in quality.items() if score)
+    print(f"weight of item texts: {weight:g}" + f" (validation NDCG@10 {found})" * bool(found), flush=True)
+    if first:
+        if weight:
+            write_safetensors(run / "model.safetensors", with_text_columns(model, columns * weight**0.5).state_dict())
+        write_json(run / "metrics.json", ended | {"valid_NDCG@10": quality.get(weight), "text_weight": weight})
+
+
+def weight_before(run: Path, start: str | None) -> float:
+    """The weight of texts where no validation part is left to choose it on: as for <name>, or for the run started from.
+
+    0 where neither chose one.
+    """
+    base = run.with_name(run.name.removesuffix("-all").removesuffix("-final"))
+    for path in [base / "metrics.json", Path(start or base) / "metrics.json"]:
+        if path.exists() and "text_weight" in (ended := read_json(path)):
+            return ended["text_weight"]
+    return 0.0
+
+
 # ---------------------------------------------------------------- the command
 
 
@@ -706,9 +758,9 @@ def main() -> None:
     run = Path("runs") / data.name / args.name
     loss = partial(item_loss, label_smoothing=args.label_smoothing, sampler=sampler)
     train(model, loss, data, parts, run, args, describe(data, model, args))
+    if reader and any(data.texts):
+        add_texts(run, data, parts[1], reader, args)
     if world()[0] == 0:
-        if reader and any(data.texts):
-            save_texts(run, data, reader)
         command = shlex.join(["python", "distill.py", *data_flags(args), "--teacher", str(run)])
         print(f"the best weights are in {run}; next: {command}")
 

@@ -32,6 +32,8 @@ DATA = {  # flags of every script
 MODELS = {
     "teacher": "teacher.py",
     "student": "distill.py --teacher RUNS/teacher-sSEED",
+    "student-text-weight-0": "distill.py --teacher RUNS/teacher-sSEED --start RUNS/student-sSEED --epochs 0 "
+    "--text-weight 0",  # the student without text columns
     "student-of-student": "distill.py --teacher RUNS/student-sSEED",  # a second round
     "student-tiny": "distill.py --teacher RUNS/teacher-sSEED --size tiny",
     "student-no-kd": "distill.py --no-kd",
@@ -44,10 +46,10 @@ MODELS = {
     "student-of-teachers": "distill.py --teacher RUNS/teacher-s1 RUNS/teacher-s2 RUNS/teacher-s3",
     "teacher-masked": "teacher.py --objective masked --epochs 16 --patience 16",
     "student-masked": "distill.py --teacher RUNS/teacher-masked-sSEED",
-    "bert4rec": "distill.py --no-kd --objective masked --epochs 60 --patience 60",
+    "bert4rec": "distill.py --no-kd --objective masked --item-init cooc --epochs 60 --patience 60",
 }
 OF_SESSIONS = "--size small --epochs 6 --patience 9"  # students there: most sessions have two or three items
-TEXT = {"student-no-kd-text", "student-of-starts"}  # need titles, which YooChoose has not
+TEXT = {"student-no-kd-text", "student-of-starts", "student-text-weight-0"}  # need titles, which YooChoose has not
 MASKED_ON = {"ml-1m"}  # the masked teacher and its student: where the paper's own objective is repeated
 
 

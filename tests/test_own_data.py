@@ -3,10 +3,12 @@
 import gzip
 import itertools
 import json
+import random
 import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,10 +17,10 @@ from conftest import HEAD, ROOT, TINY, hand_log, inside, write_ring
 
 import teacher
 from data import HELD_OUT, PAD, InputError, SPLITS, load_dataset
-from evaluate import hit_rate, metrics, ndcg, target_ranks
+from evaluate import hit_rate, metrics, ndcg, rank_targets, target_ranks
 from prebert import (
     centred, encode_texts, item_vectors, load_bert, load_run, principal_components, read_safetensors,
-    save_texts, start_from, without_seed, write_safetensors,
+    save_texts, start_from, text_columns, with_text_columns, without_seed, write_safetensors,
 )  # fmt: skip
 from student import MiniBert, Recommender
 from test_prebert import bert_folder
@@ -397,7 +399,7 @@ def test_new_items_are_recommended_by_their_texts_and_change_no_other_score(trai
     log = load_dataset(str(trained / "ring.inter"))
     torch.manual_seed(1)
     log.texts[1:] = [" ".join(["toy", "story"][bit] for bit in torch.randint(0, 2, (8,))) for _ in range(60)]
-    save_texts(run, log, bert)
+    save_texts(run, encode_texts(*bert, log.texts[1:]))
     recommend, history = Recommender(run, k=100, compile=False), ["id:103", "id:104"]
     before = {raw_id: score for raw_id, _, score in recommend([history])[0]}
     recommend.add_items({"n1": "toy toy story", "n2": "story"})
@@ -430,6 +432,87 @@ def test_new_items_are_recommended_by_their_texts_and_change_no_other_score(trai
     write_safetensors(run / "texts.safetensors", {"texts": torch.zeros(3, 4)})
     with pytest.raises(InputError, match="does not fit the run"):
         Recommender(run, compile=False).add_items({"toy": "toy"})
+
+
+def test_text_columns_of_new_items_are_those_that_their_texts_would_have_had(trained, tmp_path):
+    run = shutil.copytree(trained / RUN, tmp_path / "run")
+    bert_folder(tmp_path)
+    bert, model = load_bert(str(tmp_path)), load_run(run)[0]
+    config = json.loads((run / "config.json").read_text())
+    config["settings"]["bert"] = str(tmp_path)
+    (run / "config.json").write_text(json.dumps(config))
+    torch.manual_seed(1)
+    texts = [" ".join(["toy", "story"][bit] for bit in torch.randint(0, 2, (8,))) for _ in range(60)]
+    texts[3] = ""
+    read = encode_texts(*bert, texts)
+    save_texts(run, read)
+    columns = 2 * text_columns(read, texts)
+    write_safetensors(run / "model.safetensors", with_text_columns(model, columns).state_dict())
+    recommend = Recommender(run, k=100, compile=False)
+    recommend.add_items({"new": texts[9], "other": texts[20], "": " "})
+    table = recommend.model.item_embedding.weight[1:, -16:]
+    assert torch.allclose(table[:60], columns) and table.shape == (64, 16)  # as many as this BERT's states
+    assert torch.allclose(table[60:62], columns[[9, 20]], atol=2e-2) and not table[63].any()  # MASK has none
+    compiled = Recommender(run, k=9)
+    people = [["id:103", "id:104"], ["id:110"], ["id:140", "id:120", "id:133", "id:101"]]
+    for mine, theirs in zip(Recommender(run, k=9, compile=False)(people), compiled(people), strict=True):
+        assert [row[0] for row in mine] == [row[0] for row in theirs]
+        assert [row[2] for row in mine] == pytest.approx([row[2] for row in theirs], abs=1e-3)
+
+
+def write_kinds(folder: Path, told: bool) -> Path:
+    """120 users who each stay with one of twelve kinds of items; where it is `told`, a kind has one title."""
+    chance = random.Random(0)
+    rows = [HEAD.strip()]
+    for user in range(120):
+        kind = user % 12
+        rows += [f"u{user}\ti{kind * 8 + item}\t{when}" for when, item in enumerate(chance.sample(range(8), 6))]
+    (folder / "kinds.inter").write_text("\n".join(rows))
+    names = [" ".join("toy" if number >> bit & 1 else "story" for bit in range(4)) for number in range(16)]
+    titles = [f"i{item}\t{names[item // 8] if told else chance.choice(names)}" for item in range(96)]
+    (folder / "kinds.item").write_text("item_id\ttitle\n" + "\n".join(titles))
+    return folder / "kinds.inter"
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_texts_count_as_far_as_validation_says(tmp_path, told):
+    bert, _ = bert_folder(tmp_path)
+    log, run = write_kinds(tmp_path, told), tmp_path / "runs/kinds/student-no-kd"
+    flags = ["--data", log, *TINY, "--eval-users", 1000, "--max-length", 8, "--bert", bert, "--lr", 1e-5]
+    student = ["--no-kd", "--size", "tiny", "--item-init", "text", "--no-near-identity"]
+    text = inside("distill.py", *flags, *student, cwd=tmp_path)
+    weight, best = (json.loads((run / "metrics.json").read_text())[key] for key in ("text_weight", "valid_NDCG@10"))
+    assert f"weight of item texts: {weight:g} (validation NDCG@10" in text
+    model = load_run(run)[0]
+    plain, (_, valid, _) = with_text_columns(model), SPLITS["last"](load_dataset(str(log)))
+
+    def quality(model):
+        return ndcg(rank_targets(model.score_next, valid, True, 8, torch.device("cpu")), 10).mean().item()
+
+    assert quality(model) == pytest.approx(best, abs=1e-5)
+    if not told:
+        assert weight == 0 and model.item_embedding.weight.shape[1] == 64
+        return
+    assert weight > 0 and best > 1.5 * quality(plain)
+    again = inside("distill.py", *flags, *student, "--resume", cwd=tmp_path)
+    assert "has ended" in again and "weight of" not in again
+    # Where nothing is held out to choose it on, the weight is that of the run before; and it can be given.
+    text = inside("distill.py", *flags, *student, "--all", cwd=tmp_path)
+    assert f"weight of item texts: {weight:g}\n" in text
+    assert load_run(f"{run}-all")[0].item_embedding.weight.shape[1] == 64 + 16
+    text = inside("distill.py", *flags, *student, "--name", "asked", "--text-weight", 9, cwd=tmp_path)
+    row, start = torch.tensor([[5, 6]]), tmp_path / "runs/kinds/asked"
+    assert "weight of item texts: 9 (" in text
+    assert not torch.allclose(load_run(start)[0].score_next(row), plain.score_next(row), atol=0.5)
+    # What starts from it, or learns from it, does so without.
+    text = inside("distill.py", *flags, *student, "--name", "on", "--start", start, "--epochs", 0, "--text-weight", 0,
+                  cwd=tmp_path)  # fmt: skip
+    assert "weight of item texts: 0 (" in text
+    inside("distill.py", *flags, "--size", "tiny", "--teacher", start, "--text-weight", 0, cwd=tmp_path)
+    for name, expected in (("on", with_text_columns(load_run(start)[0])), ("student", None)):
+        weights = load_run(tmp_path / "runs/kinds" / name)[0].state_dict()
+        assert weights["item_embedding.weight"].shape[1] == 64
+        assert expected is None or all(torch.equal(weights[key], own) for key, own in expected.state_dict().items())
 
 
 def test_the_commands_behind_the_results_have_flags_that_exist():

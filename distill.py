@@ -36,8 +36,8 @@ from prebert import (
 )  # fmt: skip
 from student import STUDENTS, MiniBert
 from teacher import (
-    Sampler, add_texts, add_training_flags, autocast_dtype, candidate_logits, default_init, describe, draw_candidates,
-    item_loss, join_processes, make_sampler, settle, train, world,
+    Sampler, add_texts, add_training_flags, autocast_dtype, candidate_logits, check_text_weight, default_init, describe,
+    draw_candidates, item_loss, join_processes, make_sampler, settle, train, world,
 )  # fmt: skip
 
 States = Callable[[Batch], list[Tensor]]  # every teacher's states where a batch asks, (Q, D) each
@@ -199,7 +199,7 @@ def load_teachers(args: argparse.Namespace, data: Interactions) -> tuple[list[Pr
         if args.objective != objective or args.max_length != teacher.max_length:
             flags = f"--objective {objective} --max-length {teacher.max_length}"
             raise InputError(f"{run} was trained with {flags}; the student must answer the same questions")
-        # As it was trained: what its text columns add, a student of it did not learn.
+        # Without its text columns: a student learns what training taught, and gets text columns of its own.
         teachers.append(with_text_columns(teacher).requires_grad_(False).to(pick_device(args.device)))
         made_by.append(without_seed(config))
         args.bert = args.bert or config["settings"].get("bert")
@@ -242,7 +242,9 @@ def main() -> None:
     settle(args, RECIPES, data)
     parts = SPLITS[data.split](data)
     from_texts = "text" in args.item_init or (teachers and (Path(args.teacher[0]) / "texts.safetensors").exists())
-    reader = load_bert(args.bert) if from_texts and any(data.texts) and args.bert != "none" else None
+    wanted = (from_texts or args.text_weight) and any(data.texts) and args.bert != "none"
+    reader = load_bert(args.bert) if wanted else None
+    check_text_weight(args, reader)
     model = build_student(args, data, parts[0], teachers[0] if teachers else None, reader)
     sampler = make_sampler(args, parts[0], data.num_items)
     if args.no_kd:

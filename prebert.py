@@ -10,7 +10,7 @@ This file holds no command; teacher.py trains what is built here. In order: shap
 a model on disk -> first values of the item table -> new logs and new items.
 
 Letters: B batch, T sequence length, D hidden size, N heads, K head size (N * K = D), S size that is asked for, I items,
-M positions of a row that are asked for (T where all are).
+n new ones, M positions of a row that are asked for (T where all are), E size of what BERT reads, C columns for it.
 """
 
 import hashlib
@@ -209,14 +209,15 @@ class PreBert(nn.Module):
 
     The newest item has the last position, max_length - 1, and older ones those before it, so that padding on the left
     changes nothing. The output is tied to the input: logits = head(h) E^T + b over the items (Press & Wolf 2017), with
-    h the encoder's state and E the item table; PAD and MASK have no logit. Outside this class, states are head(h).
+    h the encoder's state and E the item table; PAD and MASK have no logit. Outside this class, states are head(h), with
+    what is said below at their end.
 
     What comes next depends most on what came last, more than in sentences. So an item is read together with a share of
     each of the three before it: a short convolution, as in Mamba (Gu & Dao 2023). Its shares are 0 as training begins.
 
     Item rows may have `text_size` columns more, with what BERT read in the items' texts. The encoder does not see them;
-    states end in the sum of those of the newest items, an item further back with 0.7 of the share, so that an item
-    scores higher if its text is like theirs. They are added when training is over, see `with_text_columns`.
+    states end in the sum of those of the newest four, 0.7 of a share for each step back (MASK has none, but counts as a
+    step), so that an item scores higher if its text is like theirs. `teacher.add_texts` adds them after training.
     """
 
     def __init__(self, config: BertConfig, num_items: int, text_size: int = 0):
@@ -241,24 +242,24 @@ class PreBert(nn.Module):
         return self.config.max_position_embeddings
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """tokens (B, T) left-padded, positions (B, M): states ready for `logits`, (B, M, D + text_size)."""
+        """tokens (B, T) left-padded, positions (B, M): states ready for `logits`, (B, M, D + C)."""
         positioned = self.position_embedding.weight[self.max_length - tokens.shape[1] :]  # (T, D)
         real, steps, size = tokens != PAD, len(self.convolution), self.config.hidden_size
-        rows = self.item_embedding(tokens) * real[..., None]  # (B, T, D + E)
-        before = F.pad(rows, (0, 0, steps, 0))  # (B, 3 + T, D + E)
+        rows = self.item_embedding(tokens) * real[..., None]  # (B, T, D + C)
+        before = F.pad(rows, (0, 0, steps, 0))  # (B, 3 + T, D + C)
         x = rows[..., :size] + positioned  # (B, T, D)
         for step, share in enumerate(self.convolution, 1):
             x = x + share * before[:, steps - step : -step, :size]
         states = self.head(self.encoder(x, real, positions))  # (B, M, D)
         if rows.shape[2] == size:
             return states
-        recent = rows[..., size:]  # (B, T, E)
+        recent = rows[..., size:]  # (B, T, C)
         for step in range(1, 1 + steps):
             recent = recent + 0.7**step * before[:, steps - step : -step, size:]
         return torch.cat([states, recent.gather(1, positions[..., None].expand(-1, -1, recent.shape[2]))], dim=2)
 
     def logits(self, states: Tensor) -> Tensor:
-        """states (..., D) to scores (..., num_items); column j is item j + 1."""
+        """states (..., D + C) to scores (..., num_items); column j is item j + 1."""
         return F.linear(states, self.item_embedding.weight[1 : self.num_items + 1], self.item_bias)
 
     def question(self, history: Tensor) -> Tensor:
@@ -705,8 +706,8 @@ def principal_components(table: Tensor, size: int) -> Tensor:
 
 
 @torch.no_grad()
-def encode_texts(bert: Bert, tokenizer: Tokenizer, texts: list[str]) -> Tensor:
-    """Mean of BERT's last states over the words of each text, (len(texts), D); a text without words gets the mean row.
+def encode_texts(bert: Bert, tokenizer: Tokenizer, texts: list[str], otherwise: Tensor | None = None) -> Tensor:
+    """Mean of BERT's last states over the words of each text, (len(texts), E); without words `otherwise`, or the mean.
 
     Mean pooling is how all-MiniLM-L6-v2 was trained to embed sentences (Reimers & Gurevych 2019). Texts of one
     length are read together, so that none is padded.
@@ -722,11 +723,11 @@ def encode_texts(bert: Bert, tokenizer: Tokenizer, texts: list[str]) -> Tensor:
                 if size:
                     vectors[rows] = bert(tokens, torch.ones_like(tokens, dtype=torch.bool)).mean(1)
                 bar.update(len(rows))
-    return torch.where(vectors.isnan(), vectors.nanmean(0).nan_to_num(), vectors)
+    return torch.where(vectors.isnan(), vectors.nanmean(0).nan_to_num() if otherwise is None else otherwise, vectors)
 
 
 def text_vectors(bert: Bert, tokenizer: Tokenizer, texts: list[str]) -> Tensor:
-    """`encode_texts`, (num_items, D), kept in the cache folder."""
+    """`encode_texts`, (num_items, E), kept in the cache folder."""
     digest = hashlib.sha256("\0".join([repr(bert.config), tokenizer.to_str(), *texts]).encode())
     for tensor in bert.state_dict().values():
         digest.update(tensor.numpy().tobytes())
@@ -843,31 +844,26 @@ def start_from(model: PreBert, run: str, data: Interactions, vectors: Tensor | N
         table[1:-1][~known], bias[~known] = nearby(vectors[~known], vectors[known], rows[known], bias[known])
     table[1:-1][known], table[-1] = rows[known], weights["item_embedding.weight"][-1]
     model.load_state_dict({**weights, "item_embedding.weight": table, "item_bias": bias})
-    print(f"starting from {run}: {int(known.sum()):,} items known, {int((~known).sum()):,} new")
+    lost = ", without its text columns" if old.item_embedding.weight.shape[1] > theirs.hidden_size else ""
+    print(f"starting from {run}{lost}: {int(known.sum()):,} items known, {int((~known).sum()):,} new")
 
 
 TEXT_SIZE = 64  # columns of an item table for what BERT reads in texts, of its 384 or so; all of them gain little more
 
 
-def text_directions(vectors: Tensor, centre: Tensor, texts: list[str]) -> Tensor:
-    """What BERT reads in texts, (n, E), as unit vectors from its mean (E,); 0 for an empty text."""
-    return F.normalize(vectors - centre, dim=1) * torch.tensor([[bool(text)] for text in texts])
-
-
-def text_columns(vectors: Tensor, texts: list[str]) -> Tensor:
-    """Columns of an item table, (I, TEXT_SIZE), from what BERT reads in texts; their products are almost cosines."""
-    unit = text_directions(vectors, vectors.mean(0), texts)  # (I, E)
+def text_columns(vectors: Tensor) -> Tensor:
+    """Columns of an item table, (I, C), from what BERT reads in texts, (I, E); their products are almost cosines."""
+    unit = F.normalize(vectors - vectors.mean(0), dim=1, eps=1e-3)  # of an item without a text: nearly 0
     return unit @ torch.linalg.eigh((unit.T @ unit).double())[1][:, -TEXT_SIZE:].float()
 
 
 def with_text_columns(model: PreBert, columns: Tensor | None = None) -> PreBert:
-    """The model with these columns (I, E) behind its item rows, instead of those that stood there; None: with none."""
+    """The model with these columns (I, C) behind its item rows, instead of those that stood there; None: with none."""
     table = model.item_embedding.weight.detach().cpu()[:, : model.config.hidden_size]
     if columns is not None:
         table = torch.cat([table, F.pad(columns, (0, 0, 1, 1))], dim=1)
-    wider = PreBert(model.config, model.num_items, table.shape[1] - model.config.hidden_size)
-    wider.load_state_dict({**model.state_dict(), "item_embedding.weight": table})
-    return wider
+    other = PreBert(model.config, model.num_items, table.shape[1] - model.config.hidden_size)
+    return with_weights(other, {**model.state_dict(), "item_embedding.weight": table}, Path("item texts"))
 
 
 def save_texts(run: Path, vectors: Tensor) -> None:
@@ -888,14 +884,16 @@ def with_new_items(model: PreBert, run: Path, source: str, texts: list[str]) -> 
     if known.ndim != 2 or known.shape[1] != bert.config.hidden_size or not 0 < len(known) <= model.num_items:
         raise InputError(f"{path} does not fit the run and its BERT, {source}; train again")
     table, bias = model.item_embedding.weight.detach().cpu(), model.item_bias.detach().cpu()
-    vectors, size = encode_texts(bert, tokenizer, texts), model.config.hidden_size
+    centre, size = known.mean(0), model.config.hidden_size
     items, columns = table[1 : len(known) + 1, :size], table[1 : len(known) + 1, size:]
+    vectors = encode_texts(bert, tokenizer, texts, centre)  # (n, E)
     rows, biases = nearby(vectors, known, items, bias)  # (n, D), (n,)
-    if columns.shape[1]:  # the new ones by the map that made those of the known, found from these
-        centre, told = known.mean(0), columns.any(1)
-        unit = F.normalize(known[told] - centre, dim=1).double()
-        turn = torch.linalg.lstsq(unit, columns[told].double()).solution.float()  # (E, TEXT_SIZE)
-        rows = torch.cat([rows, text_directions(vectors, centre, texts) @ turn], dim=1)
+    # The columns of the known are c U V: U unit vectors, V eigenvectors of U^T U. So U^T (c U V) points where V does.
+    told = columns.norm(dim=1) > 0.1 * columns.norm(dim=1).mean()
+    unit = F.normalize(known - centre, dim=1)[told]  # U
+    turn = F.normalize(unit.T @ columns[told], dim=0, eps=1e-2)  # V (E, C)
+    turn *= columns[told].norm() / (unit @ turn).norm().clamp(min=1e-12)
+    rows = torch.cat([rows, F.normalize(vectors - centre, dim=1, eps=1e-3) @ turn], dim=1)  # (n, D + C)
     ours = {"item_embedding.weight": torch.cat([table[:-1], rows, table[-1:]]), "item_bias": torch.cat([bias, biases])}
     larger = PreBert(model.config, model.num_items + len(texts), table.shape[1] - size)
     return with_weights(larger, {**model.state_dict(), **ours}, run)

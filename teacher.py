@@ -10,10 +10,10 @@ With --objective masked, the paper's own: 0.1822, with --epochs 16 0.1906, one s
 Histories become questions, of one of two kinds (data.py): what follows each item, or which item stood where one is
 hidden (Sun et al. 2019, section 3.5; arXiv 2409.14810, section 3.2). distill.py trains students in the same loop
 with another loss. In order: loss -> optimizer and schedule -> `train` -> checkpoints -> processes -> large
-catalogues -> flags and settings -> building the teacher -> the command.
+catalogues -> flags and settings -> building the teacher -> item texts, after training -> the command.
 
 Letters: B batch (users), T sequence length, D hidden size, M asked positions of a row, Q of a batch, I items,
-W windows, C and N candidates.
+W windows, C and N candidates, E size of what BERT reads in a text.
 """
 
 import argparse
@@ -162,10 +162,14 @@ def draw_batch(
     return Batch(tokens, positions, labels, entries=(ends - width)[:, None] + positions)
 
 
+def some_targets(valid: Spans, users: int) -> Tensor:
+    """Which validation targets are looked at: random ones, `users` of them, the same every time."""
+    return torch.randperm(len(valid.targets), generator=Generator().manual_seed(0))[:users]
+
+
 def validate(model: PreBert, valid: Spans, exclude_seen: bool, users: int) -> tuple[float, float]:
-    """NDCG@10 and HR@10 on the validation part, at the same random targets, `users` of them, every time."""
-    chosen = torch.randperm(len(valid.targets), generator=Generator().manual_seed(0))[:users]
-    process, processes = world()
+    """NDCG@10 and HR@10 on the validation part, at `some_targets`."""
+    chosen, (process, processes) = some_targets(valid, users), world()
     device = model.item_bias.device
     model.eval()
     ranks = rank_targets(model.score_next, valid[chosen[process::processes]], exclude_seen, model.max_length, device)
@@ -543,7 +547,8 @@ def add_training_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict]
     add("--label-smoothing", type=number(0, 0.9),
         help=f"share of a label given to all items alike {by_recipe('label_smoothing')}")  # fmt: skip
     add("--text-weight", type=number(0), help="how much an item gains whose text is like those of the newest items "
-        f"(default: with fewer than {SPARSE} interactions an item, the best of 0, 1, 2, 4 on validation)")
+        f"(default: with fewer than {SPARSE} interactions an item, the best of 1, 2, 4 on validation if it gains 1 %%, "
+        "else 0; with --all and --final as for <name>)")  # fmt: skip
     add("--near-identity", action=argparse.BooleanOptionalAction,
         help=f"begin with body and head that change little (default: with fewer than {SPARSE} interactions an item)")
     add("--warmup", type=number(0, 0.99), default=0.05, help="share of the budget that the rate rises (default: 0.05)")
@@ -613,7 +618,12 @@ def settle(args: argparse.Namespace, recipes: dict[str, dict], data: Interaction
     if args.epochs is None:  # a hundredth of the data gets three times the passes
         args.epochs = round(recipe["epochs"] * smaller**0.25)
         args.epochs = max(1, args.epochs // 5) if args.start else args.epochs
+    run = Path("runs") / data.name / args.name
     args.name = f"{args.name}{suffix}"
+    again = run.with_name(args.name) / "config.json"
+    if args.text_weight is None and suffix:
+        known = args.resume and again.exists()
+        args.text_weight = read_json(again)["settings"].get("text_weight") if known else weight_before(run, args.start)
     args.patience = args.patience or max(5, args.epochs // 3)
 
 
@@ -632,7 +642,8 @@ def best_epoch(args: argparse.Namespace, data: Interactions, suffix: str) -> int
         raise InputError(f"{run} does not tell the best epoch; {advice}")
     config, catalogue = read_run(run)
     check_catalogue(run, config, catalogue, data)
-    may_differ = ("name", "seed", "epochs", "minutes", "patience", "eval_users", "precision", "teacher", "all")
+    may_differ = ("name", "seed", "epochs", "minutes", "patience", "eval_users", "precision", "teacher", "all",
+                  "text_weight")  # fmt: skip
     for name, value in config["settings"].items():
         if name not in may_differ and getattr(args, name, None) != value:
             flag = f"--{name.replace('_', '-')}, {str(value)[:40]}"
@@ -686,52 +697,56 @@ def build_teacher(args: argparse.Namespace, data: Interactions, part: Spans) -> 
     return model, reader
 
 
-# ---------------------------------------------------------------- after training: item texts
+# ---------------------------------------------------------------- item texts, after training
+
+
+def check_text_weight(args: argparse.Namespace, reader: Reader | None) -> None:
+    if args.text_weight and reader is None:
+        raise InputError(f"--text-weight {args.text_weight:g} needs a BERT and item titles")
+
+
+def weight_before(run: Path, start: str | None) -> float:
+    """The weight of texts where nothing is held out to choose it on: that of the run, or of the start, else 0."""
+    for path in (run / "metrics.json", Path(start or run) / "metrics.json"):
+        if path.exists() and "text_weight" in (ended := read_json(path)):
+            return ended["text_weight"]
+    return 0.0
 
 
 def add_texts(run: Path, data: Interactions, valid: Spans, reader: Reader, args: argparse.Namespace) -> None:
     """Keep with a trained run what BERT reads in its items' texts, and let it count as far as validation says.
 
     On sparse data, and with --text-weight, the item table gets `text_columns`: items whose texts are like those of the
-    newest ones score higher. The weight is chosen when training is over, since rows that know the training part by
-    heart leave texts nothing to explain there: learnt along, it gained half as much on Beauty.
+    newest ones score higher. The weight is chosen when training is over, and is 0 unless another gains 1 %. Learnt
+    during training it gains less: there the rows alone explain what comes next. By the first process alone.
     """
-    device, first = pick_device(args.device), world()[0] == 0
-    gathered([0.0], device)  # here the others wait until the first process has written the run
-    ended, texts = read_json(run / "metrics.json"), text_vectors(*reader, data.texts[1:])  # (I, E)
-    if first:
-        save_texts(run, texts)
-    if "text_weight" in ended or not (sparse(data) or args.text_weight):
+    if world()[0] > 0:
         return
-    model, columns = load_run(run)[0], text_columns(texts, data.texts[1:])
-    weight, tried = args.text_weight, TEXT_WEIGHTS if args.text_weight is None else (args.text_weight,)
-    quality = {0.0: ended["valid_NDCG@10"]}
-    for other in tqdm(tried if len(valid.targets) else (), desc="texts", leave=False, disable=not first):
-        wider = with_text_columns(model, columns * other**0.5).to(device)
-        quality[other] = validate(wider, valid, data.exclude_seen, args.eval_users)[0]
-    if weight is None and len(valid.targets):
-        weight = max(quality, key=lambda other: quality[other])
-        weight = weight if quality[weight] >= 1.01 * quality[0.0] else 0.0
-    if weight is None:
-        weight = weight_before(run, args.start)
-    found = ", ".join(f"{score:.4f} with {other:g}" for other, score in quality.items() if score)
-    print(f"weight of item texts: {weight:g}" + f" (validation NDCG@10 {found})" * bool(found), flush=True)
-    if first:
-        if weight:
-            write_safetensors(run / "model.safetensors", with_text_columns(model, columns * weight**0.5).state_dict())
+    with locked(run):
+        ended, texts = read_json(run / "metrics.json"), text_vectors(*reader, data.texts[1:])  # (I, E)
+        save_texts(run, texts)
+        older = "text_weight" not in read_run(run)[0]["settings"]  # such a run stays as it is
+        if older or "text_weight" in ended or not (sparse(data) or args.text_weight):
+            return
+        model, device, columns = load_run(run)[0], pick_device(args.device), text_columns(texts)
+
+        def weighted(weight: float) -> PreBert:
+            return with_text_columns(model, columns * weight**0.5 if weight else None)
+
+        weight, quality = args.text_weight, {0.0: ended["valid_NDCG@10"]}
+        part = valid[some_targets(valid, args.eval_users)]
+        tried = (TEXT_WEIGHTS if weight is None else (weight,)) if len(valid.targets) else ()
+        for other in tqdm(tried, desc="texts", leave=False):
+            score = weighted(other).to(device).score_next
+            ranks = rank_targets(score, part, data.exclude_seen, model.max_length, device)
+            quality[other] = ndcg(ranks, 10).mean().item()
+        if weight is None:
+            weight = max(quality, key=lambda other: quality[other])
+            weight = weight if quality[weight] >= 1.01 * quality[0.0] else 0.0
+        scores = ", ".join(f"{quality[other]:.4f} with {other:g}" for other in (0.0, *tried) if tried)
+        print(f"weight of item texts: {weight:g}" + f" (validation NDCG@10 {scores})" * bool(tried), flush=True)
+        write_safetensors(run / "model.safetensors", weighted(weight).state_dict())
         write_json(run / "metrics.json", ended | {"valid_NDCG@10": quality.get(weight), "text_weight": weight})
-
-
-def weight_before(run: Path, start: str | None) -> float:
-    """The weight of texts where no validation part is left to choose it on: as for <name>, or for the run started from.
-
-    0 where neither chose one.
-    """
-    base = run.with_name(run.name.removesuffix("-all").removesuffix("-final"))
-    for path in [base / "metrics.json", Path(start or base) / "metrics.json"]:
-        if path.exists() and "text_weight" in (ended := read_json(path)):
-            return ended["text_weight"]
-    return 0.0
 
 
 # ---------------------------------------------------------------- the command
@@ -754,11 +769,13 @@ def main() -> None:
     settle(args, RECIPES, data)
     parts = SPLITS[data.split](data)
     model, reader = build_teacher(args, data, parts[0])
+    reader = reader if any(data.texts) else None
+    check_text_weight(args, reader)
     sampler = make_sampler(args, parts[0], data.num_items)
     run = Path("runs") / data.name / args.name
     loss = partial(item_loss, label_smoothing=args.label_smoothing, sampler=sampler)
     train(model, loss, data, parts, run, args, describe(data, model, args))
-    if reader and any(data.texts):
+    if reader:
         add_texts(run, data, parts[1], reader, args)
     if world()[0] == 0:
         command = shlex.join(["python", "distill.py", *data_flags(args), "--teacher", str(run)])

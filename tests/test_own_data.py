@@ -1,5 +1,6 @@
 """The first hour with one's own data: recommendations for everybody, what may be recommended, new data, sessions."""
 
+import argparse
 import gzip
 import itertools
 import json
@@ -17,6 +18,7 @@ from conftest import HEAD, ROOT, TINY, hand_log, inside, write_ring
 
 import teacher
 from data import HELD_OUT, PAD, InputError, SPLITS, load_dataset
+from distill import load_teachers, states_of
 from evaluate import hit_rate, metrics, ndcg, rank_targets, target_ranks
 from prebert import (
     centred, encode_texts, item_vectors, load_bert, load_run, principal_components, read_safetensors,
@@ -434,25 +436,32 @@ def test_new_items_are_recommended_by_their_texts_and_change_no_other_score(trai
         Recommender(run, compile=False).add_items({"toy": "toy"})
 
 
-def test_text_columns_of_new_items_are_those_that_their_texts_would_have_had(trained, tmp_path):
+@pytest.mark.parametrize("distinct", [60, 5])
+def test_text_columns_of_new_items_are_those_that_their_texts_would_have_had(trained, tmp_path, distinct):
     run = shutil.copytree(trained / RUN, tmp_path / "run")
     bert_folder(tmp_path)
     bert, model = load_bert(str(tmp_path)), load_run(run)[0]
     config = json.loads((run / "config.json").read_text())
     config["settings"]["bert"] = str(tmp_path)
     (run / "config.json").write_text(json.dumps(config))
-    torch.manual_seed(1)
-    texts = [" ".join(["toy", "story"][bit] for bit in torch.randint(0, 2, (8,))) for _ in range(60)]
-    texts[3] = ""
-    read = encode_texts(*bert, texts)
+    chance = random.Random(1)
+    texts = [" ".join(chance.choice(["toy", "story"]) for _ in range(8)) for _ in range(distinct)] * (60 // distinct)
+    read = encode_texts(*bert, [*texts[:59], ""])  # an item without a text stands where the others do on average
     save_texts(run, read)
-    columns = 2 * text_columns(read, texts)
+    columns = 2 * text_columns(read)
     write_safetensors(run / "model.safetensors", with_text_columns(model, columns).state_dict())
     recommend = Recommender(run, k=100, compile=False)
-    recommend.add_items({"new": texts[9], "other": texts[20], "": " "})
+    recommend.add_items({"new": texts[9], "other": texts[20], "": " ", "unseen": "story"})
     table = recommend.model.item_embedding.weight[1:, -16:]
-    assert torch.allclose(table[:60], columns) and table.shape == (64, 16)  # as many as this BERT's states
-    assert torch.allclose(table[60:62], columns[[9, 20]], atol=2e-2) and not table[63].any()  # MASK has none
+    assert torch.allclose(table[:60], columns) and table.shape == (65, 16)  # as many as this BERT's states
+    assert torch.allclose(table[60:62] @ columns.T, columns[[9, 20]] @ columns.T, atol=0.2)  # of 4; texts are kept in half precision
+    assert table[62].norm() < 0.01 and not table[64].any()  # without a text, and MASK
+    unit = torch.nn.functional.normalize(read - read.mean(0), dim=1)
+    unseen = encode_texts(*bert, ["story"])[0] - read.mean(0)
+    known = columns[[9, 20, 31]] @ columns[[9, 20, 31]].T
+    assert torch.allclose(known, 4 * unit[[9, 20, 31]] @ unit[[9, 20, 31]].T, atol=1e-3)
+    likeness = columns[:59] @ table[63]
+    assert torch.allclose(likeness, 4 * unit[:59] @ unseen / unseen.norm(), atol=0.05)
     compiled = Recommender(run, k=9)
     people = [["id:103", "id:104"], ["id:110"], ["id:140", "id:120", "id:133", "id:101"]]
     for mine, theirs in zip(Recommender(run, k=9, compile=False)(people), compiled(people), strict=True):
@@ -482,7 +491,7 @@ def test_texts_count_as_far_as_validation_says(tmp_path, told):
     student = ["--no-kd", "--size", "tiny", "--item-init", "text", "--no-near-identity"]
     text = inside("distill.py", *flags, *student, cwd=tmp_path)
     weight, best = (json.loads((run / "metrics.json").read_text())[key] for key in ("text_weight", "valid_NDCG@10"))
-    assert f"weight of item texts: {weight:g} (validation NDCG@10" in text
+    assert f"weight of item texts: {weight:g} (validation NDCG@10 0." in text
     model = load_run(run)[0]
     plain, (_, valid, _) = with_text_columns(model), SPLITS["last"](load_dataset(str(log)))
 
@@ -497,8 +506,12 @@ def test_texts_count_as_far_as_validation_says(tmp_path, told):
     again = inside("distill.py", *flags, *student, "--resume", cwd=tmp_path)
     assert "has ended" in again and "weight of" not in again
     # Where nothing is held out to choose it on, the weight is that of the run before; and it can be given.
-    text = inside("distill.py", *flags, *student, "--all", cwd=tmp_path)
-    assert f"weight of item texts: {weight:g}\n" in text
+    for once_more in ([], ["--start", f"{run}-all", "--overwrite"]):
+        text = inside("distill.py", *flags, *student, "--all", *once_more, cwd=tmp_path)
+        assert f"weight of item texts: {weight:g}\n" in text
+        (run / "metrics.json").unlink(missing_ok=True)  # then of the run that it starts from, itself
+    text = inside("distill.py", *flags, *student, "--all", *once_more[:2], "--resume", cwd=tmp_path)
+    assert "has ended" in text and "weight of" not in text
     assert load_run(f"{run}-all")[0].item_embedding.weight.shape[1] == 64 + 16
     text = inside("distill.py", *flags, *student, "--name", "asked", "--text-weight", 9, cwd=tmp_path)
     row, start = torch.tensor([[5, 6]]), tmp_path / "runs/kinds/asked"
@@ -508,7 +521,15 @@ def test_texts_count_as_far_as_validation_says(tmp_path, told):
     text = inside("distill.py", *flags, *student, "--name", "on", "--start", start, "--epochs", 0, "--text-weight", 0,
                   cwd=tmp_path)  # fmt: skip
     assert "weight of item texts: 0 (" in text
-    inside("distill.py", *flags, "--size", "tiny", "--teacher", start, "--text-weight", 0, cwd=tmp_path)
+    learn = [*flags, "--size", "tiny", "--teacher", start]
+    inside("distill.py", *learn, "--text-weight", 0, cwd=tmp_path)
+    empty = dict.fromkeys(("no_kd", "objective", "max_length", "bert"))
+    namespace = argparse.Namespace(teacher=[str(start)], device="cpu", **empty)
+    (answering,), _ = load_teachers(namespace, load_dataset(str(log)))
+    states = [states_of(answering, SPLITS["last"](load_dataset(str(log)))[0], torch.float32) for _ in range(2)]
+    assert not answering.training and torch.equal(*states)
+    words = inside("distill.py", *learn, "--bert", "none", "--name", "no", "--text-weight", 1, cwd=tmp_path, expect=2)
+    assert "--text-weight 1 needs a BERT and item titles" in words
     for name, expected in (("on", with_text_columns(load_run(start)[0])), ("student", None)):
         weights = load_run(tmp_path / "runs/kinds" / name)[0].state_dict()
         assert weights["item_embedding.weight"].shape[1] == 64

@@ -454,14 +454,15 @@ def test_text_columns_of_new_items_are_those_that_their_texts_would_have_had(tra
     recommend.add_items({"new": texts[9], "other": texts[20], "": " ", "unseen": "story"})
     table = recommend.model.item_embedding.weight[1:, -16:]
     assert torch.allclose(table[:60], columns) and table.shape == (65, 16)  # as many as this BERT's states
-    assert torch.allclose(table[60:62] @ columns.T, columns[[9, 20]] @ columns.T, atol=0.2)  # of 4; texts are kept in half precision
+    # Of at most 4: what BERT reads is kept in half precision, and here it differs little from text to text.
+    assert torch.allclose(table[60:62] @ columns.T, columns[[9, 20]] @ columns.T, atol=0.2)
     assert table[62].norm() < 0.01 and not table[64].any()  # without a text, and MASK
     unit = torch.nn.functional.normalize(read - read.mean(0), dim=1)
     unseen = encode_texts(*bert, ["story"])[0] - read.mean(0)
     known = columns[[9, 20, 31]] @ columns[[9, 20, 31]].T
     assert torch.allclose(known, 4 * unit[[9, 20, 31]] @ unit[[9, 20, 31]].T, atol=1e-3)
     likeness = columns[:59] @ table[63]
-    assert torch.allclose(likeness, 4 * unit[:59] @ unseen / unseen.norm(), atol=0.05)
+    assert torch.allclose(likeness, 4 * unit[:59] @ unseen / unseen.norm(), atol=0.2)
     compiled = Recommender(run, k=9)
     people = [["id:103", "id:104"], ["id:110"], ["id:140", "id:120", "id:133", "id:101"]]
     for mine, theirs in zip(Recommender(run, k=9, compile=False)(people), compiled(people), strict=True):

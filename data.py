@@ -16,6 +16,7 @@ W windows, L log entries, I items.
 import argparse
 import ast
 import csv
+import email.utils
 import gzip
 import hashlib
 import http.client
@@ -428,6 +429,10 @@ def build(
 # ---------------------------------------------------------------- lines
 
 
+# How packed files, Excel's and databases begin.
+PACKED = (b"PK\3\4", b"PAR1", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"SQLite", b"\xd0\xcf\x11\xe0")
+
+
 def read_lines(path: Path) -> Iterator[str]:
     """Lines of a (gzipped) file: UTF-8, or Windows-1252 where a line is not; InputError for other files."""
     bar = tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name, leave=False, delay=1)
@@ -435,8 +440,8 @@ def read_lines(path: Path) -> Iterator[str]:
         try:
             for number, line in enumerate(gzip.open(raw) if path.suffix.lower() == ".gz" else raw):
                 if not number:
-                    if line.startswith((b"PK\3\4", b"PAR1", b"\x1f\x8b")):
-                        raise InputError(f"{path} is a zip, Excel, Parquet or gzip file; save it as CSV")
+                    if line.startswith(PACKED):
+                        raise InputError(f"{path} is a zip, Excel, Parquet, SQLite or packed file; save it as CSV")
                     if b"\0" in line[:200] or line[:2] in (b"\xff\xfe", b"\xfe\xff"):
                         raise InputError(f"{path} looks like UTF-16; save it as UTF-8")
                     if b"\r" in line.rstrip(b"\r\n"):
@@ -456,18 +461,31 @@ def read_lines(path: Path) -> Iterator[str]:
 def moment(text: str) -> float:
     """A time as a number that orders: 978300760, 1.5e9, 2014-04-07, 2014-04-07T10:51:09.277Z, 2014/04/07 10:51.
 
-    Seconds, milliseconds and nanoseconds order alike, so the unit does not matter. ValueError for anything else.
+    Also as in mails and Twitter's, Tue Apr 03 18:00:09 +0000 2012. Seconds, milliseconds and nanoseconds order alike,
+    so the unit does not matter, as long as it is one. ValueError for anything else.
     """
     try:
         if len(text) > 9 and text[4] in "-/":
-            when = datetime.fromisoformat(text.replace("/", "-").removesuffix(" UTC"))
+            when = datetime.fromisoformat(re.sub(r" (?=[+-]\d)", "", text.replace("/", "-").removesuffix(" UTC")))
             return (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
+        if text[:3] in WEEKDAYS and (parsed := email.utils.parsedate_tz(text)):
+            return email.utils.mktime_tz(parsed)
         number = float(text)
     except ValueError:
         number = math.nan
     if abs(number) < 2**63:  # false for nan, too
         return number
     raise ValueError(f"{text!r} is not a time; write 2020-01-31 10:00 or a number")
+
+
+def check_unit(times: np.ndarray, path: Path) -> None:
+    """InputError for times some of which are seconds and others milliseconds or finer: they would not order."""
+    sizes = np.abs(times)
+    ranges = [(10.0**low, 10.0**high) for low, high in ((8, 11), (11, 14), (14, 17), (17, 20))]  # s, ms, us, ns
+    found = [times[(sizes >= low) & (sizes < high)] for low, high in ranges]
+    examples = [f"{some[0]:.0f}" for some in found if len(some)]
+    if len(examples) > 1:
+        raise InputError(f"{path}: its times are not all in one unit, such as {' and '.join(examples)}; write seconds")
 
 
 # ---------------------------------------------------------------- tables
@@ -505,6 +523,12 @@ def csv_fields(line: str, separator: str, escape: str | None = None) -> list[str
     """Fields of a line; csv.Error where its quotes are not those of CSV."""
     reader = csv.reader([line], delimiter=separator, escapechar=escape, skipinitialspace=True, strict=True)
     return next(reader)
+
+
+def says(line: str, name: str) -> bool:
+    """Whether quotes in a name are part of it: doubled or escaped on the line, or in pairs between tabs."""
+    doubled, escaped = name.replace('"', '""') in line, name.replace('"', '\\"') in line
+    return doubled or escaped or ("\t" in line and name.count('"') % 2 == 0)
 
 
 def open_quote(line: str, separator: str) -> bool:
@@ -553,6 +577,8 @@ def open_table(path: Path) -> tuple[Lines, Fields, list[str]]:
     _, header = next((line for line in lines if line[1] and not line[1].startswith("sep=")), (1, ""))
     if not header:
         raise InputError(f"{path} is empty")
+    if header.lstrip()[:1] in "{[<" or header.startswith("version https://git-lfs"):
+        raise InputError(f"{path} is JSON, a web page or a placeholder of git; save the log as CSV, with a header")
     separator = max("\t,;|", key=header.count)
     fields_of, kind = fields_at(separator), re.compile(r":(token|float)(_seq)?$")  # RecBole writes user_id:token
     names = [kind.sub("", name).strip() for name in fields_of(header)]
@@ -575,6 +601,9 @@ def rows_of(path: Path, lines: Lines, parse: Callable[[str], Row]) -> Iterator[R
             try:
                 row = parse(line)
             except (ValueError, IndexError, KeyError, SyntaxError) as error:
+                if "\r" in line:
+                    words = "lines end with \\r alone from here; save it with \\n"
+                    raise InputError(f"{path}:{number}: {words}") from error
                 kinds: dict[type, str] = {IndexError: "fields are missing", KeyError: f"no field {error}"}
                 words = kinds.get(type(error), error)
                 skipped.append(f"{path}:{number}: {words}; found {line[:60]!r}" if len(skipped) < 3 else "")
@@ -600,10 +629,12 @@ COLUMNS = {
 YES, NO = {"true", "t", "yes", "y"}, {"false", "f", "no", "n"}  # labels besides numbers; no: shown, but not clicked
 # How databases, pandas and R write what is not there.
 MISSING = {"", "null", "(null)", "none", "nan", "na", "<na>", "n/a", "#n/a", "undefined", "\\n"}
+WEEKDAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 LOOKS_LIKE_TIME = re.compile(r"(?i:time|date|stamp|epoch|when|datum|fecha|(^|_)(ts|dt|at|on|day)$)|[a-z](At|On)$")
-# The value of what may be a time: seconds and finer, 1.6e9, 20140428, 28.04.2014 10:51, Apr 28 2014.
+# The value of what may be a time: seconds and finer, 1.6e9, 20140428, 28.04.2014 10:51, Apr 28 2014, 28-APR-14.
 DATED = re.compile(r"-?\d{9,19}(\.\d+)?|\d\.\d+[eE]\+?\d\d?|(19|20)\d{6}(T.*)?|\d{1,4}[-/.]\d\d?[-/.]\d\d?.*|"
-                   r"[A-Z][a-z]{2,8}\.? \d\d?,? .*")  # fmt: skip
+                   r"[A-Z][a-z]{2,8}\.? \d\d?,? .*|\d\d?[- .][A-Za-z]{3,9}[- .,].*\d\d.*|"
+                   r"(Mon|Tue|Wed|Thu|Fri|Sat|Sun)[a-z]*,? .*\d\d:\d\d.*|\d\d?:\d\d.* \d\d?[-/.]\d.*")  # fmt: skip
 
 
 def place_of(names: list[str], known: str) -> int | None:
@@ -612,9 +643,9 @@ def place_of(names: list[str], known: str) -> int | None:
 
 
 def find_columns(
-    path: Path, names: list[str], fields_of: Fields, first: str, given: dict[str, str], sessions: bool = False
+    path: Path, names: list[str], fields_of: Fields, first: list[str], given: dict[str, str], sessions: bool = False
 ) -> dict[str, int | None]:
-    """Where {"user", "item", "time", "label", "owner"} stand in a log whose first line is `first`.
+    """Where {"user", "item", "time", "label", "owner"} stand in a log whose first lines are `first`.
 
     given: names that override the known ones, "none" for no such column. sessions: a session, if there is one, is the
     user, and whoever had it the owner. Raises InputError where a column is missing or in doubt: an order of lines is no
@@ -626,10 +657,12 @@ def find_columns(
             raise InputError(f"{path}:1: no column {name!r}; {found}")
     if lists := [name for name in names if name.endswith("_list")]:
         raise InputError(f"{path}: {lists[0]} holds histories; write one line a click: user_id, item_id, timestamp")
-    dated: set[int] = set()
-    with suppress(ValueError, KeyError, SyntaxError):  # an unreadable line, which is reported later
-        values = fields_of(first)[: len(names)]
-        dated = {place for place, value in enumerate(values) if DATED.fullmatch(value.strip())}
+    dates: list[list[bool]] = [[] for _ in names]  # of each column, of its values that are there
+    for line in first:
+        with suppress(ValueError, KeyError, SyntaxError):  # an unreadable line, which is reported later
+            for column, value in zip(dates, map(str.strip, fields_of(line)), strict=False):
+                column += [bool(DATED.fullmatch(value))] * (value.lower() not in MISSING)
+    dated = {place for place, column in enumerate(dates) if 2 * sum(column) > len(column)}
     places = {kind: place_of(names, known) for kind, known in COLUMNS.items()} | {"owner": None}
     if places["label"] in dated:  # the day of a purchase
         places["label"] = None
@@ -642,7 +675,8 @@ def find_columns(
         raise InputError(f"{path}:1: one column cannot be two things: --columns {given}")
     for kind in ("user", "item"):
         if places[kind] is None:
-            raise InputError(f"{path}:1: no column is known as the {kind}; {found}; name it: --columns {kind}=NAME")
+            raise InputError(f"{path}:1: no column is known as the {kind}; {found}; name it: --columns {kind}=NAME, or "
+                             "write a header first, if there is none")  # fmt: skip
     timed, when = {place for place, name in enumerate(names) if LOOKS_LIKE_TIME.search(name)}, places["time"]
     likely = sorted((dated | timed if when is None else dated & timed) - {*used}, key=lambda place: place not in dated)
     if likely and when not in dated and "time" not in given:
@@ -663,11 +697,11 @@ def says_yes(label: str) -> bool:
     raise ValueError(f"{label!r} is neither yes nor no; --columns label=none takes every line")
 
 
-def read_log(path: Path, given: dict[str, str], sessions: bool) -> tuple[Clicks, dict[str, str]]:
-    """A log and what was taken for what; `given` and `sessions` as in `find_columns`."""
+def read_log(path: Path, given: dict[str, str], sessions: bool) -> tuple[Clicks, dict[str, str], str]:
+    """A log, what was taken for what, and what it calls its items; `given` and `sessions` as in `find_columns`."""
     lines, fields_of, names = open_table(path)
-    number, first = next(lines, (1, ""))
-    places = find_columns(path, names, fields_of, first, given, sessions)
+    first = list(itertools.islice(lines, 100))
+    places = find_columns(path, names, fields_of, [line for _, line in first], given, sessions)
     user, item, when, label, owner = (places[kind] for kind in ("user", "item", "time", "label", "owner"))
     user_ids: dict[str, int] = {}
     item_ids: dict[str, int] = {}
@@ -680,7 +714,7 @@ def read_log(path: Path, given: dict[str, str], sessions: bool) -> tuple[Clicks,
         user_id, item_id = fields[user].strip(), fields[item].strip()  # type: ignore[index]
         if MISSING & {user_id.lower(), item_id.lower()} or "\0" in line or "\t" in user_id + item_id:
             raise ValueError("user and item must be there, without NUL bytes and tabs")
-        if '"' in line and '"' in (user_id[0], item_id[0]):
+        if '"' in line and any(name[0] == '"' and not says(line, name) for name in (user_id, item_id)):
             raise ValueError("a quote begins the user or the item, and does not end with it")
         if any(fields[len(names) :]):  # which column has a field too many is not known
             raise ValueError(f"expected {len(names)} fields, not {len(fields)}")
@@ -696,7 +730,7 @@ def read_log(path: Path, given: dict[str, str], sessions: bool) -> tuple[Clicks,
         times.append(time_of)
         return True
 
-    left_out = sum(not clicked for clicked in rows_of(path, itertools.chain([(number, first)], lines), take))
+    left_out = sum(not clicked for clicked in rows_of(path, itertools.chain(first, lines), take))
     named = {kind: names[place] for kind, place in places.items() if place is not None}
     columns = ", ".join(f"{kind} = {name}" for kind, name in named.items())
     unread = [name for name in names if LOOKS_LIKE_TIME.search(name) and name not in named.values()]
@@ -707,7 +741,8 @@ def read_log(path: Path, given: dict[str, str], sessions: bool) -> tuple[Clicks,
     if (rating := place_of(names, "rating stars score")) is not None:
         taken["not read"] = f"{names[rating]}: a low rating is an interaction, too"
     arrays = np.frombuffer(users, np.int64), np.frombuffer(items, np.int64), np.frombuffer(times, np.float64)
-    return Clicks(*arrays, list(user_ids), list(item_ids)), taken
+    check_unit(arrays[2], path)
+    return Clicks(*arrays, list(user_ids), list(item_ids)), taken, named["item"]
 
 
 def title_place(names: list[str]) -> int | None:
@@ -755,7 +790,8 @@ def read_titles(path: Path, item_name: str = "") -> tuple[dict[str, tuple[str, s
         return fields[item].strip(), shown, ". ".join([shown, *(f"{name}: {value}" for name, value in more if value)])
 
     titles = {raw_id: (shown, text) for raw_id, shown, text in rows_of(path, lines, parse) if raw_id and shown}
-    return titles, f"from {' and '.join(names[place] for place in (title, *others))} of {path.name}"
+    texts = " and ".join(names[place] for place in (title, *others))
+    return titles, f"from {texts} of {path.name}, by {names[item]}"
 
 
 # ---------------------------------------------------------------- public datasets
@@ -913,7 +949,7 @@ def fetch(folder: Path, public: Public) -> None:
 
 TABLE = re.compile(r"\.(inter|item|csv|tsv)(\.gz)?$", re.IGNORECASE)
 CACHE_FROM = 1 << 24  # bytes; smaller logs are read faster than anyone waits
-COPY_VERSION = 7  # of what a parsed copy holds
+COPY_VERSION = 8  # of what a parsed copy holds
 
 
 def dataset_name(name: str) -> str:
@@ -982,11 +1018,11 @@ def load_dataset(
     copy = Path("runs") / dataset_name(name) / f"interactions-{min_items}-{min_length}.npz"
     if copy.exists() and (data := read_copy(copy, source)):
         return data
-    clicks, taken = read_log(paths[0], columns or {}, sessions)
+    clicks, taken, item_name = read_log(paths[0], columns or {}, sessions)
     titles: dict[str, tuple[str, str]] = {}
     taken["titles"] = "no file of titles was found"
     if len(paths) > 1:
-        titles, taken["titles"] = read_titles(paths[1], (columns or {}).get("item", ""))
+        titles, taken["titles"] = read_titles(paths[1], item_name)
     once = name in PUBLIC and PUBLIC[name].once
     data = build(dataset_name(name), clicks, titles, taken, min_items, min_length, fraction, once)
     if titles_file and not any(data.texts):

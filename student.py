@@ -351,11 +351,12 @@ def known_items(recommender: Recommender, names: Sequence[str]) -> list[int]:
     return items
 
 
-def items_in(recommender: Recommender, path: str) -> list[int]:
-    """Internal ids of the items that a file names, a raw id or title a line; InputError where it names none."""
+def items_in(recommender: Recommender, path: str, needed: bool) -> list[int]:
+    """Internal ids of the items that a file names, a raw id or title a line; InputError if one is `needed` and missing.
+    """
     names = [line.strip() for line in read_lines(Path(path)) if line.strip()]
     unknown = [name for name in names if not recommender.matches(name)]
-    if len(unknown) == len(names):
+    if needed and len(unknown) == len(names):
         raise InputError(f"{path}: none of its {len(names):,} lines is a raw id or title of the catalogue")
     if unknown:
         words = f"{len(unknown):,} of {len(names):,} are not in the catalogue, such as {unknown[0]!r}"
@@ -371,9 +372,11 @@ def add_new_items(recommender: Recommender, names: list[str]) -> None:
             read, where = read_titles(Path(name))
             if not read:
                 raise InputError(f"{name}: no items with titles: {where}")
-            found |= {raw_id: both for raw_id, both in read.items() if raw_id not in recommender.by_id}
-        elif Path(name).is_file() or re.search(r"\.(json|xlsx?|txt|parquet)$", name):
-            raise InputError(f"{name}: a file of new items is a .csv, .tsv or .item with a header")
+            new = {raw_id: both for raw_id, both in read.items() if raw_id not in recommender.by_id}
+            print(f"{name}: {len(new):,} new items, {len(read) - len(new):,} known; titles {where}")
+            found |= new
+        elif not name.strip() or Path(name).exists() or re.search(r"\.(json|xlsx?|txt|parquet)$", name):
+            raise InputError(f"{name!r}: new items are texts, or a .csv, .tsv or .item file with a header")
         elif recommender.matches(name):
             raise InputError(f"item {name!r} is in the catalogue already")
         else:
@@ -442,6 +445,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.out and args.out.is_dir():
         parser.error(f"--out {args.out}: is a folder; name a file in it")
+    if args.out and (args.out.suffix == ".gz" or (args.data and args.out.resolve() == Path(args.data).resolve())):
+        parser.error(f"--out {args.out}: is the log itself, or would be packed; name another file, such as out.tsv")
     if (args.out or args.user is not None) and not args.data:
         parser.error("--out and --user are about the users of a log: give its --data")
     if args.data and not args.out and args.user is None:
@@ -455,9 +460,9 @@ def main() -> None:
         add_new_items(recommender, args.new_items)
     if args.only:
         recommender.allowed = torch.zeros_like(recommender.allowed)
-        recommender.allowed[items_in(recommender, args.only)] = True
+        recommender.allowed[items_in(recommender, args.only, needed=True)] = True
     if args.without:
-        recommender.allowed[items_in(recommender, args.without)] = False
+        recommender.allowed[items_in(recommender, args.without, needed=False)] = False
     if args.similar is not None:
         print_ranked(recommender.similar(args.similar))
         return

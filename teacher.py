@@ -588,6 +588,8 @@ def settle(args: argparse.Namespace, recipes: dict[str, dict], data: Interaction
     Raises InputError for what makes no sense.
     """
     recipe = recipes[args.objective]
+    if Path(args.name).name != args.name or args.name == "..":
+        raise InputError(f"--name {args.name!r}: must be a name, of a folder in runs/{data.name}")
     args.max_length = args.max_length or 200
     if args.max_length < 3 or not 0 <= args.seed < 2**32:
         raise InputError("--max-length must be 3 or more, --seed from 0 to 2^32 - 1")

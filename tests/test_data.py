@@ -120,6 +120,28 @@ def test_a_time_under_another_name_is_named_not_ignored(tmp_path, name):
     assert histories(atomic(tmp_path, text, name="x.csv", time="none")) == [["b", "a"]]  # the order of lines
 
 
+def test_ids_that_begin_with_a_quote_are_read_as_csv_writes_them(tmp_path):
+    text = 'user_id,item_id,timestamp\nu,"""Heroes"" - 2017",1\nu,"""Solo""",2\nu,"a ""b"" c",3\nu,"\\"Up\\" x",4\n'
+    assert histories(atomic(tmp_path, text, name="x.csv")) == [['"Heroes" - 2017', '"Solo"', 'a "b" c', '"Up" x']]
+    assert histories(atomic(tmp_path, HEAD + 'u\t"Great" Cats\t1\nu\tp\t2\n')) == [['"Great" Cats', "p"]]
+
+
+def test_times_as_mails_twitter_and_databases_write_them(tmp_path):
+    hour = 1491242409  # Mon Apr 3 2017, 18:00:09 UTC
+    for text in ("Mon Apr 03 18:00:09 +0000 2017", "Mon, 03 Apr 2017 20:00:09 +0200", "2017-04-03 18:00:09.000 +0000",
+                 "2017-04-03 16:00:09 -02:00", "2017-04-03 18:00:09 UTC"):  # fmt: skip
+        assert data.moment(text) == hour
+    with pytest.raises(ValueError, match="is not a time"):
+        data.moment("Monday")
+
+
+def test_titles_are_found_by_the_log_s_own_name_for_items(tmp_path):
+    (tmp_path / "x.csv").write_text("user_id,movieId,timestamp\nu,11,1\nu,12,2\n")
+    (tmp_path / "x.items.csv").write_text("item_id,movieId,title\n12,11,Heat\n11,12,Up\n")
+    log = load_dataset(str(tmp_path / "x.csv"), min_items=1, min_length=1)
+    assert log.titles[1:] == ["Heat", "Up"] and "title of x.items.csv, by movieId" in data.card(log)
+
+
 def test_without_any_time_the_order_of_lines_counts_and_the_card_says_so(tmp_path):
     log = atomic(tmp_path, "item_id:token\tuser_id:token\np\ta\nq\ta\n")
     assert histories(log) == [["p", "q"]] and log.titles == ["", "p", "q"]
@@ -162,6 +184,18 @@ def test_without_any_time_the_order_of_lines_counts_and_the_card_says_so(tmp_pat
         (HEAD + "a\tp\0\t1\n", "UTF-16|NUL"),
         (HEAD + "".join(f"u{n}\ti{n}\t{n}\n" for n in range(200)) + "a\tp\0\t1\n" * 9, "NUL"),
         (HEAD + "a\tp\t1\n", "a user needs 5 and an item 5"),
+        (HEAD + "".join(f"u\ti{n}\t{1501052698 * 1000 ** (n % 2)}\n" for n in range(9)), "not all in one unit"),
+        (HEAD + "a\tp\t1\n" * 300 + "a\tq\t2\rb\tq\t3\rb\tp\t4\r", ":302: lines end with .r alone from here"),
+        ("user_id,item_id,viewed\nu,a,\nu,b,2017-10-25 10:41:11\nu,c,2017-10-25 10:41:12\n", "viewed could be one"),
+        ("user_id,item_id,created\nu,a,26-JUL-17 07.04.58.000 AM\n", "created could be one"),
+        ("user_id,item_id,added\nu,a,Wednesday, July 26 07:04\n", "expected 3 fields"),
+        ("user_id,item_id,added\nu,a,10:51 26/07/2017\n", "added could be one"),
+        ('{"user_id": 1, "item_id": 2, "timestamp": 3}\n', "is JSON"),
+        ("<!DOCTYPE html>\n<html>\n", "a web page"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:12\n", "a placeholder of git"),
+        (b"SQLite format 3\0 and so on", "SQLite"),
+        (b"\xfd7zXZ\0 and so on", "packed file"),
+        ("alice,book11,2017-07-26\nbob,book12,2017-07-27\n", "write a header first"),
     ],
 )
 def test_bad_tables_end_in_one_clear_line(tmp_path, text, words):

@@ -208,6 +208,28 @@ def test_a_run_goes_on_with_a_catalogue_that_has_grown(trained):
     shutil.rmtree(trained / "runs/ring/x-all")
 
 
+def test_a_log_is_not_overwritten_and_runs_have_plain_names(trained, tmp_path):
+    log = shutil.copy(trained / "ring.inter", tmp_path / "ring.inter")
+    before = log.read_bytes()
+    for target in (log, tmp_path / "o.tsv.gz"):
+        words = inside("student.py", "--run", trained / RUN, "--data", log, "--out", target, cwd=tmp_path, expect=2)
+        assert "name another file" in words
+    assert log.read_bytes() == before and not (tmp_path / "o.tsv.gz").exists()
+    for name in ("a/b", "..", ".", "a/"):
+        assert "--name" in inside("distill.py", "--data", log, *ON_RING, "--name", name, cwd=tmp_path, expect=2)
+
+
+def test_what_is_left_out_may_be_nothing_and_unknown(trained, tmp_path):
+    for text in ("", "no such item\n"):
+        (tmp_path / "shown.txt").write_text(text)
+        flags = ("id:103", "--run", RUN, "-k", 3)
+        rows = [inside("student.py", *flags, *more, cwd=trained).splitlines()[1:4]
+                for more in ([], ["--without", tmp_path / "shown.txt"])]  # fmt: skip
+        assert rows[0] == rows[1]
+        words = inside("student.py", *flags, "--only", tmp_path / "shown.txt", cwd=trained, expect=2)
+        assert "is a raw id or title of the catalogue" in words
+
+
 def test_a_run_that_starts_from_itself_keeps_its_weights_until_there_are_new_ones(trained, monkeypatch):
     on = ("distill.py", "--data", "ring.inter", *ON_RING, "--name", "own")
     inside(*on, cwd=trained)
@@ -428,6 +450,10 @@ def test_new_items_are_recommended_by_their_texts_and_change_no_other_score(trai
     flags = ("--run", run, "--new-items", tmp_path / "new.csv")
     text = inside("student.py", "New film", "id:103", "-k", 99, "--seen", "keep", *flags, cwd=trained)
     assert "New film  (id:900)" in text
+    assert f"{tmp_path / 'new.csv'}: 1 new items, 1 known; titles from title and brand of new.csv, by item_id" in text
+    for wrong in (tmp_path, ""):
+        words = inside("student.py", "id:103", "--run", run, "--new-items", wrong, cwd=trained, expect=2)
+        assert "new items are texts, or a .csv" in words
     (tmp_path / "new.csv").write_text("item_id,brand\n900,Acme\n")
     words = "no items with titles: new.csv has no column of titles, only"
     assert words in inside("student.py", "id:103", *flags, cwd=trained, expect=2)

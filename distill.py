@@ -49,6 +49,7 @@ RECIPES: dict[str, dict] = {
         label_smoothing=0.0),
 }
 CACHE_AT_MOST = 2**32  # bytes of teachers' states
+TEXT_SIZE = 64  # columns for texts, which a student reads at every request; a teacher has as many as BERT says numbers
 
 
 def distillation_loss(
@@ -257,7 +258,7 @@ def main() -> None:
     run = Path("runs") / data.name / args.name
     train(model, loss, data, parts, run, args, describe(data, model, args, made_by))
     if reader:
-        add_texts(run, data, parts[1], reader, args)
+        add_texts(run, data, parts[1], reader, args, TEXT_SIZE)
     if world()[0] == 0:
         serve = shlex.join(["python", "student.py", "--run", str(run), f"id:{data.raw_ids[1]}"])
         check = shlex.join(["python", "evaluate.py", *data_flags(args)])

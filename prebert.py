@@ -848,13 +848,13 @@ def start_from(model: PreBert, run: str, data: Interactions, vectors: Tensor | N
     print(f"starting from {run}{lost}: {int(known.sum()):,} items known, {int((~known).sum()):,} new")
 
 
-TEXT_SIZE = 64  # columns of an item table for what BERT reads in texts, of its 384 or so; all of them gain little more
+def text_columns(vectors: Tensor, size: int) -> Tensor:
+    """Columns of an item table, (I, C), C = size or E, from what BERT reads in texts, (I, E).
 
-
-def text_columns(vectors: Tensor) -> Tensor:
-    """Columns of an item table, (I, C), from what BERT reads in texts, (I, E); their products are almost cosines."""
+    Their products are the cosines of the vectors, or, with fewer columns than E, close to them.
+    """
     unit = F.normalize(vectors - vectors.mean(0), dim=1, eps=1e-3)  # of an item without a text: nearly 0
-    return unit @ torch.linalg.eigh((unit.T @ unit).double())[1][:, -TEXT_SIZE:].float()
+    return unit @ torch.linalg.eigh((unit.T @ unit).double())[1][:, -size:].float()
 
 
 def with_text_columns(model: PreBert, columns: Tensor | None = None) -> PreBert:

@@ -715,12 +715,14 @@ def weight_before(run: Path, start: str | None) -> float:
     return 0.0
 
 
-def add_texts(run: Path, data: Interactions, valid: Spans, reader: Reader, args: argparse.Namespace) -> None:
+def add_texts(
+    run: Path, data: Interactions, valid: Spans, reader: Reader, args: argparse.Namespace, size: int
+) -> None:  # fmt: skip
     """Keep with a trained run what BERT reads in its items' texts, and let it count as far as validation says.
 
-    On sparse data, and with --text-weight, the item table gets `text_columns`: items whose texts are like those of the
-    newest ones score higher. The weight is chosen when training is over, and is 0 unless another gains 1 %. Learnt
-    during training it gains less: there the rows alone explain what comes next. By the first process alone.
+    On sparse data, and with --text-weight, the item table gets `text_columns`, of that size: items whose texts are like
+    those of the newest ones score higher. The weight is chosen when training is over, and is 0 unless another gains
+    1 %. Learnt in training it gains less: there the rows alone explain what comes next. By the first process alone.
     """
     if world()[0] > 0:
         return
@@ -730,7 +732,7 @@ def add_texts(run: Path, data: Interactions, valid: Spans, reader: Reader, args:
         older = "text_weight" not in read_run(run)[0]["settings"]  # such a run stays as it is
         if older or "text_weight" in ended or not (sparse(data) or args.text_weight):
             return
-        model, device, columns = load_run(run)[0], pick_device(args.device), text_columns(texts)
+        model, device, columns = load_run(run)[0], pick_device(args.device), text_columns(texts, size)
 
         def weighted(weight: float) -> PreBert:
             return with_text_columns(model, columns * weight**0.5 if weight else None)
@@ -778,7 +780,7 @@ def main() -> None:
     loss = partial(item_loss, label_smoothing=args.label_smoothing, sampler=sampler)
     train(model, loss, data, parts, run, args, describe(data, model, args))
     if reader:
-        add_texts(run, data, parts[1], reader, args)
+        add_texts(run, data, parts[1], reader, args, reader[0].config.hidden_size)  # all that BERT says
     if world()[0] == 0:
         command = shlex.join(["python", "distill.py", *data_flags(args), "--teacher", str(run)])
         print(f"the best weights are in {run}; next: {command}")

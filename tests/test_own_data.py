@@ -474,7 +474,7 @@ def test_text_columns_of_new_items_are_those_that_their_texts_would_have_had(tra
     texts = [" ".join(chance.choice(["toy", "story"]) for _ in range(8)) for _ in range(distinct)] * (60 // distinct)
     read = encode_texts(*bert, [*texts[:59], ""])  # an item without a text stands where the others do on average
     save_texts(run, read)
-    columns = 2 * text_columns(read)
+    columns = 2 * text_columns(read, 64)
     write_safetensors(run / "model.safetensors", with_text_columns(model, columns).state_dict())
     recommend = Recommender(run, k=100, compile=False)
     recommend.add_items({"new": texts[9], "other": texts[20], "": " ", "unseen": "story"})

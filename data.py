@@ -602,8 +602,7 @@ def rows_of(path: Path, lines: Lines, parse: Callable[[str], Row]) -> Iterator[R
                 row = parse(line)
             except (ValueError, IndexError, KeyError, SyntaxError) as error:
                 if "\r" in line:
-                    words = "lines end with \\r alone from here; save it with \\n"
-                    raise InputError(f"{path}:{number}: {words}") from error
+                    raise InputError(f"{path}:{number}: here lines end with \\r alone; save it with \\n") from error
                 kinds: dict[type, str] = {IndexError: "fields are missing", KeyError: f"no field {error}"}
                 words = kinds.get(type(error), error)
                 skipped.append(f"{path}:{number}: {words}; found {line[:60]!r}" if len(skipped) < 3 else "")

@@ -185,7 +185,7 @@ def test_without_any_time_the_order_of_lines_counts_and_the_card_says_so(tmp_pat
         (HEAD + "".join(f"u{n}\ti{n}\t{n}\n" for n in range(200)) + "a\tp\0\t1\n" * 9, "NUL"),
         (HEAD + "a\tp\t1\n", "a user needs 5 and an item 5"),
         (HEAD + "".join(f"u\ti{n}\t{1501052698 * 1000 ** (n % 2)}\n" for n in range(9)), "not all in one unit"),
-        (HEAD + "a\tp\t1\n" * 300 + "a\tq\t2\rb\tq\t3\rb\tp\t4\r", ":302: lines end with .r alone from here"),
+        (HEAD + "a\tp\t1\n" * 300 + "a\tq\t2\rb\tq\t3\rb\tp\t4\r", ":302: here lines end with .r alone"),
         ("user_id,item_id,viewed\nu,a,\nu,b,2017-10-25 10:41:11\nu,c,2017-10-25 10:41:12\n", "viewed could be one"),
         ("user_id,item_id,created\nu,a,26-JUL-17 07.04.58.000 AM\n", "created could be one"),
         ("user_id,item_id,added\nu,a,Wednesday, July 26 07:04\n", "expected 3 fields"),

@@ -739,7 +739,7 @@ def add_texts(
 
         weight, quality = args.text_weight, {0.0: ended["valid_NDCG@10"]}
         part = valid[some_targets(valid, args.eval_users)]
-        tried = (TEXT_WEIGHTS if weight is None else (weight,)) if len(valid.targets) else ()
+        tried = (TEXT_WEIGHTS if weight is None else (weight,)) if weight != 0 and len(valid.targets) else ()
         for other in tqdm(tried, desc="texts", leave=False):
             score = weighted(other).to(device).score_next
             ranks = rank_targets(score, part, data.exclude_seen, model.max_length, device)

@@ -525,7 +525,7 @@ def csv_fields(line: str, separator: str, escape: str | None = None) -> list[str
     return next(reader)
 
 
-def says(line: str, name: str) -> bool:
+def quotes_belong(line: str, name: str) -> bool:
     """Whether quotes in a name are part of it: doubled or escaped on the line, or in pairs between tabs."""
     doubled, escaped = name.replace('"', '""') in line, name.replace('"', '\\"') in line
     return doubled or escaped or ("\t" in line and name.count('"') % 2 == 0)
@@ -713,7 +713,7 @@ def read_log(path: Path, given: dict[str, str], sessions: bool) -> tuple[Clicks,
         user_id, item_id = fields[user].strip(), fields[item].strip()  # type: ignore[index]
         if MISSING & {user_id.lower(), item_id.lower()} or "\0" in line or "\t" in user_id + item_id:
             raise ValueError("user and item must be there, without NUL bytes and tabs")
-        if '"' in line and any(name[0] == '"' and not says(line, name) for name in (user_id, item_id)):
+        if '"' in line and any(name[0] == '"' and not quotes_belong(line, name) for name in (user_id, item_id)):
             raise ValueError("a quote begins the user or the item, and does not end with it")
         if any(fields[len(names) :]):  # which column has a field too many is not known
             raise ValueError(f"expected {len(names)} fields, not {len(fields)}")

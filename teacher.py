@@ -620,13 +620,18 @@ def settle(args: argparse.Namespace, recipes: dict[str, dict], data: Interaction
     if args.epochs is None:  # a hundredth of the data gets three times the passes
         args.epochs = round(recipe["epochs"] * smaller**0.25)
         args.epochs = max(1, args.epochs // 5) if args.start else args.epochs
-    run = Path("runs") / data.name / args.name
-    args.name = f"{args.name}{suffix}"
-    again = run.with_name(args.name) / "config.json"
     if args.text_weight is None and suffix:
-        known = args.resume and again.exists()
-        args.text_weight = read_json(again)["settings"].get("text_weight") if known else weight_before(run, args.start)
+        before = resumed(args, data, suffix)
+        base = Path("runs") / data.name / args.name
+        args.text_weight = before.get("text_weight") if before else weight_before(base, args.start)
+    args.name = f"{args.name}{suffix}"
     args.patience = args.patience or max(5, args.epochs // 3)
+
+
+def resumed(args: argparse.Namespace, data: Interactions, suffix: str) -> dict | None:
+    """The settings of the run <name> with this suffix where --resume goes on with it."""
+    run = Path("runs") / data.name / f"{args.name}{suffix}"
+    return read_run(run)[0]["settings"] if args.resume and (run / "config.json").exists() else None
 
 
 def best_epoch(args: argparse.Namespace, data: Interactions, suffix: str) -> int:
@@ -634,10 +639,9 @@ def best_epoch(args: argparse.Namespace, data: Interactions, suffix: str) -> int
 
     Raises InputError where there is no such run, or where it is of another log or has other settings.
     """
+    if before := resumed(args, data, suffix):
+        return before["epochs"]
     run = Path("runs") / data.name / args.name
-    again = run.with_name(run.name + suffix) / "config.json"
-    if args.resume and again.exists():
-        return read_run(again.parent)[0]["settings"]["epochs"]
     ended = read_json(run / "metrics.json") if (run / "metrics.json").exists() else {}
     if ended.get("valid_NDCG@10") is None:
         advice = "train without --all and --final first, or give --epochs N"

@@ -411,7 +411,7 @@ def build(
     lines += f", {taken['left out']}" if "left out" in taken else ""
     if not len(core):
         least = f"where a user needs {min_length} and an item {min_items}; try a smaller --min-count"
-        raise InputError(f"{name}: none is left of {lines}, {least}")
+        raise InputError(f"{name}: none is left of {lines}, {least}. Its columns: {taken['columns']}")
     users, (kept, items) = clicks.users[core], numbered(clicks.items[core])
     starts = np.flatnonzero(np.diff(users, prepend=-1))  # (U,) where the next user begins
     raw_ids = ["", *(clicks.raw_items[item] for item in kept)]
@@ -702,6 +702,8 @@ def read_log(path: Path, given: dict[str, str], sessions: bool) -> tuple[Clicks,
     first = list(itertools.islice(lines, 100))
     places = find_columns(path, names, fields_of, [line for _, line in first], given, sessions)
     user, item, when, label, owner = (places[kind] for kind in ("user", "item", "time", "label", "owner"))
+    session = place_of(names, "sessionid session sid")
+    other_user = f"; or name another user: --columns user={names[session]}" if session not in (None, user) else ""
     user_ids: dict[str, int] = {}
     item_ids: dict[str, int] = {}
     owners: dict[str, str] = {}  # of sessions
@@ -712,7 +714,7 @@ def read_log(path: Path, given: dict[str, str], sessions: bool) -> tuple[Clicks,
         fields = fields_of(line)
         user_id, item_id = fields[user].strip(), fields[item].strip()  # type: ignore[index]
         if MISSING & {user_id.lower(), item_id.lower()} or "\0" in line or "\t" in user_id + item_id:
-            raise ValueError("user and item must be there, without NUL bytes and tabs")
+            raise ValueError(f"user and item must be there, without NUL bytes and tabs{other_user}")
         if '"' in line and any(name[0] == '"' and not quotes_belong(line, name) for name in (user_id, item_id)):
             raise ValueError("a quote begins the user or the item, and does not end with it")
         if any(fields[len(names) :]):  # which column has a field too many is not known
@@ -740,7 +742,10 @@ def read_log(path: Path, given: dict[str, str], sessions: bool) -> tuple[Clicks,
     if (rating := place_of(names, "rating stars score")) is not None:
         taken["not read"] = f"{names[rating]}: a low rating is an interaction, too"
     arrays = np.frombuffer(users, np.int64), np.frombuffer(items, np.int64), np.frombuffer(times, np.float64)
-    check_unit(arrays[2], path)
+    times_of = arrays[2]
+    check_unit(times_of, path)
+    if len(times_of) and times_of.max() >= 1e8 and len(undated := times_of[np.abs(times_of) < 1e6]):
+        taken["no dates"] = f"{len(undated):,} of the times, such as {undated[0]:.0f}; they are taken as the oldest"
     return Clicks(*arrays, list(user_ids), list(item_ids)), taken, named["item"]
 
 
@@ -782,7 +787,8 @@ def read_titles(path: Path, item_name: str = "") -> tuple[dict[str, tuple[str, s
         if len(fields) > len(names):
             raise ValueError(f"expected {len(names)} fields, not {len(fields)}")
         fields += [""] * (len(names) - len(fields))
-        shown, when = fields[title].strip(), fields[year] if year is not None else ""
+        shown = re.sub(r"[\x00-\x1f\x7f]", " ", fields[title]).strip()  # what may move the cursor of a terminal
+        when = fields[year] if year is not None else ""
         # MovieLens' own titles end in the year; RecBole cut it off.
         shown = f"{shown} ({when})" if shown and when and "(" + when not in shown else shown
         more = [(names[place], " ".join(LISTED.sub(" ", fields[place]).split())) for place in others]
@@ -1073,7 +1079,7 @@ positive = number(1, kind=int)
 
 def column_names(text: str) -> dict[str, str]:
     """An argparse type: user=customer_id,item=sku,time=when."""
-    found = dict(part.partition("=")[::2] for part in text.split(","))
+    found = {kind.strip(): name.strip() for kind, _, name in (part.partition("=") for part in text.split(","))}
     if not all(found.values()) or found.keys() - COLUMNS.keys():
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form user=NAME,item=NAME,time=NAME,label=NAME")
     return found

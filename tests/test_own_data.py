@@ -627,6 +627,18 @@ def test_a_log_with_blanks_tabs_and_one_column_for_two(tmp_path):
     assert load_dataset(str(tmp_path / "y.csv"), min_items=1, min_length=1).user_ids == ["u"]
 
 
+def test_times_that_are_no_dates_are_counted_and_escapes_leave_titles(tmp_path):
+    rows = "".join(f"u,{n},{-1 if n % 4 == 0 else 1_600_000_000 - n}\n" for n in range(12))
+    (tmp_path / "x.csv").write_text("user id,item id,timestamp\n" + rows)
+    (tmp_path / "x.items.csv").write_text("item id,title\n" + "".join(f"{n},\x1b[31mred {n}\n" for n in range(12)))
+    flags = ["--data", "x.csv", "--min-count", "1", "--columns", "user=user id, item = item id"]
+    text = inside("data.py", *flags, cwd=tmp_path)
+    assert "3 of the times, such as -1; they are taken as the oldest" in text
+    assert "    1  [31mred 0\n" in text and "    4  [31mred 11\n" in text and "\x1b" not in text
+    (tmp_path / "x.csv").write_text("user id,item id,timestamp\n" + rows.replace(",-1\n", ",1500000000\n"))
+    assert "of the times" not in inside("data.py", *flags, cwd=tmp_path)
+
+
 def test_titles_asked_for_that_are_none(trained):
     (trained / "no.csv").write_text("a,b\n1,2\n")
     assert "--titles no.csv" in inside("data.py", "--data", "ring.inter", "--titles", "no.csv", cwd=trained, expect=2)

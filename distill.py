@@ -45,7 +45,7 @@ TEACHER_TOP = 64  # items that the teachers find likeliest, looked at whatever i
 RECIPES: dict[str, dict] = {
     "next": dict(epochs=8, lr=3e-3, body_lr=3e-3, tokens=4096, least_tokens=512, dropout=0.1, sparse_dropout=0.5,
         label_smoothing=0.0),
-    "masked": dict(epochs=20, lr=3e-3, body_lr=3e-3, tokens=4096, least_tokens=512, dropout=0.1, sparse_dropout=0.1,
+    "masked": dict(epochs=20, lr=3e-3, body_lr=3e-3, tokens=4096, least_tokens=512, dropout=0.1, sparse_dropout=0.5,
         label_smoothing=0.0),
 }
 CACHE_AT_MOST = 2**32  # bytes of teachers' states

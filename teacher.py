@@ -66,7 +66,7 @@ TEXT_WEIGHTS = (1.0, 2.0, 4.0)
 RECIPES: dict[str, dict] = {
     "next": dict(epochs=6, lr=1e-3, body_lr=3e-4, tokens=2048, least_tokens=2048, dropout=0.2, sparse_dropout=0.4,
         label_smoothing=0.1),
-    "masked": dict(epochs=10, lr=1e-3, body_lr=3e-4, tokens=2048, least_tokens=2048, dropout=0.1, sparse_dropout=0.1,
+    "masked": dict(epochs=10, lr=1e-3, body_lr=3e-4, tokens=2048, least_tokens=2048, dropout=0.1, sparse_dropout=0.4,
         label_smoothing=0.0),
 }
 

@@ -615,9 +615,10 @@ def rows_of(path: Path, lines: Lines, parse: Callable[[str], Row]) -> Iterator[R
 
 
 # Common public spellings, in order of preference, without case, blanks and underscores.
+SESSION = "sessionid session sid"
 COLUMNS = {
     "user": "userid user uid customerid customer reviewerid visitorid memberid accountid profileid playerid personid "
-    "clientid readerid username sessionid session sid",
+    f"clientid readerid username {SESSION}",
     "item": "itemid item iid productid product movieid articleid newsid trackid songid videoid bookid gameid appid "
     "businessid venueid artistid hotelid recipeid courseid postid contentid docid listingid adid isbn sku parentasin "
     "asin stockcode movie",
@@ -665,7 +666,7 @@ def find_columns(
     places = {kind: place_of(names, known) for kind, known in COLUMNS.items()} | {"owner": None}
     if places["label"] in dated:  # the day of a purchase
         places["label"] = None
-    session = place_of(names, "sessionid session sid") if sessions and "user" not in given else None
+    session = place_of(names, SESSION) if sessions and "user" not in given else None
     if session is not None:
         places |= {"user": session, "owner": places["user"] if places["user"] != session else None}
     places |= {kind: names.index(name) if name != "none" else None for kind, name in given.items()}
@@ -702,8 +703,8 @@ def read_log(path: Path, given: dict[str, str], sessions: bool) -> tuple[Clicks,
     first = list(itertools.islice(lines, 100))
     places = find_columns(path, names, fields_of, [line for _, line in first], given, sessions)
     user, item, when, label, owner = (places[kind] for kind in ("user", "item", "time", "label", "owner"))
-    session = place_of(names, "sessionid session sid")
-    other_user = f"; or name another user: --columns user={names[session]}" if session not in (None, user) else ""
+    session = place_of(names, SESSION)
+    other = f"; the session may be: --columns user={names[session]}" if session not in (None, user) else ""
     user_ids: dict[str, int] = {}
     item_ids: dict[str, int] = {}
     owners: dict[str, str] = {}  # of sessions
@@ -713,8 +714,10 @@ def read_log(path: Path, given: dict[str, str], sessions: bool) -> tuple[Clicks,
         """Keep what a line says; False for one that says that nothing was clicked."""
         fields = fields_of(line)
         user_id, item_id = fields[user].strip(), fields[item].strip()  # type: ignore[index]
-        if MISSING & {user_id.lower(), item_id.lower()} or "\0" in line or "\t" in user_id + item_id:
-            raise ValueError(f"user and item must be there, without NUL bytes and tabs{other_user}")
+        if user_id.lower() in MISSING:
+            raise ValueError(f"user and item must be there, and the user is not{other}")
+        if item_id.lower() in MISSING or "\0" in line or "\t" in user_id + item_id:
+            raise ValueError("user and item must be there, without NUL bytes and tabs")
         if '"' in line and any(name[0] == '"' and not quotes_belong(line, name) for name in (user_id, item_id)):
             raise ValueError("a quote begins the user or the item, and does not end with it")
         if any(fields[len(names) :]):  # which column has a field too many is not known
@@ -732,21 +735,28 @@ def read_log(path: Path, given: dict[str, str], sessions: bool) -> tuple[Clicks,
         return True
 
     left_out = sum(not clicked for clicked in rows_of(path, itertools.chain(first, lines), take))
+    arrays = np.frombuffer(users, np.int64), np.frombuffer(items, np.int64), np.frombuffer(times, np.float64)
+    check_unit(arrays[2], path)
+    taken = what_was_taken(path, names, places, arrays[2], left_out)
+    return Clicks(*arrays, list(user_ids), list(item_ids)), taken, names[item]  # type: ignore[index]
+
+
+def what_was_taken(
+    path: Path, names: list[str], places: dict[str, int | None], times: np.ndarray, left_out: int
+) -> dict[str, str]:
+    """What the card prints of a log that was read: its columns, those left aside, and times that are no dates."""
     named = {kind: names[place] for kind, place in places.items() if place is not None}
     columns = ", ".join(f"{kind} = {name}" for kind, name in named.items())
     unread = [name for name in names if LOOKS_LIKE_TIME.search(name) and name not in named.values()]
-    taken = {"columns": f"{columns} of {path.name}" + "; no time: lines are in its order" * (when is None)
+    taken = {"columns": f"{columns} of {path.name}" + "; no time: lines are in its order" * ("time" not in named)
              + f"; not read: {', '.join(unread)}" * bool(unread)}  # fmt: skip
-    if label is not None:
+    if "label" in named:
         taken["left out"] = f"{left_out:,} lines whose {named['label']} says no"
     if (rating := place_of(names, "rating stars score")) is not None:
         taken["not read"] = f"{names[rating]}: a low rating is an interaction, too"
-    arrays = np.frombuffer(users, np.int64), np.frombuffer(items, np.int64), np.frombuffer(times, np.float64)
-    times_of = arrays[2]
-    check_unit(times_of, path)
-    if len(times_of) and times_of.max() >= 1e8 and len(undated := times_of[np.abs(times_of) < 1e6]):
+    if len(times) and times.max() >= 1e8 and len(undated := times[np.abs(times) < 1e6]):
         taken["no dates"] = f"{len(undated):,} of the times, such as {undated[0]:.0f}; they are taken as the oldest"
-    return Clicks(*arrays, list(user_ids), list(item_ids)), taken, named["item"]
+    return taken
 
 
 def title_place(names: list[str]) -> int | None:
@@ -954,7 +964,7 @@ def fetch(folder: Path, public: Public) -> None:
 
 TABLE = re.compile(r"\.(inter|item|csv|tsv)(\.gz)?$", re.IGNORECASE)
 CACHE_FROM = 1 << 24  # bytes; smaller logs are read faster than anyone waits
-COPY_VERSION = 8  # of what a parsed copy holds
+COPY_VERSION = 9  # of what a parsed copy holds
 
 
 def dataset_name(name: str) -> str:

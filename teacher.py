@@ -66,7 +66,7 @@ TEXT_WEIGHTS = (1.0, 2.0, 4.0)
 RECIPES: dict[str, dict] = {
     "next": dict(epochs=6, lr=1e-3, body_lr=3e-4, tokens=2048, least_tokens=2048, dropout=0.2, sparse_dropout=0.4,
         label_smoothing=0.1),
-    "masked": dict(epochs=10, lr=1e-3, body_lr=3e-4, tokens=2048, least_tokens=2048, dropout=0.1, sparse_dropout=0.4,
+    "masked": dict(epochs=10, lr=1e-3, body_lr=3e-4, tokens=2048, least_tokens=2048, dropout=0.1, sparse_dropout=0.1,
         label_smoothing=0.0),
 }
 
@@ -530,7 +530,6 @@ def add_training_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict]
         return f"(default: {', '.join(f'{recipe[key]:g} {kind}' for kind, recipe in recipes.items())})"
 
     least, most = (recipes["next"][key] for key in ("least_tokens", "tokens"))
-
     add("--name", help="run folder runs/<data>/<name> (default: teacher, student or student-no-kd)")
     add("--start", metavar="RUN", help="begin from the weights of a run on an older log, in a fifth of the epochs")
     add("--objective", choices=tuple(recipes), help="predict each next item, or fill in blanks, the paper's own")

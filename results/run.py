@@ -46,7 +46,7 @@ MODELS = {
     "student-of-teachers": "distill.py --teacher RUNS/teacher-s1 RUNS/teacher-s2 RUNS/teacher-s3",
     "teacher-masked": "teacher.py --objective masked --epochs 16 --patience 16",
     "student-masked": "distill.py --teacher RUNS/teacher-masked-sSEED",
-    "bert4rec": "distill.py --no-kd --objective masked --item-init cooc --epochs 60 --patience 12",
+    "bert4rec": "distill.py --no-kd --objective masked --item-init cooc --epochs 60 --patience 60",
 }
 OF_SESSIONS = "--size small --epochs 6 --patience 9"  # students there: most sessions have two or three items
 TEXT = {"student-no-kd-text", "student-of-starts"}  # need titles, which YooChoose has not

@@ -169,7 +169,7 @@ def test_without_any_time_the_order_of_lines_counts_and_the_card_says_so(tmp_pat
         ("user_id,item_id,purchased\nu,a,2020-03-01\n", "purchased could be one"),
         ("user_id,item_id,clicked\nu,a,perhaps\n", "'perhaps' is neither yes nor no; --columns label=none"),
         (HEAD + "NA\tp\t1\n", ":2: user and item must be there"),
-        ("sessionId;userId;itemId;eventdate\n1;NA;33;2016-05-02\n", "another user: --columns user=sessionId"),
+        ("sessionId;userId;itemId;eventdate\n1;NA;33;2016-05-02\n", "the session may be: --columns user=sessionId"),
         ('user_id,item_id,time\n"u" ,a,1\n', "a quote begins the user"),
         ("user_id,item_id\nu,a,2020-01-01\n", ":2: expected 2 fields, not 3"),
         (HEAD, "the log has no interactions"),

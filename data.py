@@ -49,7 +49,7 @@ import torch
 from torch import Generator, Tensor
 from tqdm import tqdm
 
-PAD = 0  # items are 1..num_items in order of first appearance, MASK is num_items + 1
+PAD = 0  # items are 1..num_items, as users' histories, one after the other, first name them; MASK is num_items + 1
 
 
 class InputError(ValueError):
@@ -1076,7 +1076,7 @@ def number(least: float, most: float = math.inf, above: bool = False, kind: type
     def parse(text: str) -> float:
         with suppress(ValueError):
             value = kind(text)
-            if least <= value <= most and not (above and value == least):
+            if least <= value <= most and not (above and value == least) and math.isfinite(value):
                 return value
         limits = f"{'above' if above else 'at least'} {least:g}" + f" and at most {most:g}" * (most < math.inf)
         raise argparse.ArgumentTypeError(f"{text!r} must be a {'whole ' * (kind is int)}number {limits}")
@@ -1103,7 +1103,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     add("--root", help="folder of datasets (default: $PREBERT_DATA, else ./data)")
     add("--columns", type=column_names, default={}, help="of your own file: user=NAME,item=NAME,time=NAME,label=NAME")
     add("--titles", metavar="FILE", help="of its items, where they are not in x.item or x.items.csv beside x.inter")
-    add("--min-count", type=positive, help="users and items with fewer are left out (default: 5)")
+    add("--min-count", type=positive, help="users and items with fewer are left out (default: 5; student.py: 1)")
     add("--min-items", type=positive, help="the same for items alone")
     add("--min-length", type=positive, help="the same for users alone (default with --split sessions: 2)")
     add("--fraction", type=positive, default=1, metavar="N", help="keep the latest 1/N of the users")
@@ -1152,9 +1152,13 @@ def run_command(main: Callable[[], None]) -> None:
     except (InputError, OSError) as error:
         code = 2
         with suppress(OSError):
+            sys.stdout.flush()  # what was printed before comes first
+        with suppress(OSError):
             print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         code = 130
+        with suppress(OSError):
+            sys.stdout.flush()
     with open(os.devnull, "w") as nowhere:  # what could not be written is not tried again at exit
         os.dup2(nowhere.fileno(), sys.stdout.fileno())
     sys.exit(code)

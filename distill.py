@@ -31,13 +31,13 @@ from data import (
     load_asked, number, pad_left, run_command,
 )  # fmt: skip
 from prebert import (
-    ITEM_INITS, PreBert, Reader, check_catalogue, item_vectors, load_bert, load_run, near_identity, pick_device,
-    principal_components, set_item_table, start_from, with_text_columns, without_seed,
+    ITEM_INITS, PreBert, Reader, check_catalogue, item_vectors, load_bert, load_run, pick_device, principal_components,
+    set_item_table, with_text_columns, without_seed,
 )  # fmt: skip
 from student import STUDENTS, MiniBert
 from teacher import (
-    Sampler, add_texts, add_training_flags, autocast_dtype, candidate_logits, check_text_weight, default_init, describe,
-    draw_candidates, item_loss, join_processes, make_sampler, settle, train, world,
+    Sampler, add_texts, add_training_flags, autocast_dtype, begin, candidate_logits, check_text_weight, default_init,
+    describe, draw_candidates, find_state, item_loss, join_processes, make_sampler, settle, train, world,
 )  # fmt: skip
 
 States = Callable[[Batch], list[Tensor]]  # every teacher's states where a batch asks, (Q, D) each
@@ -49,7 +49,7 @@ RECIPES: dict[str, dict] = {
         label_smoothing=0.0),
 }
 CACHE_AT_MOST = 2**32  # bytes of teachers' states
-TEXT_SIZE = 64  # columns for texts, which a student reads at every request; a teacher has as many as BERT says numbers
+TEXT_SIZE = 64  # columns for texts, which a student reads at every request; a teacher has as many as BERT's vectors
 
 
 def distillation_loss(
@@ -63,7 +63,7 @@ def distillation_loss(
     """
     assert student.shape == teacher.shape and labels.shape == student.shape[:1]
     student, teacher = student.float(), teacher.float()
-    log_p = F.log_softmax(student + correction, dim=-1)  # the same as the next where T = 1, and a pass over all saved
+    log_p = F.log_softmax(student + correction, dim=-1)  # with T = 1 the next one, too: one pass less
     log_student = log_p if temperature == 1 else F.log_softmax(student / temperature + correction, dim=-1)
     log_teacher = F.log_softmax(teacher / temperature + correction, dim=-1)
     divergence = F.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
@@ -176,10 +176,7 @@ def build_student(
         vectors = item_vectors(args.item_init, data, part, size, reader)
     if vectors is not None:
         set_item_table(model, vectors, 1.0)
-    if args.start:
-        start_from(model, args.start, data, vectors)
-    elif args.near_identity:
-        near_identity(model)
+    begin(model, args, data, vectors)
     return model
 
 
@@ -228,8 +225,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.no_kd and (args.no_cache or args.temperature != 1 or args.alpha != 0.5):
         parser.error("--temperature, --alpha and --no-cache say nothing with --no-kd")
-    if args.no_kd and args.teacher and args.item_init != "pca":
-        parser.error("--teacher says nothing with --no-kd, except for --item-init pca")
+    if args.no_kd and args.teacher and (args.item_init != "pca" or len(args.teacher) > 1):
+        parser.error("--teacher says nothing with --no-kd, except one for --item-init pca")
     if not args.no_kd and args.label_smoothing:
         parser.error("--label-smoothing is for --no-kd: the teacher's answers are smooth already")
     args.name = args.name or ("student-no-kd" if args.no_kd else "student")
@@ -248,15 +245,16 @@ def main() -> None:
     check_text_weight(args, reader)
     model = build_student(args, data, parts[0], teachers[0] if teachers else None, reader)
     sampler = make_sampler(args, parts[0], data.num_items)
+    run, config = Path("runs") / data.name / args.name, describe(data, model, args, made_by)
+    ended = world()[0] == 0 and find_state(run, data, args, config)[0] == "ended"  # before a teacher reads for nothing
     if args.no_kd:
         loss = partial(item_loss, label_smoothing=args.label_smoothing, sampler=sampler)
     else:
         dtype = autocast_dtype(pick_device(args.device), args.precision)
-        states_at = teacher_states(teachers, parts[0], dtype, cache=not args.no_cache)
+        states_at = teacher_states(teachers, parts[0], dtype, cache=not (args.no_cache or ended))
         loss = partial(student_loss, teachers=teachers, states_at=states_at, temperature=args.temperature,
                        alpha=args.alpha, sampler=sampler)  # fmt: skip
-    run = Path("runs") / data.name / args.name
-    train(model, loss, data, parts, run, args, describe(data, model, args, made_by))
+    train(model, loss, data, parts, run, args, config)
     if reader:
         add_texts(run, data, parts[1], reader, args, TEXT_SIZE)
     if world()[0] == 0:

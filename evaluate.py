@@ -309,7 +309,7 @@ def find_runs(runs: list[str] | None, data: Interactions) -> list[Path]:
     for reason in others:
         print(f"skipped {reason}")
     released = Path(__file__).parent / "results" / data.name / "student"
-    if not found and released.is_dir():
+    if not found and released.is_dir() and data.split == "last":
         print(f"nothing is trained under runs/{data.name} yet: evaluating the released student, {released}")
         return [released]
     return sorted(found, key=lambda run: not run.name.startswith("teacher"))

@@ -209,8 +209,8 @@ class PreBert(nn.Module):
 
     The newest item has the last position, max_length - 1, and older ones those before it, so that padding on the left
     changes nothing. The output is tied to the input: logits = head(h) E^T + b over the items (Press & Wolf 2017), with
-    h the encoder's state and E the item table; PAD and MASK have no logit. Outside this class, states are head(h), with
-    what is said below at their end.
+    h the encoder's state and E the item table; PAD and MASK have no logit. `forward` returns head(h), which is what is
+    called states everywhere else.
 
     What comes next depends most on what came last, more than in sentences. So an item is read together with a share of
     each of the three before it: a short convolution, as in Mamba (Gu & Dao 2023). Its shares are 0 as training begins.
@@ -339,7 +339,7 @@ def rename_bert_weights(tensors: dict[str, Tensor], path: Path) -> tuple[dict[st
 
 
 def config_of(tensors: dict[str, Tensor], raw: dict, path: Path) -> BertConfig:
-    """Sizes as the tensors have them; heads, activation and causal as config.json says; InputError if that is no model.
+    """Sizes as the tensors have them, the rest as config.json says; InputError if that is no model.
 
     So the memory that a model takes is bounded by the file, whatever is written beside it.
     """
@@ -461,7 +461,7 @@ def load_bert(source: str) -> Reader:
     except Exception as error:  # the Rust tokenizer raises bare Exception for a malformed file
         raise InputError(f"{folder / 'tokenizer.json'}: {error}") from error
     tokenizer.no_padding()
-    tokenizer.enable_truncation(min(64, config.max_position_embeddings))
+    tokenizer.enable_truncation(min(64, config.max_position_embeddings))  # of a text, more says little
     vocabulary = 1 + max(tokenizer.get_vocab().values(), default=-1)
     if vocabulary > vocab_size:
         raise InputError(f"{folder}: tokenizer.json knows {vocabulary} words, the weights only {vocab_size}")
@@ -494,7 +494,7 @@ def prebert_from_bert(
 def near_identity(model: PreBert) -> None:
     """Let body and head hand on almost what they read, at first: a state begins near the row of its item.
 
-    What attention and feed-forward add starts at a fifth of its size, the head's linear map at the identity (as in
+    What attention and feed-forward add starts at a fifth of its size, the head's linear map near the identity (as in
     ReZero, Bachlechner et al. 2021, and LayerScale, Touvron et al. 2021). The output is tied to the item table, so
     items whose rows are alike are recommended after each other from the first step on, and sparse data need not teach
     the way back from BERT's states to the rows.
@@ -631,6 +631,8 @@ def load_run(run: str | Path) -> tuple[PreBert, dict, dict]:
     columns = tensors.get("item_embedding.weight", torch.empty(0)).numel() // (num_items + 2)
     model = PreBert(shape, num_items, max(0, columns - shape.hidden_size))
     tensors = {"convolution": model.convolution, **tensors}  # older runs have none: zeros
+    if (path.parent / "train_state.pt").exists():
+        print(f"note: {run} is not trained to its end; --resume goes on", file=sys.stderr)
     return with_weights(model, tensors, path), config, catalogue
 
 
@@ -642,10 +644,11 @@ def check_catalogue(run: Path, config: dict, catalogue: dict, data: Interactions
     theirs, ours = set(catalogue["raw_ids"]), set(data.raw_ids)
     if theirs != ours:
         differ = f"{len(theirs - ours):,} of its {len(theirs) - 1:,} items are missing here, {len(ours - theirs):,} new"
-        raise InputError(f"{run} was trained on another catalogue ({differ}); pass its --data and --min-count")
+        flags = "the flags that it was trained with, such as --data and --min-count"
+        raise InputError(f"{run} was trained on another catalogue ({differ}); pass {flags}")
     if catalogue["raw_ids"] != data.raw_ids or config.get("fingerprint") != data.fingerprint:
         was, now = config["interactions"], len(data.items)
-        what = "in another order" if was == now else f"{was} of them, not {now}"
+        what = "as many, but others or in another order" if was == now else f"{was} of them, not {now}"
         raise InputError(f"{run} was trained on other interactions of the same items ({what}); pass the log it knows")
 
 
@@ -707,10 +710,10 @@ def principal_components(table: Tensor, size: int) -> Tensor:
 
 @torch.no_grad()
 def encode_texts(bert: Bert, tokenizer: Tokenizer, texts: list[str], otherwise: Tensor | None = None) -> Tensor:
-    """Mean of BERT's last states over the words of each text, (len(texts), E); without words `otherwise`, or the mean.
+    """Mean of BERT's last states over [CLS], words and [SEP] of each text, cut where `load_bert` says, (len(texts), E).
 
-    Mean pooling is how all-MiniLM-L6-v2 was trained to embed sentences (Reimers & Gurevych 2019). Texts of one
-    length are read together, so that none is padded.
+    Without words it is `otherwise`, or the mean of the others. Mean pooling is how all-MiniLM-L6-v2 was trained to
+    embed sentences (Reimers & Gurevych 2019). Texts of one length are read together, so that none is padded.
     """
     encoded = tokenizer.encode_batch(texts)
     token_ids = [entry.ids if 0 in entry.special_tokens_mask else [] for entry in encoded]  # more than [CLS] [SEP]
@@ -849,7 +852,7 @@ def start_from(model: PreBert, run: str, data: Interactions, vectors: Tensor | N
 
 
 def text_columns(vectors: Tensor, size: int) -> Tensor:
-    """Columns of an item table, (I, C), C = size or E, from what BERT reads in texts, (I, E).
+    """Columns of an item table, (I, C), C at most `size`, from what BERT reads in texts, (I, E).
 
     Their products are the cosines of the vectors, or, with fewer columns than E, close to them.
     """
@@ -880,7 +883,7 @@ def with_new_items(model: PreBert, run: Path, source: str, texts: list[str]) -> 
     if not path.exists():
         raise InputError(f"{run} has no texts.safetensors: trained without titles, it has no vector for new items")
     bert, tokenizer = load_bert(source)
-    known = read_safetensors(path).get("texts", torch.empty(0)).float()  # (I, D of BERT)
+    known = read_safetensors(path).get("texts", torch.empty(0)).float()  # (I, E), I items that were trained
     if known.ndim != 2 or known.shape[1] != bert.config.hidden_size or not 0 < len(known) <= model.num_items:
         raise InputError(f"{path} does not fit the run and its BERT, {source}; train again")
     table, bias = model.item_embedding.weight.detach().cpu(), model.item_bias.detach().cpu()

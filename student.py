@@ -172,9 +172,10 @@ class Recommender:
 
     compile: True runs it as native code, compiled first where that was not done before; None, only where it was;
     False never. Where that fails, the graph runs as it is and a note on stderr says so, or, with fallback=False,
-    InputError is raised. allowed: raw ids or titles of the only items to recommend, of which some may be unknown.
-    exclude_seen: leave out a history's own items; None as the run was evaluated. `compiled` tells how it runs,
-    `warm_up_s` what getting ready cost. May be called from several threads. Raises InputError for a broken run folder.
+    InputError is raised. allowed: raw ids or titles of the only items to recommend, beside those of `add_items`;
+    some may be unknown. exclude_seen: leave out a history's own items; None as the run was evaluated. `compiled` tells
+    how it runs, `warm_up_s` what getting ready cost. May be called from several threads. Raises InputError for a broken
+    run folder.
     """
 
     def __init__(
@@ -352,7 +353,7 @@ def known_items(recommender: Recommender, names: Sequence[str]) -> list[int]:
 
 
 def items_in(recommender: Recommender, path: str, needed: bool) -> list[int]:
-    """Internal ids of the items that a file names, a raw id or title a line; InputError if one is `needed` and missing.
+    """Internal ids of the items that a file names, a raw id or title a line; InputError if `needed` and none is known.
     """
     names = [line.strip() for line in read_lines(Path(path)) if line.strip()]
     unknown = [name for name in names if not recommender.matches(name)]
@@ -449,6 +450,8 @@ def main() -> None:
         parser.error(f"--out {args.out}: is the log itself, or would be packed; name another file, such as out.tsv")
     if (args.out or args.user is not None) and not args.data:
         parser.error("--out and --user are about the users of a log: give its --data")
+    if args.compile and args.new_items:
+        parser.error("--compile is for a run's own items; with --new-items it serves eagerly")
     if args.data and not args.out and args.user is None:
         parser.error("--data is the log of --out and --user; items are recommended by the run alone")
     exclude_seen = None if args.seen == "auto" else args.seen == "exclude"
@@ -485,7 +488,7 @@ def main() -> None:
     more = f"{len(items) - 20} items and " * (len(items) > 20)
     print(f"after {more}{watched}:" if items else "most popular, by interactions:")
     print_ranked(recommender.named(scores[0], best[0]))
-    kind = "compiled" if recommender.compiled else "eager, --compile makes it faster"
+    kind = "compiled" if recommender.compiled else "eager" + ", --compile makes it faster" * (not args.new_items)
     print(f"{milliseconds:.1f} ms, {kind}, on {recommender.device}; ready to answer in {recommender.warm_up_s:.2f} s")
 
 

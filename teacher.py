@@ -55,9 +55,9 @@ from prebert import (
 )  # fmt: skip
 
 Loss = Callable[[PreBert, Batch], Tensor]
-SPARSE = 100  # interactions an item. With fewer, item vectors start from titles as well and dropout is sparse_dropout,
-# or, if users come back to items, the mean of it and dropout; models start `near_identity`, and texts count, see
-# `add_texts`.
+# Data with fewer interactions an item are sparse: item vectors start from titles as well, dropout is sparse_dropout
+# (halfway to it if users come back to items), models start `near_identity`, and texts count (`add_texts`).
+SPARSE = 100
 TEXT_WEIGHTS = (1.0, 2.0, 4.0)
 
 # What a kind of question needs. Next items are five times as many questions an epoch (all of them, not a MASK_RATE of
@@ -233,7 +233,7 @@ def train(
             return
         with_loss: nn.Module = ModelWithLoss(model, loss_of)
         with_loss = DistributedDataParallel(with_loss) if processes > 1 else with_loss
-        now = saved = time.perf_counter()  # when the last checkpoint was written
+        now = saved = time.perf_counter()  # saved: when the last checkpoint was written
         if args.start and state["step"] == 0:
             if process == 0:
                 write_safetensors(run / "model.safetensors", model.state_dict())
@@ -244,12 +244,12 @@ def train(
         began, began_cpu = now - state["seconds"], time.process_time() - state["cpu_seconds"]
 
         def spent(steps: float = math.inf) -> float:
-            """Share of the budget; within an epoch of so many steps, in the middle of the next one."""
+            """Share of the budget that is used up; `steps`: those of an epoch, at the middle of its coming one."""
             if args.minutes:
                 return state["seconds"] / (60 * args.minutes)
             return (state["epoch"] + (state["batch"] + 0.5) / steps) / args.epochs if args.epochs else 1.0
 
-        # An epoch that was begun is ended, also where the minutes were over as it was interrupted.
+        # An epoch that was begun is validated and logged, also where the minutes were over as it was interrupted.
         while (spent() < 1 or state["batch"]) and state["waited"] < args.patience:
             # An epoch: fresh windows, fresh batches of similar length, fresh questions.
             epoch = state["epoch"]
@@ -398,17 +398,18 @@ def open_run(
                 (run / name).unlink(missing_ok=True)
             if not args.start:  # a run may be its own start, whose weights are replaced, never missing
                 (run / "model.safetensors").unlink(missing_ok=True)
+            # A run has a checkpoint from its start to its end: without one, weights are no training's. It is written
+            # first, since what comes after does not fit the weights of a run that is its own start.
+            save_state(run, model, optimizer, state)
             counts = [0, *item_counts(part, data.num_items).tolist()]
-            write_json(run / "catalogue.json", {"raw_ids": data.raw_ids, "titles": data.titles, "counts": counts})
             write_json(run / "config.json", config)
+            write_json(run / "catalogue.json", {"raw_ids": data.raw_ids, "titles": data.titles, "counts": counts})
         write_atomic(run / "log.csv", state["log"].encode())  # a crash may have come between a row and its checkpoint
     params = sum(parameter.numel() for parameter in model.parameters())
     where = f"{autocast_dtype(model.item_bias.device, args.precision)} on {model.item_bias.device}"
     where += f" x {processes}" if processes > 1 else ""
     start = ", begins near the identity" * (args.near_identity and not args.start)
     print(f"training {run}: {params:,} parameters, dropout {args.dropout:g}{start}, {where}", flush=True)
-    if kind == "fresh":  # a run has a checkpoint from its start to its end: without one, weights are no training's
-        save_state(run, model, optimizer, state)
     return state
 
 
@@ -524,7 +525,8 @@ def make_sampler(args: argparse.Namespace, train_part: Spans, num_items: int) ->
 
 def add_training_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict]) -> None:
     """The flags of both training scripts; what a recipe decides is None until `settle`."""
-    add = parser.add_argument_group("training").add_argument
+    group = parser.add_argument_group("training")
+    add = group.add_argument
 
     def by_recipe(key: str) -> str:
         return f"(default: {', '.join(f'{recipe[key]:g} {kind}' for kind, recipe in recipes.items())})"
@@ -533,10 +535,11 @@ def add_training_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict]
     add("--name", help="run folder runs/<data>/<name> (default: teacher, student or student-no-kd)")
     add("--start", metavar="RUN", help="begin from the weights of a run on an older log, in a fifth of the epochs")
     add("--objective", choices=tuple(recipes), help="predict each next item, or fill in blanks, the paper's own")
-    add("--epochs", type=number(0, kind=int),
+    budget = group.add_mutually_exclusive_group()
+    budget.add_argument("--epochs", type=number(0, kind=int),
         help=f"passes over the data; more on small data {by_recipe('epochs')}; with --start a fifth, or 0: "
         "the old weights with today's catalogue")  # fmt: skip
-    add("--minutes", type=number(0, above=True), help="budget by the clock instead of --epochs")
+    budget.add_argument("--minutes", type=number(0, above=True), help="budget by the clock instead of --epochs")
     add("--tokens", type=positive, help=f"positions in a batch, over all processes {by_recipe('tokens')}"
         + f"; fewer on small data, at least {least}" * (least < most))  # fmt: skip
     add("--lr", type=number(0, above=True), help=f"peak learning rate; less with fewer --tokens {by_recipe('lr')}")
@@ -544,7 +547,7 @@ def add_training_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict]
     add("--dropout", type=number(0, 0.9), help=f"share of activations zeroed {by_recipe('dropout')}; with fewer than "
         f"{SPARSE} interactions an item {by_recipe('sparse_dropout')}, halfway if users repeat items")  # fmt: skip
     add("--label-smoothing", type=number(0, 0.9),
-        help=f"share of a label given to all items alike {by_recipe('label_smoothing')}")  # fmt: skip
+        help=f"share of a label given to all items alike {by_recipe('label_smoothing')}; with --negatives 0")
     add("--text-weight", type=number(0), help="how much an item gains whose text is like those of the newest items "
         f"(default: with fewer than {SPARSE} interactions an item, the best of 1, 2, 4 on validation if it gains 1 %%, "
         "else 0; with --all and --final as for <name>)")  # fmt: skip
@@ -695,11 +698,18 @@ def build_teacher(args: argparse.Namespace, data: Interactions, part: Spans) -> 
     vectors = item_vectors(args.item_init, data, part, model.config.hidden_size, reader)
     if vectors is not None:
         set_item_table(model, vectors, norm)
-    if args.start:
-        start_from(model, args.start, data, vectors)
-    elif args.near_identity:
-        near_identity(model)
+    begin(model, args, data, vectors)
     return model, reader
+
+
+def begin(model: PreBert, args: argparse.Namespace, data: Interactions, vectors: Tensor | None) -> None:
+    """Weights of --start, see `start_from`, or near the identity; not where those of a checkpoint come instead."""
+    run = Path("runs") / data.name / args.name
+    checkpoint = args.resume and (run / "config.json").exists() and (run / "train_state.pt").exists()
+    if args.start and not checkpoint:
+        start_from(model, args.start, data, vectors)
+    elif args.near_identity and not args.start:
+        near_identity(model)
 
 
 # ---------------------------------------------------------------- item texts, after training

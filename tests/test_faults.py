@@ -206,6 +206,14 @@ def test_closed_and_full_streams_end_quietly(ring, tmp_path, streams, code):
     assert "Exception ignored" not in result.stderr
 
 
+@pytest.mark.parametrize(("end", "code"), [("data.InputError('enough')", 2), ("KeyboardInterrupt", 130)])
+def test_what_was_printed_before_an_error_is_not_lost(tmp_path, end, code):
+    script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import data\ndef main(): print('a table'); raise {end}\n"
+    script += "data.run_command(main)"  # stdout is a pipe here, which is written in blocks
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (code, "a table\n")
+
+
 def test_a_terminal_that_knows_ascii_only(tmp_path):
     (tmp_path / "übung.inter").write_text(HEAD + "u\tp\t1\nu\tq\t2\n", "utf-8")
     (tmp_path / "übung.item").write_text("item_id\ttitle\np\tAmélie\nq\t猫\n", "utf-8")

@@ -247,6 +247,33 @@ def test_a_run_that_starts_from_itself_keeps_its_weights_until_there_are_new_one
     shutil.rmtree(weights.parent)
 
 
+def test_a_run_that_starts_from_itself_goes_on_after_a_crash_between_its_files(trained, tmp_path, monkeypatch):
+    rows = (trained / "ring.inter").read_text().splitlines()[1:]
+    new = [f"u{user}\t{500 + user % 3}\t3\t{2000 + step}" for user in range(30) for step in range(2)]
+    (tmp_path / "ring.inter").write_text("\n".join(["user_id\titem_id\trating\ttimestamp", *rows, *new]))
+    on = ("distill.py", "--data", "ring.inter", *ON_RING, "--name", "own")
+    again = (*on, "--start", "runs/ring/own")
+    for name in ("crashed", "whole"):
+        folder = tmp_path / name
+        folder.mkdir()
+        shutil.copy(trained / "ring.inter", folder)
+        inside(*on, cwd=folder)
+        shutil.copy(tmp_path / "ring.inter", folder)  # the log has grown, by three items as well
+        if name == "whole":
+            inside(*again, "--overwrite", cwd=folder)
+            continue
+
+        def crash(path, tensors):
+            raise InputError(f"cannot write {path}: power is lost")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(teacher, "write_safetensors", crash)
+            assert "power is lost" in inside(*again, "--overwrite", cwd=folder, expect=2)
+        inside(*again, "--resume", cwd=folder)
+    one, other = (load_run(tmp_path / name / "runs/ring/own")[0].state_dict() for name in ("crashed", "whole"))
+    assert one["item_bias"].shape == (63,) and all(torch.equal(one[key], other[key]) for key in one)
+
+
 def test_new_items_start_near_those_with_the_nearest_vectors(trained):
     log, (old, _, _) = load_dataset(str(trained / "ring.inter")), load_run(trained / RUN)
     table = old.item_embedding.weight.detach()

@@ -645,6 +645,10 @@ def test_teachers_answers_are_cached_where_that_is_exact_and_fits(ring, tmp_path
         flags = ["--data", ring, "--size", "tiny", *TINY, "--precision", "fp32"]
         inside("distill.py", *flags, "--name", objective, cwd=tmp_path)
         assert read == ["log"] * (objective == "next")
+    # Nothing is read for a run that is there already, or has ended.
+    assert "--overwrite starts again" in inside("distill.py", *flags, "--name", "next", cwd=tmp_path, expect=2)
+    assert "has ended" in inside("distill.py", *flags, "--name", "next", "--resume", cwd=tmp_path)
+    assert read == ["log"]
     inside("distill.py", *flags, "--name", "live", "--no-cache", cwd=tmp_path)
     monkeypatch.setattr(distill, "CACHE_AT_MOST", 100)
     inside("distill.py", *flags, "--name", "large", cwd=tmp_path)
@@ -688,6 +692,8 @@ def test_the_released_student_is_evaluated_where_nothing_is_trained(ring, tmp_pa
     (tmp_path / "elsewhere").mkdir()
     text = inside("evaluate.py", "--data", ring, cwd=tmp_path / "elsewhere")
     assert "released student" in text and re.search(r"\nstudent +\d", text)
+    text = inside("evaluate.py", "--data", ring, "--final", cwd=tmp_path / "elsewhere")  # it was not trained like that
+    assert "released student" not in text and "no runs under runs/ring yet" in text
 
 
 @pytest.mark.parametrize(
@@ -697,6 +703,8 @@ def test_the_released_student_is_evaluated_where_nothing_is_trained(ring, tmp_pa
         (["data.py", "--unknown"], "unrecognized"),
         (["data.py", "--min-count", "0"], "whole number"),
         (["teacher.py", "--data", "RING", "--lr", "-1"], "--lr: '-1' must be a number above 0"),
+        (["teacher.py", "--data", "RING", "--minutes", "inf"], "--minutes: 'inf' must be a number above 0"),
+        (["teacher.py", "--data", "RING", "--minutes", "1", "--epochs", "1"], "not allowed with"),
         (["teacher.py", "--data", "RING", "--dropout", "-1"], "--dropout: '-1' must be a number at least 0"),
         (["teacher.py", "--data", "RING", "--bert", "none", "--item-init", "text"], "needs a BERT"),
         (["teacher.py", "--data", "RING", "--bert", "no-such-folder"], "no BERT"),
@@ -705,9 +713,11 @@ def test_the_released_student_is_evaluated_where_nothing_is_trained(ring, tmp_pa
         (["distill.py", "--data", "RING"], "train first"),
         (["distill.py", "--data", "RING", "--temperature", "0"], "--temperature"),
         (["distill.py", "--data", "RING", "--no-kd", "--alpha", "0.9"], "--no-kd"),
+        (["distill.py", "--data", "RING", "--no-kd", "--item-init", "pca", "--teacher", "a", "b"], "except one"),
         (["evaluate.py", "--data", "RING", "--runs", "nowhere"], "train first"),
         (["evaluate.py", "--data", "RING", "--sampled", "uniform"], "unrecognized"),
         (["student.py", "--run", "nowhere", "Film 1 (1951)"], "train first"),
+        (["student.py", "--run", "nowhere", "--compile", "--new-items", "A film"], "serves eagerly"),
     ],
 )
 def test_bad_input_gets_one_clear_line_and_code_2(ring, tmp_path, arguments, words):

@@ -23,8 +23,8 @@ RESULTS = Path(__file__).parent / "ml-1m"
 # Models of RESULTS/bench.json: what the picture calls them, and the file and name that hold their mean over seeds.
 # Speed depends on the shape alone, so a model of the same shape stands in for the reported one.
 REPORTED = {
-    "teacher-s1": ("teacher", "three-seeds.json", "teacher"),
-    "student-ensemble-s1": ("student", "alpha.json", "student-a0.5"),
+    "teacher-s1": ("teacher", "test.json", "teacher-s1"),
+    "student-ensemble-s1": ("student", "test.json", "student-s1"),
     "student-small-s1": ("small student (alpha 0.9, one seed)", "", ""),
     "student-tiny-s1": ("tiny student", "tiny.json", "student-tiny-T1-a0.5"),
 }

@@ -364,7 +364,7 @@ def check_same(run: Path, config: dict, data: Interactions) -> None:
 
 def find_state(run: Path, data: Interactions, args: argparse.Namespace, config: dict) -> tuple[str, bytes]:
     """Whether a training is "fresh", "interrupted" or "ended"; of an interrupted one, the checkpoint's bytes."""
-    if args.overwrite or not (run / "config.json").exists():
+    if args.overwrite or not (run / "config.json").exists() or not (run / "catalogue.json").exists():
         return "fresh", b""
     if not args.resume:
         raise InputError(f"{run} exists; --resume goes on with it, --overwrite starts again, --name makes another")
@@ -705,8 +705,8 @@ def build_teacher(args: argparse.Namespace, data: Interactions, part: Spans) -> 
 def begin(model: PreBert, args: argparse.Namespace, data: Interactions, vectors: Tensor | None) -> None:
     """Weights of --start, see `start_from`, or near the identity; not where those of a checkpoint come instead."""
     run = Path("runs") / data.name / args.name
-    checkpoint = args.resume and (run / "config.json").exists() and (run / "train_state.pt").exists()
-    if args.start and not checkpoint:
+    begun = all((run / name).exists() for name in ("config.json", "catalogue.json", "train_state.pt"))
+    if args.start and not (args.resume and begun):
         start_from(model, args.start, data, vectors)
     elif args.near_identity and not args.start:
         near_identity(model)

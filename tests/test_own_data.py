@@ -272,6 +272,23 @@ def test_a_run_that_starts_from_itself_goes_on_after_a_crash_between_its_files(t
         inside(*again, "--resume", cwd=folder)
     one, other = (load_run(tmp_path / name / "runs/ring/own")[0].state_dict() for name in ("crashed", "whole"))
     assert one["item_bias"].shape == (63,) and all(torch.equal(one[key], other[key]) for key in one)
+    # In a new folder the crash may come before there is a catalogue.
+    write = teacher.write_json
+
+    def crash_there(path, content):
+        if path.name == "catalogue.json":
+            raise InputError(f"cannot write {path}: power is lost")
+        write(path, content)
+
+    for name in ("new", "straight"):
+        flags = [*again[:-4], "--name", name, *again[-2:]]
+        if name == "new":
+            with monkeypatch.context() as patch:
+                patch.setattr(teacher, "write_json", crash_there)
+                assert "power is lost" in inside(*flags, cwd=folder, expect=2)
+        inside(*flags, "--resume", cwd=folder)
+    one, other = (load_run(folder / "runs/ring" / name)[0].state_dict() for name in ("new", "straight"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_new_items_start_near_those_with_the_nearest_vectors(trained):

@@ -536,9 +536,8 @@ def add_training_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict]
     add("--start", metavar="RUN", help="begin from the weights of a run on an older log, in a fifth of the epochs")
     add("--objective", choices=tuple(recipes), help="predict each next item, or fill in blanks, the paper's own")
     budget = group.add_mutually_exclusive_group()
-    budget.add_argument("--epochs", type=number(0, kind=int),
-        help=f"passes over the data; more on small data {by_recipe('epochs')}; with --start a fifth, or 0: "
-        "the old weights with today's catalogue")  # fmt: skip
+    budget.add_argument("--epochs", type=number(0, kind=int), help=f"passes, more on small data {by_recipe('epochs')}; "
+        "with --start a fifth, or 0: the old weights with today's catalogue")  # fmt: skip
     budget.add_argument("--minutes", type=number(0, above=True), help="budget by the clock instead of --epochs")
     add("--tokens", type=positive, help=f"positions in a batch, over all processes {by_recipe('tokens')}"
         + f"; fewer on small data, at least {least}" * (least < most))  # fmt: skip
@@ -548,9 +547,8 @@ def add_training_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict]
         f"{SPARSE} interactions an item {by_recipe('sparse_dropout')}, halfway if users repeat items")  # fmt: skip
     add("--label-smoothing", type=number(0, 0.9),
         help=f"share of a label given to all items alike {by_recipe('label_smoothing')}; with --negatives 0")
-    add("--text-weight", type=number(0), help="how much an item gains whose text is like those of the newest items "
-        f"(default: with fewer than {SPARSE} interactions an item, the best of 1, 2, 4 on validation if it gains 1 %%, "
-        "else 0; with --all and --final as for <name>)")  # fmt: skip
+    add("--text-weight", type=number(0), help="how much an item gains whose text is like the newest items' (default: "
+        f"with fewer than {SPARSE} interactions an item best of 0, 1, 2, 4 by validation; --all, --final: as <name>)")
     add("--near-identity", action=argparse.BooleanOptionalAction,
         help=f"begin with body and head that change little (default: with fewer than {SPARSE} interactions an item)")
     add("--warmup", type=number(0, 0.99), default=0.05, help="share of the budget that the rate rises (default: 0.05)")

@@ -10,6 +10,7 @@ is held out in training, so the weight of texts is given.
 """
 
 import argparse
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -101,7 +102,8 @@ def main() -> None:
     for row in rows:
         print(*(f"{key}: {value}" for key, value in row.items()), sep="\n  ")
     if args.json:
-        write_json(args.json, {"command": " ".join(sys.argv), "data": data.name, "machine": machine(), "rows": rows})
+        command = shlex.join(["python", *sys.argv])
+        write_json(args.json, {"command": command, "data": data.name, "machine": machine(), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -3,10 +3,11 @@
     python tests/sparsity.py --data beauty.inter --shares 5 10 25 50 100 --json results/beauty/sparsity.json
     python tests/sparsity.py --data ml-1m --body --shares 5 10 --json sparsity.json      # PreBERT instead of students
 
-Trains on a share of the users, drawn at random, and evaluates everybody on the same items: students without a teacher
-whose item vectors start with and without the texts, or, with --body, PreBERT with BERT's weights and with random
-ones. Settings are those that the recipes would take for a log of that size. Validation chooses the weights, test
-is looked at once; results/plot.py draws the picture. Other flags, such as --size tiny, go to the training script.
+Trains on a share of the users, drawn at random, and evaluates everybody on the same items: students without a teacher,
+with the items' texts (start and columns) and without them, or, with --body, PreBERT with BERT's weights and with random
+ones, both with the texts that BERT itself reads. Settings are those that the recipes would take for a log of that size.
+Validation chooses the weights, test is looked at once; results/plot.py draws the picture. Other flags, such as --size
+tiny, go to the training script.
 """
 
 import argparse
@@ -26,14 +27,19 @@ import distill  # noqa: E402
 import evaluate  # noqa: E402
 import teacher  # noqa: E402
 from data import Interactions, Parts, dataset_name, leave_one_out, load_dataset, write_json  # noqa: E402
-from prebert import machine  # noqa: E402
+from prebert import PreBert, machine, prebert_from_bert  # noqa: E402
 
-STUDENTS = {"text+cooc": ["--item-init", "text+cooc"], "cooc": ["--item-init", "cooc"]}
-BODIES = {
-    "BERT's body, text+cooc": ["--item-init", "text+cooc"],
-    "BERT's body, cooc": ["--item-init", "cooc"],
-    "random body, cooc": ["--item-init", "cooc", "--bert", "none"],
-}
+WITH_TEXTS, WITHOUT = ["--item-init", "text+cooc"], ["--item-init", "cooc", "--text-weight", "0"]
+STUDENTS = {"with texts": WITH_TEXTS, "without texts": WITHOUT}
+BODIES = {"BERT's body": WITH_TEXTS, "random body": WITH_TEXTS}
+
+
+def random_body(*of_bert) -> PreBert:
+    """What `prebert_from_bert` gives, but layers and positions are random."""
+    model = prebert_from_bert(*of_bert)
+    fresh = PreBert(model.config, model.num_items)
+    model.encoder, model.position_embedding = fresh.encoder, fresh.position_embedding
+    return model
 
 
 def thinned(data: Interactions, percent: int, seed: int) -> Parts:
@@ -44,20 +50,22 @@ def thinned(data: Interactions, percent: int, seed: int) -> Parts:
     return data_module.Spans(train.items, train.starts[kept], train.ends[kept], train.targets), valid, test
 
 
-def one_run(name: str, data: Interactions, flags: list[str], percent: int, body: bool, seed: int) -> dict:
-    """Train, unless that was done, and evaluate; a row of the report."""
-    script = teacher if body else distill
+def one_run(name: str, data: Interactions, label: str, flags: list[str], percent: int, seed: int) -> dict:
+    """Train the model of that label, unless that was done, and evaluate; a row of the report."""
+    script = teacher if label in BODIES else distill
     left = len(data.items) * percent / 100
     epochs = round(script.RECIPES["next"]["epochs"] * max(1.0, (1e6 / left) ** 0.25))
     sparse = left < teacher.SPARSE * data.num_items
     dropout = script.RECIPES["next"]["sparse_dropout" if sparse else "dropout"]
     kind = ["--epochs", str(epochs), "--dropout", str(dropout), "--seed", str(seed), "--eval-users", "10000", *flags]
-    # "of the share" is no flag: it is in the run's name, and the training part is thinned behind main's back.
-    run = "sparsity-" + "-".join(word.strip("-") for word in [str(percent), *flags, f"s{seed}"]).replace("/", "_")
+    # Share and random body are no flags: they are in the run's name, and patched in behind main's back.
+    words = ["sparsity", label.replace(" ", "-").replace("'", ""), str(percent), *flags, f"s{seed}"]
+    run = "-".join(word.strip("-") for word in words).replace("/", "_")
     train = [f"{script.__name__}.py", "--data", name, "--name", run, "--resume", *kind]
-    train += [] if body else ["--no-kd"]
+    train += ["--no-kd"] if script is distill else []
+    built = random_body if label == "random body" else prebert_from_bert
     with mock.patch.dict(data_module.SPLITS, last=lambda data: thinned(data, percent, seed)):
-        with mock.patch.object(sys, "argv", train):
+        with mock.patch.object(teacher, "prebert_from_bert", built), mock.patch.object(sys, "argv", train):
             script.main()
         with tempfile.TemporaryDirectory() as folder:
             rows = {}
@@ -68,8 +76,8 @@ def one_run(name: str, data: Interactions, flags: list[str], percent: int, body:
                     evaluate.main()
                 rows[part] = json.loads(Path(file).read_text())["rows"][-1]
     test = rows["--test"]
-    return {"users": percent, "seed": seed, "valid NDCG@10": rows["--valid"]["NDCG@10"], "NDCG@10": test["NDCG@10"],
-            "HR@10": test["HR@10"], "minutes": test["minutes"], "commit": test["commit"],
+    return {"model": label, "users": percent, "seed": seed, "valid NDCG@10": rows["--valid"]["NDCG@10"],
+            "NDCG@10": test["NDCG@10"], "HR@10": test["HR@10"], "minutes": test["minutes"], "commit": test["commit"],
             "command": " ".join(train)}  # fmt: skip
 
 
@@ -87,7 +95,7 @@ def main() -> None:
     for percent in args.shares:
         for seed in args.seeds:
             for label, kind in (BODIES if args.body else STUDENTS).items():
-                row = {"model": label, **one_run(args.data, data, [*kind, *flags], percent, args.body, seed)}
+                row = one_run(args.data, data, label, [*kind, *flags], percent, seed)
                 same = ("model", "users", "seed")
                 kept = [other for other in report["rows"] if [other[key] for key in same] != [row[key] for key in same]]
                 report["rows"] = [*kept, row]

@@ -38,7 +38,7 @@ MODELS = {
     "student-tiny": "distill.py --teacher RUNS/teacher-sSEED --size tiny",
     "student-no-kd": "distill.py --no-kd",
     "student-no-kd-smooth": "distill.py --no-kd --label-smoothing 0.1",
-    "student-no-kd-cooc": "distill.py --no-kd --item-init cooc",
+    "student-no-kd-cooc": "distill.py --no-kd --item-init cooc --text-weight 0",  # without texts, where there are any
     "student-no-kd-text": "distill.py --no-kd --item-init text",
     "student-of-starts": "distill.py --teacher RUNS/student-no-kd-sSEED RUNS/student-no-kd-cooc-sSEED "
     "RUNS/student-no-kd-text-sSEED",
@@ -46,7 +46,7 @@ MODELS = {
     "student-of-teachers": "distill.py --teacher RUNS/teacher-s1 RUNS/teacher-s2 RUNS/teacher-s3",
     "teacher-masked": "teacher.py --objective masked --epochs 16 --patience 16",
     "student-masked": "distill.py --teacher RUNS/teacher-masked-sSEED",
-    "bert4rec": "distill.py --no-kd --objective masked --item-init cooc --epochs 60 --patience 60",
+    "bert4rec": "distill.py --no-kd --objective masked --item-init cooc --text-weight 0 --epochs 60 --patience 60",
 }
 OF_SESSIONS = "--size small --epochs 6 --patience 9"  # students there: most sessions have two or three items
 TEXT = {"student-no-kd-text", "student-of-starts"}  # need titles, which YooChoose has not

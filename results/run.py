@@ -35,6 +35,7 @@ MODELS = {
     "student-text-weight-0": "distill.py --teacher RUNS/teacher-sSEED --start RUNS/student-sSEED --epochs 0 "
     "--text-weight 0",  # the student without text columns
     "student-of-student": "distill.py --teacher RUNS/student-sSEED",  # a second round
+    "student-small": "distill.py --teacher RUNS/teacher-sSEED --size small",
     "student-tiny": "distill.py --teacher RUNS/teacher-sSEED --size tiny",
     "student-no-kd": "distill.py --no-kd",
     "student-no-kd-smooth": "distill.py --no-kd --label-smoothing 0.1",
@@ -47,6 +48,15 @@ MODELS = {
     "teacher-masked": "teacher.py --objective masked --epochs 16 --patience 16",
     "student-masked": "distill.py --teacher RUNS/teacher-masked-sSEED",
     "bert4rec": "distill.py --no-kd --objective masked --item-init cooc --text-weight 0 --epochs 60 --patience 60",
+}
+NEW_ITEMS = "tests/new_items.py runs/new-items --size tiny --epochs 5 --text-weight 2 --seeds 1 2 3 --json"
+SPARSITY = "tests/sparsity.py --size tiny --json"
+BODIES = "tests/sparsity.py --body --shares 100 --seeds 1 2 3 --json"
+BENCH = "evaluate.py --bench --runs RUNS/teacher-s1 RUNS/student-s1 RUNS/student-small-s1 RUNS/student-tiny-s1 --json"
+STUDIES = {  # by data set, what else the READMEs report: FILE.json and its command
+    "ml-1m": {"bench": BENCH, "sparsity": SPARSITY},
+    "steam": {"new-items": NEW_ITEMS},
+    "beauty": {"new-items": NEW_ITEMS, "sparsity": SPARSITY, "bodies": BODIES},
 }
 OF_SESSIONS = "--size small --epochs 6 --patience 9"  # students there: most sessions have two or three items
 TEXT = {"student-no-kd-text", "student-of-starts"}  # need titles, which YooChoose has not
@@ -68,9 +78,14 @@ def folder(data: str, run: str) -> str:
     return f"runs/{data}/{run}"
 
 
+def filled_in(command: str, data: str, seed: int = 1) -> str:
+    """A command of MODELS or STUDIES with its seed and folders."""
+    return re.sub(r"RUNS/(\S+)", lambda run: folder(data, run[1]), command.replace("SEED", str(seed)))
+
+
 def training(data: str, name: str, seed: int) -> list[str]:
     """The command that trains one run, or goes on with it."""
-    flags = re.sub(r"RUNS/(\S+)", lambda run: folder(data, run[1]), MODELS[name].replace("SEED", str(seed)))
+    flags = filled_in(MODELS[name], data, seed)
     if data.startswith("sessions"):
         flags = flags.replace("distill.py", f"distill.py {OF_SESSIONS}")  # the model's own flags come after
     shown = f"sessions-{name}" if data.startswith("sessions") else name
@@ -101,6 +116,9 @@ def main() -> None:
         commands += [training(data, name, seed) for name in names for seed in args.seeds]
         parts = [part for part in args.parts if part == "test" or not data.endswith("-final")]
         commands += [evaluation(data, names, args.seeds, part) for part in parts if names]
+        for file, study in STUDIES.get(data, {}).items() if not args.models else ():
+            words = f"{filled_in(study, data)} results/{data}/{file}.json {DATA[data]}"
+            commands.append([sys.executable, *shlex.split(words)])
     if not args.models:
         commands.append([sys.executable, "results/plot.py"])
     for number, command in enumerate(commands, 1):

@@ -614,6 +614,9 @@ def test_the_commands_behind_the_results_have_flags_that_exist():
     assert len(commands) > 100 and commands.pop() == ["results/plot.py"]
     made = set()
     for script, *words in commands:
+        assert (ROOT / script).exists()
+        if script.startswith("tests/"):  # hands unknown flags on
+            continue
         assert all(word in shown[script] for word in words if word.startswith("--")), words
         data = words[words.index("--data") + 1].replace("beauty.inter", "beauty").rpartition("/")[2]
         if script == "distill.py" and "--teacher" in words:  # what is learnt from is trained before

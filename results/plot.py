@@ -26,7 +26,7 @@ REPORTED = {
     "teacher-s1": ("teacher", "test.json", "teacher-s1"),
     "student-ensemble-s1": ("student", "test.json", "student-s1"),
     "student-small-s1": ("small student (alpha 0.9, one seed)", "", ""),
-    "student-tiny-s1": ("tiny student", "tiny.json", "student-tiny-T1-a0.5"),
+    "student-tiny-s1": ("tiny student", "test.json", "student-tiny-s1"),
 }
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito's
 plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 130})

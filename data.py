@@ -168,7 +168,7 @@ def last_day(data: Interactions, final: bool = False) -> Parts:
     """
     days = in_seconds(data.begins) // 86400
     year = 1970 + days.max() / 365.2425
-    if not 1971 < year < 2100:
+    if not 1992 < year < 2100:  # other clocks, such as .NET's, would be of 1990
         raise InputError(f"{data.name}: --split sessions needs times; the last would be of {year:.0f}; use ISO dates")
     test = days == days.max()
     rest = np.flatnonzero(~test)
@@ -461,19 +461,22 @@ def read_lines(path: Path) -> Iterator[str]:
 def moment(text: str) -> float:
     """A time as a number that orders: 978300760, 1.5e9, 2014-04-07, 2014-04-07T10:51:09.277Z, 2014/04/07 10:51.
 
-    Also as in mails and Twitter's, Tue Apr 03 18:00:09 +0000 2012. Seconds, milliseconds and nanoseconds order alike,
-    so the unit does not matter, as long as it is one. ValueError for anything else.
+    Also 201404071051 and, as in mails and Twitter's, Tue Apr 03 18:00:09 +0000 2012. Seconds, milliseconds and
+    nanoseconds order alike, so the unit does not matter, as long as it is one. ValueError for anything else.
     """
     try:
+        if len(text) in (12, 14) and COMPACT.fullmatch(text):
+            text = f"{text[:4]}-{text[4:6]}-{text[6:8]}T{text[8:]}"
         if len(text) > 9 and text[4] in "-/":
             when = datetime.fromisoformat(re.sub(r" (?=[+-]\d)", "", text.replace("/", "-").removesuffix(" UTC")))
-            return (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
-        if text[:3] in WEEKDAYS and (parsed := email.utils.parsedate_tz(text)):
-            return email.utils.mktime_tz(parsed)
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if abs(number) < 2**63:  # false for nan, too
+            number, most = (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp(), FOREVER
+        elif text[:3] in WEEKDAYS and (parsed := email.utils.parsedate_tz(text)):
+            number, most = email.utils.mktime_tz(parsed), FOREVER
+        else:
+            number, most = float(text), 2.0**63
+    except (ValueError, OverflowError):
+        number, most = math.nan, 0.0
+    if abs(number) < most:  # false for nan, too
         return number
     raise ValueError(f"{text!r} is not a time; write 2020-01-31 10:00 or a number")
 
@@ -496,6 +499,7 @@ def plain(names: list[str]) -> list[str]:
     return [re.sub(r"[\W_]", "", name).lower() for name in names]
 
 
+csv.field_size_limit(1 << 30)  # descriptions may be long; a line is in memory anyway
 Lines = Iterator[tuple[int, str]]  # number and text
 Fields = Callable[[str], list[str]]  # a line into its fields
 Row = TypeVar("Row")
@@ -629,6 +633,9 @@ COLUMNS = {
 YES, NO = {"true", "t", "yes", "y"}, {"false", "f", "no", "n"}  # labels besides numbers; no: shown, but not clicked
 # How databases, pandas and R write what is not there.
 MISSING = {"", "null", "(null)", "none", "nan", "na", "<na>", "n/a", "#n/a", "undefined", "\\n"}
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # what may move the cursor of a terminal
+COMPACT = re.compile(r"(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])([01]\d|2[0-3])[0-5]\d([0-5]\d)?")  # dates
+FOREVER = 1e11  # seconds; databases write the year 9999 where there is no date
 WEEKDAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 LOOKS_LIKE_TIME = re.compile(r"(?i:time|date|stamp|epoch|when|datum|fecha|(^|_)(ts|dt|at|on|day)$)|[a-z](At|On)$")
 # The value of what may be a time: seconds and finer, 1.6e9, 20140428, 28.04.2014 10:51, Apr 28 2014, 28-APR-14.
@@ -681,7 +688,7 @@ def find_columns(
     likely = sorted((dated | timed if when is None else dated & timed) - {*used}, key=lambda place: place not in dated)
     if likely and when not in dated and "time" not in given:
         what = "no column is known as the time" if when is None else f"{names[when]} does not look like a time"
-        way = f"--columns time={names[likely[0]]}, or time=none if the lines are in the order of time"
+        way = f"--columns {shlex.quote('time=' + names[likely[0]])}, or time=none if the lines are in the order of time"
         could = " or ".join(names[place] for place in likely[:3])
         raise InputError(f"{path}:1: {what}, but {could} could be one; say {way}")
     return places
@@ -716,8 +723,10 @@ def read_log(path: Path, given: dict[str, str], sessions: bool) -> tuple[Clicks,
         user_id, item_id = fields[user].strip(), fields[item].strip()  # type: ignore[index]
         if user_id.lower() in MISSING:
             raise ValueError(f"user and item must be there, and the user is not{other}")
-        if item_id.lower() in MISSING or "\0" in line or "\t" in user_id + item_id:
-            raise ValueError("user and item must be there, without NUL bytes and tabs")
+        if item_id.lower() in MISSING:
+            raise ValueError("user and item must be there")
+        if not (ids := user_id + item_id).isprintable() and CONTROL.search(ids):
+            raise ValueError("user and item must be without NUL bytes, tabs and other control characters")
         if '"' in line and any(name[0] == '"' and not quotes_belong(line, name) for name in (user_id, item_id)):
             raise ValueError("a quote begins the user or the item, and does not end with it")
         if any(fields[len(names) :]):  # which column has a field too many is not known
@@ -754,7 +763,7 @@ def what_was_taken(
         taken["left out"] = f"{left_out:,} lines whose {named['label']} says no"
     if (rating := place_of(names, "rating stars score")) is not None:
         taken["not read"] = f"{names[rating]}: a low rating is an interaction, too"
-    if len(times) and times.max() >= 1e8 and len(undated := times[np.abs(times) < 1e6]):
+    if len(times) and times.max() >= 1e8 and len(undated := times[np.abs(times) < 1e8]):
         taken["no dates"] = f"{len(undated):,} of the times, such as {undated[0]:.0f}; they are taken as the oldest"
     return taken
 
@@ -797,16 +806,22 @@ def read_titles(path: Path, item_name: str = "") -> tuple[dict[str, tuple[str, s
         if len(fields) > len(names):
             raise ValueError(f"expected {len(names)} fields, not {len(fields)}")
         fields += [""] * (len(names) - len(fields))
-        shown = re.sub(r"[\x00-\x1f\x7f]", " ", fields[title]).strip()  # what may move the cursor of a terminal
+        shown = CONTROL.sub(" ", fields[title]).strip()
         when = fields[year] if year is not None else ""
         # MovieLens' own titles end in the year; RecBole cut it off.
         shown = f"{shown} ({when})" if shown and when and "(" + when not in shown else shown
         more = [(names[place], " ".join(LISTED.sub(" ", fields[place]).split())) for place in others]
         return fields[item].strip(), shown, ". ".join([shown, *(f"{name}: {value}" for name, value in more if value)])
 
-    titles = {raw_id: (shown, text) for raw_id, shown, text in rows_of(path, lines, parse) if raw_id and shown}
+    titles: dict[str, tuple[str, str]] = {}
+    twice = 0
+    for raw_id, shown, text in rows_of(path, lines, parse):
+        if raw_id and shown:
+            twice += titles.get(raw_id, (shown, text)) != (shown, text)
+            titles[raw_id] = (shown, text)
     texts = " and ".join(names[place] for place in (title, *others))
-    return titles, f"from {texts} of {path.name}, by {names[item]}"
+    more = f"; {twice:,} lines say otherwise than one before, and count" * (twice > 0)
+    return titles, f"from {texts} of {path.name}, by {names[item]}{more}"
 
 
 # ---------------------------------------------------------------- public datasets
@@ -896,11 +911,19 @@ def cache_folder() -> Path:
         raise InputError("there is no home folder to keep files in; set XDG_CACHE_HOME") from None
 
 
+STREAM = re.compile(r"/dev/(?:fd/(\d+)|stdout)")  # may be a file that others write to as well
+
+
 def write_atomic(path: Path, content: bytes) -> None:
     """Write a temporary file, fsync it and rename it to `path`: all of it or nothing.
 
     A pipe or a device is written to, never replaced. Raises InputError when the disk is full or may not be written.
     """
+    if stream := STREAM.fullmatch(str(path)):
+        sys.stdout.flush()
+        with open(int(stream[1] or 1), "wb", closefd=False) as file:
+            file.write(content)
+        return
     if path.exists() and not path.is_file():
         path.write_bytes(content)
         return
@@ -918,6 +941,24 @@ def write_atomic(path: Path, content: bytes) -> None:
     finally:
         if unfinished.exists():
             unfinished.unlink()
+
+
+def keep(write: Callable[..., None], *args: object) -> None:
+    """Write what can be had again; where that fails, as on a full disk, a note says so and all goes on."""
+    try:
+        write(*args)
+    except InputError as error:
+        print(f"note: {error}", file=sys.stderr)
+
+
+def check_replaceable(path: Path, beginning: str) -> None:
+    """InputError where a file stands that does not begin as what is written there: it may be a log or a model."""
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; name a file in it")
+    if path.is_file() and not STREAM.fullmatch(str(path)):
+        with open(path, "rb") as file:
+            if not beginning.encode().startswith(found := file.read(len(beginning))):
+                raise InputError(f"{path} is there and begins with {found[:20]!r}; name another file, to keep it")
 
 
 def write_json(path: Path, content: object) -> None:
@@ -1043,7 +1084,7 @@ def load_dataset(
     if titles_file and not any(data.texts):
         raise InputError(f"--titles {titles_file}: {data.taken['titles']}")
     if sum(size for _, size, _ in source[:-1]) >= CACHE_FROM:
-        write_copy(copy, data, source)
+        keep(write_copy, copy, data, source)
     return data
 
 
@@ -1055,6 +1096,7 @@ def card(data: Interactions) -> str:
     sizes = np.diff(data.offsets)
     train, valid, test = SPLITS[data.split](data)
     history = data.items[data.offsets[0] : data.offsets[1]]
+    day = f"{datetime.fromtimestamp(in_seconds(data.begins).max(), UTC):%Y-%m-%d}" if "sessions" in data.split else ""
     quantiles = ", ".join(f"{q:.0%} {np.quantile(sizes, q):.0f}" for q in (0, 0.25, 0.5, 0.75, 0.95, 1))
     return "\n".join([
         f"{data.name}: {data.num_users:,} users, {data.num_items:,} items, {len(data.items):,} interactions",
@@ -1062,7 +1104,7 @@ def card(data: Interactions) -> str:
         f"  density           {len(data.items) / data.num_users / data.num_items:.2%}",
         f"  history length    {quantiles}; mean {sizes.mean():.1f}",
         f"  split             {len(train.sizes):,} histories to train on, {len(valid.targets):,} validation and "
-        f"{len(test.targets):,} test targets",
+        f"{len(test.targets):,} test targets" + f", those of {day}" * bool(day),
         f"  protocol          {data.protocol}",
         f"  the first user's {len(history)} items, oldest first:",
         *(f"    {position:>3}  {data.titles[item]}" for position, item in enumerate(history[:10], 1)),
@@ -1076,7 +1118,7 @@ def number(least: float, most: float = math.inf, above: bool = False, kind: type
     def parse(text: str) -> float:
         with suppress(ValueError):
             value = kind(text)
-            if least <= value <= most and not (above and value == least) and math.isfinite(value):
+            if least <= value <= most and not (above and value == least) and value < 2**63:
                 return value
         limits = f"{'above' if above else 'at least'} {least:g}" + f" and at most {most:g}" * (most < math.inf)
         raise argparse.ArgumentTypeError(f"{text!r} must be a {'whole ' * (kind is int)}number {limits}")
@@ -1137,6 +1179,11 @@ def data_flags(args: argparse.Namespace) -> list[str]:
     return [*flags, *["--final"] * args.final, *["--all"] * args.all]
 
 
+def command_line(script: str, *words: str) -> str:
+    """A command that can be pasted where this one was."""
+    return shlex.join(["python", str(Path(sys.argv[0]).with_name(script)), *words])
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Run a script's main(); an error that the user can fix ends in one line on stderr and exit code 2."""
     if sys.stdout is None or sys.stderr is None:  # closed, as by >&-: what is printed goes nowhere
@@ -1149,12 +1196,15 @@ def run_command(main: Callable[[], None]) -> None:
         return
     except BrokenPipeError:  # the reader of the output, such as `head`, has enough
         code = 141
-    except (InputError, OSError) as error:
+    except (InputError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
+            raise
+        short = isinstance(error, MemoryError | RuntimeError)
         code = 2
         with suppress(OSError):
             sys.stdout.flush()  # what was printed before comes first
         with suppress(OSError):
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {'not enough memory, ask for less: ' * short}{error}", file=sys.stderr)
     except KeyboardInterrupt:
         code = 130
         with suppress(OSError):
@@ -1171,7 +1221,7 @@ def main() -> None:
     began = time.perf_counter()
     data = load_asked(args)
     print(card(data))
-    command = shlex.join(["python", "teacher.py", *data_flags(args)])
+    command = command_line("teacher.py", *data_flags(args))
     print(f"loaded in {time.perf_counter() - began:.1f} s; next: {command}")
 
 

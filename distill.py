@@ -16,7 +16,6 @@ and S hidden sizes of teacher and student, L log entries.
 
 import argparse
 import math
-import shlex
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -27,8 +26,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import (
-    PAD, SPLITS, Batch, InputError, Interactions, Spans, add_data_flags, at_once, batches, data_flags, grid_windows,
-    load_asked, number, pad_left, run_command,
+    PAD, SPLITS, Batch, InputError, Interactions, Spans, add_data_flags, at_once, batches, command_line, data_flags,
+    grid_windows, load_asked, number, pad_left, run_command,
 )  # fmt: skip
 from prebert import (
     ITEM_INITS, PreBert, Reader, check_catalogue, item_vectors, load_bert, load_run, pick_device, principal_components,
@@ -229,7 +228,8 @@ def main() -> None:
         parser.error("--teacher says nothing with --no-kd, except one for --item-init pca")
     if not args.no_kd and args.label_smoothing:
         parser.error("--label-smoothing is for --no-kd: the teacher's answers are smooth already")
-    args.name = args.name or ("student-no-kd" if args.no_kd else "student")
+    if args.name is None:
+        args.name = "student-no-kd" if args.no_kd else "student"
     join_processes(args.device)
     data = load_asked(args)
     args.item_init = args.item_init or (default_init(data, args.bert or "minilm") if args.no_kd else "pca")
@@ -258,8 +258,8 @@ def main() -> None:
     if reader:
         add_texts(run, data, parts[1], reader, args, TEXT_SIZE)
     if world()[0] == 0:
-        serve = shlex.join(["python", "student.py", "--run", str(run), f"id:{data.raw_ids[1]}"])
-        check = shlex.join(["python", "evaluate.py", *data_flags(args)])
+        serve = command_line("student.py", "--run", str(run), f"id:{data.raw_ids[1]}")
+        check = command_line("evaluate.py", *data_flags(args))
         print(f"the best weights are in {run}; next: " + "\nthen: ".join([serve] if args.all else [check, serve]))
 
 

@@ -13,7 +13,6 @@ Letters: B batch (users), T sequence length, S whole history, R users asked abou
 
 import argparse
 import itertools
-import shlex
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,10 +24,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import (
-    PAD, SPLITS, InputError, Interactions, Spans, add_data_flags, at_once, batches, data_flags, entries_of,
-    item_counts, load_asked, run_command, write_json,
+    PAD, SPLITS, InputError, Interactions, Spans, add_data_flags, at_once, batches, check_replaceable, command_line,
+    data_flags, entries_of, item_counts, load_asked, run_command, write_json,
 )  # fmt: skip
-from prebert import PreBert, check_catalogue, load_run, machine, pick_device, read_json, read_run, without_seed
+from prebert import PreBert, check_catalogue, load_run, machine, pick_device, read_metrics, read_run, without_seed
 from student import TopK, compile_ahead
 
 Scorer = Callable[[Tensor], Tensor]  # history (B, T), left-padded, newest last -> scores (B, I) of items 1..I
@@ -231,7 +230,7 @@ def print_bench(rows: list[dict]) -> None:
 
 def run_row(run: Path, model: PreBert, config: dict) -> dict:
     """What is known of a run before it is evaluated: its size, how it was made, and what that has cost."""
-    made = read_json(run / "metrics.json") if (run / "metrics.json").exists() else {}
+    made = read_metrics(run) if (run / "metrics.json").exists() else {}
     params = sum(parameter.numel() for parameter in model.parameters())
     row: dict = {"params": params, "body_params": params - model.item_embedding.weight.numel()}
     row["mb"] = (run / "model.safetensors").stat().st_size / 1e6
@@ -326,8 +325,8 @@ def main() -> None:
     add("--json", type=Path, metavar="FILE", help="write everything to this file")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args()
-    if args.json and args.json.is_dir():
-        parser.error(f"--json {args.json}: is a folder; name a file in it")
+    if args.json:
+        check_replaceable(args.json, '{\n "data": {')
     data, device = load_asked(args), pick_device(args.device)
     train, valid, test = SPLITS[data.split](data)
     part = valid if args.valid else test
@@ -380,7 +379,7 @@ def main() -> None:
         write_json(args.json, report)
         print(f"written to {args.json}")
     if not models:
-        print(f"no runs under runs/{data.name} yet; next:", shlex.join(["python", "teacher.py", *data_flags(args)]))
+        print(f"no runs under runs/{data.name} yet; next:", command_line("teacher.py", *data_flags(args)))
 
 
 if __name__ == "__main__":

@@ -23,8 +23,10 @@ import resource
 import sys
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import NoneType
 from typing import TypeVar
 
 import numpy as np
@@ -34,7 +36,10 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import HELD_OUT, PAD, InputError, Interactions, Public, Spans, cache_folder, entries_of, fetch, write_atomic
+from data import (
+    HELD_OUT, PAD, InputError, Interactions, Public, Spans,
+    cache_folder, entries_of, fetch, keep, write_atomic,
+)  # fmt: skip
 
 # ---------------------------------------------------------------- encoder
 
@@ -344,7 +349,7 @@ def config_of(tensors: dict[str, Tensor], raw: dict, path: Path) -> BertConfig:
     So the memory that a model takes is bounded by the file, whatever is written beside it.
     """
     table = tensors.get("position_embedding.weight", torch.empty(0))
-    hidden = table.shape[1] if table.ndim == 2 else 0
+    hidden = table.shape[1] if table.ndim == 2 and len(table) else 0
     ups = [tensor.shape for name, tensor in tensors.items() if name.endswith(".feed_forward.up.weight")]
     qkvs = [tensor.shape for name, tensor in tensors.items() if name.endswith(".attention.qkv.weight")]
     if not hidden or not ups or {*ups} != {(*ups[0][:1], hidden)} or qkvs != len(ups) * [(3 * hidden, hidden)]:
@@ -410,8 +415,8 @@ def find_bert(source: str) -> Path:
     """The folder of a BERT: `source`, or where its download is if it is a name of HUB or ORG/NAME; else InputError."""
     if Path(source).is_dir():
         return Path(source)
-    if source not in HUB and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        raise InputError(f"no BERT {source!r}; --bert takes {', '.join(HUB)}, ORG/NAME, none or a folder")
+    if source not in HUB and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):
+        raise InputError(f"no BERT {source!r} here; --bert takes {', '.join(HUB)}, ORG/NAME, none or a folder")
     if source != "minilm":
         return download_bert(HUB.get(source, source))
     folder = cache_folder() / source
@@ -589,10 +594,14 @@ def write_safetensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
 VERSION = 2  # of the run folder; a folder of another version is refused
 
 
+def no_number(word: str) -> float:
+    raise ValueError(f"{word} is not a number")
+
+
 def read_json(path: Path) -> dict:
     """A JSON object; InputError says which file is missing or broken."""
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = json.loads(path.read_text("utf-8"), parse_constant=no_number)
     except FileNotFoundError:
         raise InputError(f"no {path}") from None
     except (ValueError, RecursionError) as error:
@@ -608,21 +617,33 @@ def read_run(run: Path) -> tuple[dict, dict]:
     catalogue = read_json(run / "catalogue.json")
     if config.get("version") != VERSION:
         raise InputError(f"{run}: made by version {config.get('version')} of this code, which is version {VERSION}")
-    for key, kind in {"exclude_seen": bool, "model": dict, "settings": dict, "seed": int}.items():
+    kinds = {"exclude_seen": bool, "model": dict, "settings": dict, "seed": int, "split": str, "interactions": int}
+    for key, kind in kinds.items():
         if type(config.get(key)) is not kind:
             raise InputError(f"{run / 'config.json'}: {key} must be of type {kind.__name__}")
     for key, kind in {"raw_ids": str, "titles": str, "counts": int}.items():
         values = catalogue.get(key)
         if type(values) is not list or {*map(type, values)} != {kind} or len(values) != len(catalogue["raw_ids"]):
             raise InputError(f"{run / 'catalogue.json'}: {key} must be a list of {kind.__name__}, one for each item")
+    if not all(0 <= count < 2**53 for count in catalogue["counts"]):
+        raise InputError(f"{run / 'catalogue.json'}: counts must be from 0 to 2^53")
     return config, catalogue
+
+
+def read_metrics(run: Path) -> dict:
+    """metrics.json of a training that has ended; InputError where its validation score is missing or no number."""
+    ended = read_json(run / "metrics.json")
+    for key in ("valid_NDCG@10", "text_weight"):
+        if type(ended.get(key)) not in (float, int, NoneType) or key not in (*ended, "text_weight"):
+            raise InputError(f"{run / 'metrics.json'}: {key} must be a number")
+    return ended
 
 
 def load_run(run: str | Path) -> tuple[PreBert, dict, dict]:
     """The model of a run folder with its config and catalogue, see `read_run`; InputError if they do not fit."""
     path = Path(run) / "model.safetensors"
     if not path.exists():
-        raise InputError(f"no model in {run}; train first: python teacher.py, then python distill.py")
+        raise InputError(f"no model in {run}; train first, with its --data: teacher.py, then distill.py")
     config, catalogue = read_run(path.parent)
     tensors, num_items = read_safetensors(path), len(catalogue["raw_ids"]) - 1
     if num_items < 1 or tensors.get("item_bias", torch.empty(0)).shape != (num_items,):
@@ -715,7 +736,10 @@ def encode_texts(bert: Bert, tokenizer: Tokenizer, texts: list[str], otherwise: 
     Without words it is `otherwise`, or the mean of the others. Mean pooling is how all-MiniLM-L6-v2 was trained to
     embed sentences (Reimers & Gurevych 2019). Texts of one length are read together, so that none is padded.
     """
-    encoded = tokenizer.encode_batch(texts)
+    try:
+        encoded = tokenizer.encode_batch(texts)
+    except Exception as error:  # the library has no other, as for a vocabulary without [UNK]
+        raise InputError(f"this BERT's tokenizer cannot read the texts: {error}") from error
     token_ids = [entry.ids if 0 in entry.special_tokens_mask else [] for entry in encoded]  # more than [CLS] [SEP]
     vectors = torch.full((len(texts), bert.config.hidden_size), torch.nan)
     sizes = torch.tensor([len(ids) for ids in token_ids])
@@ -735,9 +759,13 @@ def text_vectors(bert: Bert, tokenizer: Tokenizer, texts: list[str]) -> Tensor:
     for tensor in bert.state_dict().values():
         digest.update(tensor.numpy().tobytes())
     path = cache_folder() / "titles" / f"{digest.hexdigest()[:32]}.safetensors"
-    if not path.exists():
-        write_safetensors(path, {"titles": encode_texts(bert, tokenizer, texts)})
-    return read_safetensors(path)["titles"]
+    if path.exists():
+        with suppress(InputError):  # broken: made again
+            if len(vectors := read_safetensors(path).get("titles", torch.empty(0))) == len(texts):
+                return vectors
+    vectors = encode_texts(bert, tokenizer, texts)
+    keep(write_safetensors, path, {"titles": vectors})
+    return vectors
 
 
 def cooccurrence_vectors(train: Spans, num_items: int, size: int, window: int = 5) -> Tensor:

@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import (
-    TABLE, InputError, Interactions, Spans, add_data_flags, at_once, batches, cache_folder, load_asked, positive,
-    read_lines, read_titles, run_command, write_atomic,
+    TABLE, InputError, Interactions, Spans, add_data_flags, at_once, batches, cache_folder, check_replaceable,
+    load_asked, positive, read_lines, read_titles, run_command, write_atomic,
 )  # fmt: skip
 from prebert import BertConfig, PreBert, load_run, machine, pick_device, with_new_items
 
@@ -183,6 +183,8 @@ class Recommender:
         fallback: bool = True, allowed: Iterable[object] | None = None, exclude_seen: bool | None = None,
     ):  # fmt: skip
         began = time.perf_counter()
+        if not isinstance(k, int | np.integer) or k < 1:
+            raise InputError(f"k is {k!r}; it must be a whole number above 0")
         self.device, self.run, self.wanted_k = pick_device(device), Path(run_dir), k
         model, self.config, catalogue = load_run(run_dir)
         self.exclude_seen = self.config["exclude_seen"] if exclude_seen is None else exclude_seen
@@ -236,7 +238,8 @@ class Recommender:
             raise InputError(f"item {known[0]!r} is in the catalogue already")
         if not new:
             return
-        larger = with_new_items(self.model, self.run, self.config["settings"].get("bert", "minilm"), [*new.values()])
+        bert = str(self.config["settings"].get("bert", "minilm"))
+        larger = with_new_items(self.model, self.run, bert, [*new.values()])
         shown = new | {str(raw_id): title for raw_id, title in (titles or {}).items()}
         self.graph = self.serve(larger, [*new], [shown[raw_id] for raw_id in new], [0] * len(new))
         self.compiled = False
@@ -269,8 +272,8 @@ class Recommender:
     def matches(self, name: str) -> list[int]:
         """Internal ids of the items with this raw id or title; exact spelling wins over another case."""
         text = normal(name)
-        if text.startswith("id:") and text[3:] in self.by_id:
-            return [self.by_id[text[3:]]]
+        if text.startswith("id:") and (raw_id := name[3:] if name[3:] in self.by_id else text[3:]) in self.by_id:
+            return [self.by_id[raw_id]]
         ids = [self.by_id[key] for key in (name, text) if key in self.by_id][:1]
         return sorted({*ids, *self.by_title.get(text, [])}) or self.by_title_in_any_case.get(text.casefold(), [])
 
@@ -376,7 +379,7 @@ def add_new_items(recommender: Recommender, names: list[str]) -> None:
             new = {raw_id: both for raw_id, both in read.items() if raw_id not in recommender.by_id}
             print(f"{name}: {len(new):,} new items, {len(read) - len(new):,} known; titles {where}")
             found |= new
-        elif not name.strip() or Path(name).exists() or re.search(r"\.(json|xlsx?|txt|parquet)$", name):
+        elif re.search(r"^\s*$|\.(json|xlsx?|txt|parquet)$", name) or (len(name) < 64 and Path(name).exists()):
             raise InputError(f"{name!r}: new items are texts, or a .csv, .tsv or .item file with a header")
         elif recommender.matches(name):
             raise InputError(f"item {name!r} is in the catalogue already")
@@ -398,13 +401,16 @@ def histories(recommender: Recommender, data: Interactions) -> tuple[Tensor, Ten
     return items[items > 0], sizes
 
 
+HEADER = "user_id\titem_id\tscore"
+
+
 def recommend_all(recommender: Recommender, data: Interactions, path: Path) -> None:
     """Write the k best items of every user of a log: user_id, item_id, score, a line each, separated by tabs."""
     items, sizes = histories(recommender, data)
     began = time.perf_counter()
     scores, best = recommender.rank(items, sizes, recommender.allowed, title="recommending")
     rate = len(sizes) / (time.perf_counter() - began)
-    lines = ["user_id\titem_id\tscore"]
+    lines = [HEADER]
     for user, *ranked in zip(data.user_ids, scores, best, strict=True):
         lines += [f"{user}\t{raw_id}\t{score:.5g}" for raw_id, _, score in recommender.named(*ranked)]
     write_atomic(path, ("\n".join(lines) + "\n").encode())
@@ -444,10 +450,10 @@ def main() -> None:
     add_data_flags(parser)
     parser.set_defaults(data=None)
     args = parser.parse_args()
-    if args.out and args.out.is_dir():
-        parser.error(f"--out {args.out}: is a folder; name a file in it")
-    if args.out and (args.out.suffix == ".gz" or (args.data and args.out.resolve() == Path(args.data).resolve())):
-        parser.error(f"--out {args.out}: is the log itself, or would be packed; name another file, such as out.tsv")
+    if args.out:
+        check_replaceable(args.out, HEADER)
+        if args.out.suffix == ".gz":
+            parser.error(f"--out {args.out}: it would not be packed; name another file, such as out.tsv")
     if (args.out or args.user is not None) and not args.data:
         parser.error("--out and --user are about the users of a log: give its --data")
     if args.compile and args.new_items:
@@ -466,6 +472,8 @@ def main() -> None:
         recommender.allowed[items_in(recommender, args.only, needed=True)] = True
     if args.without:
         recommender.allowed[items_in(recommender, args.without, needed=False)] = False
+    if not recommender.allowed[1 : len(recommender.raw_ids)].any():
+        raise InputError("--only and --without leave nothing to recommend")
     if args.similar is not None:
         print_ranked(recommender.similar(args.similar))
         return

@@ -43,14 +43,14 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import (
-    PAD, SPLITS, Batch, InputError, Interactions, Parts, Spans, add_data_flags, batches, data_flags, grid_windows,
-    item_counts, load_asked, mask_items, next_items, number, pad_left, positive, random_windows, run_command,
-    write_atomic, write_json,
+    PAD, SPLITS, Batch, InputError, Interactions, Parts, Spans, add_data_flags, batches, command_line, data_flags,
+    grid_windows, item_counts, load_asked, mask_items, next_items, number, pad_left, positive, random_windows,
+    run_command, write_atomic, write_json,
 )  # fmt: skip
 from evaluate import hit_rate, ndcg, rank_targets
 from prebert import (
     ITEM_INITS, NEVER, VERSION, BertConfig, PreBert, Reader, check_catalogue, item_vectors, load_bert, load_run,
-    machine, near_identity, peak_memory_gb, pick_device, prebert_from_bert, read_json, read_run, save_texts,
+    machine, near_identity, peak_memory_gb, pick_device, prebert_from_bert, read_metrics, read_run, save_texts,
     set_item_table, start_from, text_columns, text_vectors, with_text_columns, write_safetensors,
 )  # fmt: skip
 
@@ -277,11 +277,7 @@ def train(
                 facts = [loss.item(), time.perf_counter() - began, max(caught, default=0)]
                 losses, seconds, signals = gathered(facts, device).T.tolist()
                 value, state["seconds"], stop = sum(losses) / processes, seconds[0], int(max(signals))
-                if not math.isfinite(value) or not math.isfinite(norm):
-                    raise InputError(
-                        f"the loss is {value}, its gradient's norm {norm} at step {state['step']}, learning rate "
-                        f"{args.lr * rate:.1e}; {run} keeps the last good weights; try a smaller --lr"
-                    )
+                check_finite({"the loss": value, "the gradient's norm": norm}, run, state["step"])
                 optimizer.step()
                 state["loss"] = value if state["step"] == 0 else 0.99 * state["loss"] + 0.01 * value
                 state["step"], state["batch"] = state["step"] + 1, state["batch"] + 1
@@ -297,6 +293,7 @@ def train(
                 if args.minutes and spent() >= 1:
                     break
             bar.close()
+            check_finite({name: p.detach().sum().item() for name, p in model.named_parameters()}, run, state["step"])
             # Evaluate on validation users, keep the weights if they are the best so far, log, checkpoint.
             state["epoch"], state["batch"] = epoch + 1, 0
             quality, hits = validate(model, valid_part, data.exclude_seen, args.eval_users) if has_valid else (0.0, 0.0)
@@ -317,6 +314,13 @@ def train(
             ended = {"valid_NDCG@10": state["best"] if has_valid else None, "peak_memory_gb": peak_memory_gb()}
             write_json(run / "metrics.json", {**ended, "steps": state["step"], "epochs": state["epoch"], **costs})
             (run / "train_state.pt").unlink(missing_ok=True)
+
+
+def check_finite(numbers: dict[str, float], run: Path, step: int) -> None:
+    """InputError where a training has diverged."""
+    if bad := [f"{name} is {value}" for name, value in numbers.items() if not math.isfinite(value)]:
+        words = ", ".join(bad[:2])
+        raise InputError(f"{words} at step {step}; {run} keeps the last good weights, if any; try a smaller --lr")
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -438,7 +442,7 @@ def world() -> tuple[int, int]:
 
 def join_processes(device: str) -> None:
     """Under torchrun, meet the other processes: NCCL between GPUs, gloo between CPUs. The first one prints."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+    if "RANK" in os.environ and int(os.environ["WORLD_SIZE"]) > 1 and not dist.is_initialized():
         if device in ("auto", "cuda") and torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group("nccl")
@@ -588,7 +592,7 @@ def settle(args: argparse.Namespace, recipes: dict[str, dict], data: Interaction
     Raises InputError for what makes no sense.
     """
     recipe = recipes[args.objective]
-    if Path(args.name).name != args.name or args.name == "..":
+    if Path(args.name).name != args.name or args.name in ("", ".."):
         raise InputError(f"--name {args.name!r}: must be a name, of a folder in runs/{data.name}")
     args.max_length = args.max_length or 200
     if args.max_length < 3 or not 0 <= args.seed < 2**32:
@@ -642,7 +646,7 @@ def best_epoch(args: argparse.Namespace, data: Interactions, suffix: str) -> int
     if before := resumed(args, data, suffix):
         return before["epochs"]
     run = Path("runs") / data.name / args.name
-    ended = read_json(run / "metrics.json") if (run / "metrics.json").exists() else {}
+    ended = read_metrics(run) if (run / "metrics.json").exists() else {}
     if ended.get("valid_NDCG@10") is None:
         advice = "train without --all and --final first, or give --epochs N"
         raise InputError(f"{run} does not tell the best epoch; {advice}")
@@ -654,8 +658,11 @@ def best_epoch(args: argparse.Namespace, data: Interactions, suffix: str) -> int
         if name not in may_differ and getattr(args, name, None) != value:
             flag = f"--{name.replace('_', '-')}, {str(value)[:40]}"
             raise InputError(f"{run} has another {flag}; its best epoch says nothing here; use the same or --epochs N")
-    rows = (run / "log.csv").read_text().split()[1:]
-    return 1 + max(range(len(rows)), key=lambda row: float(rows[row].split(",")[4]))
+    try:
+        scores = [float(row.split(",")[4]) for row in (run / "log.csv").read_text().split()[1:]]
+        return 1 + scores.index(max(scores))
+    except (ValueError, IndexError) as error:
+        raise InputError(f"{run / 'log.csv'} is broken ({error}); give --epochs N") from error
 
 
 def describe(data: Interactions, model: PreBert, args: argparse.Namespace, teachers: list[str] | None = None) -> dict:
@@ -720,9 +727,9 @@ def check_text_weight(args: argparse.Namespace, reader: Reader | None) -> None:
 
 def weight_before(run: Path, start: str | None) -> float:
     """The weight of texts where nothing is held out to choose it on: that of the run, or of the start, else 0."""
-    for path in (run / "metrics.json", Path(start or run) / "metrics.json"):
-        if path.exists() and "text_weight" in (ended := read_json(path)):
-            return ended["text_weight"]
+    for folder in (run, Path(start or run)):
+        if (folder / "metrics.json").exists() and (weight := read_metrics(folder).get("text_weight")) is not None:
+            return weight
     return 0.0
 
 
@@ -738,8 +745,9 @@ def add_texts(
     if world()[0] > 0:
         return
     with locked(run):
-        ended, texts = read_json(run / "metrics.json"), text_vectors(*reader, data.texts[1:])  # (I, E)
-        save_texts(run, texts)
+        ended, texts = read_metrics(run), text_vectors(*reader, data.texts[1:])  # (I, E)
+        if not (run / "texts.safetensors").exists():  # else --resume came to a run that has them
+            save_texts(run, texts)
         older = "text_weight" not in read_run(run)[0]["settings"]  # such a run stays as it is
         if older or "text_weight" in ended or not (sparse(data) or args.text_weight):
             return
@@ -793,7 +801,7 @@ def main() -> None:
     if reader:
         add_texts(run, data, parts[1], reader, args, reader[0].config.hidden_size)  # all that BERT says
     if world()[0] == 0:
-        command = shlex.join(["python", "distill.py", *data_flags(args), "--teacher", str(run)])
+        command = command_line("distill.py", *data_flags(args), "--teacher", str(run))
         print(f"the best weights are in {run}; next: {command}")
 
 

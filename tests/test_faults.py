@@ -187,7 +187,7 @@ def test_histories_of_1_to_2000_items_in_one_run(tmp_path):
 
 
 def shell(line: str, cwd: Path, **env: str) -> subprocess.CompletedProcess:
-    line = line.replace("data.py", f"{sys.executable} {ROOT / 'data.py'}")
+    line = re.sub(r"(^|; )(\w+\.py)", lambda script: f"{script[1]}{sys.executable} {ROOT / script[2]}", line)
     return subprocess.run(["bash", "-c", line], cwd=cwd, capture_output=True, text=True, env={**os.environ, **env})
 
 
@@ -212,6 +212,24 @@ def test_what_was_printed_before_an_error_is_not_lost(tmp_path, end, code):
     script += "data.run_command(main)"  # stdout is a pipe here, which is written in blocks
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (code, "a table\n")
+
+
+def test_too_little_memory_ends_in_one_line(ring, tmp_path):
+    result = shell(f"distill.py --data {ring} --no-kd --size tiny --max-length {10**12}", tmp_path)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: not enough memory, ask for less: ")
+    result = shell(f"distill.py --data {ring} --min-count {10**400}", tmp_path)
+    assert result.returncode == 2 and "must be a whole number" in result.stderr
+
+
+def test_standard_output_is_added_to(ring, tmp_path):
+    (tmp_path / "all.txt").write_text("before\n")
+    for name in ("stdout", "fd/1"):
+        shell(f"evaluate.py --data {ring} --json /dev/{name} >> all.txt", tmp_path)
+    shell(f"evaluate.py --data {ring} --json /dev/stdout > once.txt", tmp_path)
+    text, once = (tmp_path / "all.txt").read_text(), (tmp_path / "once.txt").read_text()
+    assert text.startswith("before\n") and text.count('"protocol"') == 2 and once.count('"protocol"') == 1
+    assert once.index("no runs under") > once.index('"protocol"') > once.index("popularity")
 
 
 def test_a_terminal_that_knows_ascii_only(tmp_path):
@@ -260,6 +278,8 @@ def test_json_is_strict_and_goes_through_what_is_no_file(ring, tmp_path):
 
     (tmp_path / "real.json").write_text("old")
     (tmp_path / "link.json").symlink_to(tmp_path / "real.json")
+    assert "link.json is there" in inside("evaluate.py", *flags, "--json", "link.json", cwd=tmp_path, expect=2)
+    (tmp_path / "real.json").write_text("")
     inside("evaluate.py", *flags, "--json", "link.json", cwd=tmp_path)
     report = strict((tmp_path / "real.json").read_text())
     assert all(row["NDCG@10"] == 0 for row in report["rows"][:2])

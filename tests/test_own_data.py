@@ -4,16 +4,19 @@ import argparse
 import gzip
 import itertools
 import json
+import math
 import random
 import shlex
 import shutil
 import subprocess
 import sys
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 from conftest import HEAD, ROOT, TINY, hand_log, inside, write_ring
 
 import teacher
@@ -25,6 +28,7 @@ from prebert import (
     save_texts, start_from, text_columns, with_text_columns, without_seed, write_safetensors,
 )  # fmt: skip
 from student import MiniBert, Recommender
+from teacher import join_processes, world
 from test_prebert import bert_folder
 from test_student import write_run
 
@@ -215,7 +219,17 @@ def test_a_log_is_not_overwritten_and_runs_have_plain_names(trained, tmp_path):
         words = inside("student.py", "--run", trained / RUN, "--data", log, "--out", target, cwd=tmp_path, expect=2)
         assert "name another file" in words
     assert log.read_bytes() == before and not (tmp_path / "o.tsv.gz").exists()
-    for name in ("a/b", "..", ".", "a/"):
+    (tmp_path / "a.csv").write_text("item_id,title\n")
+    kept = {path: path.read_bytes() for path in (log, tmp_path / "a.csv", trained / RUN / "model.safetensors")}
+    for target in kept:
+        words = inside("student.py", "--run", trained / RUN, "--data", log, "--out", target, cwd=tmp_path, expect=2)
+        assert "name another file" in words
+        words = inside("evaluate.py", "--data", log, "--json", target, cwd=tmp_path, expect=2)
+        assert "name another file" in words
+    assert all(path.read_bytes() == content for path, content in kept.items())
+    inside("student.py", "--run", trained / RUN, "--data", log, "--out", "o.tsv", cwd=tmp_path)
+    inside("student.py", "--run", trained / RUN, "--data", log, "--out", "o.tsv", cwd=tmp_path)  # our own is replaced
+    for name in ("", "a/b", "..", ".", "a/"):
         assert "--name" in inside("distill.py", "--data", log, *ON_RING, "--name", name, cwd=tmp_path, expect=2)
 
 
@@ -228,6 +242,9 @@ def test_what_is_left_out_may_be_nothing_and_unknown(trained, tmp_path):
         assert rows[0] == rows[1]
         words = inside("student.py", *flags, "--only", tmp_path / "shown.txt", cwd=trained, expect=2)
         assert "is a raw id or title of the catalogue" in words
+    (tmp_path / "shown.txt").write_text("id:107\n")
+    both = ["--only", tmp_path / "shown.txt", "--without", tmp_path / "shown.txt"]
+    assert "leave nothing to recommend" in inside("student.py", *flags, *both, cwd=trained, expect=2)
 
 
 def test_a_run_that_starts_from_itself_keeps_its_weights_until_there_are_new_ones(trained, monkeypatch):
@@ -576,6 +593,12 @@ def test_texts_count_as_far_as_validation_says(tmp_path, told):
     assert weight > 0 and best > 1.5 * quality(plain)
     again = inside("distill.py", *flags, *student, "--resume", cwd=tmp_path)
     assert "has ended" in again and "weight of" not in again
+    # An ended run keeps what was read for it, whatever the titles are by now.
+    titles, texts = (tmp_path / "kinds.item").read_text(), (run / "texts.safetensors").read_bytes()
+    (tmp_path / "kinds.item").write_text(titles.replace("story", "toy"))
+    inside("distill.py", *flags, *student, "--resume", cwd=tmp_path)
+    assert (run / "texts.safetensors").read_bytes() == texts
+    (tmp_path / "kinds.item").write_text(titles)
     # Where nothing is held out to choose it on, the weight is that of the run before; and it can be given.
     for once_more in ([], ["--start", f"{run}-all", "--overwrite"]):
         text = inside("distill.py", *flags, *student, "--all", *once_more, cwd=tmp_path)
@@ -686,6 +709,103 @@ def test_times_that_are_no_dates_are_counted_and_escapes_leave_titles(tmp_path):
     assert "of the times" not in inside("data.py", *flags, cwd=tmp_path)
 
 
+def test_dates_in_digits_and_dates_that_never_come(tmp_path, capsys):
+    head, path = "user_id,item_id,timestamp\n", tmp_path / "x.csv"
+    days = [datetime(2018, 1, 1) + timedelta(hours=31 * n) for n in range(200)]
+
+    def write(form, *more: str) -> None:
+        path.write_text(head + "".join(f"s{n},i{(n + k) % 9},{form(days[n])}\n" for n in range(200) for k in range(3)))
+        path.write_text(path.read_text() + "".join(more))
+
+    for form in ("{:%Y%m%d%H%M}", "{:%Y%m%d%H%M%S}", "{:%Y-%m-%d %H:%M}"):
+        write(form.format)
+        text = inside("data.py", "--data", path, "--split", "sessions", cwd=tmp_path)
+        assert "2 test targets, those of 2018-09-15" in text  # by hand: 199 times 31 hours after the first of January
+    write(lambda day: f"{621355968000000000 + int(day.timestamp()) * 10**7}")  # .NET's, from the year 1
+    assert "use ISO dates" in inside("data.py", "--data", path, "--split", "sessions", cwd=tmp_path, expect=2)
+    write("{:%Y-%m-%d}".format, "s1,i1,9999-12-31\n", "s1,i2,Mon Jan 01 00:00:00 99999999999999999999\n")
+    assert len(load_dataset(str(path), min_items=1, min_length=1).items) == 600
+    assert "skipped, one of 2:" in capsys.readouterr().err
+    write(lambda day: f"{day:%Y-%m-%d}" if day.month < 5 else f"{day:%Y%m%d}")
+    assert "of the times, such as 20180501; they are taken" in inside("data.py", "--data", path, "--min-count", 1, cwd=tmp_path)
+
+
+def test_descriptions_may_be_long_and_items_described_twice(tmp_path):
+    log = write_ring(tmp_path)
+    rows = "".join(f'{100 + n},"Film {n}","{"so, " * 50_000}"\n' for n in range(60))
+    log.with_suffix(".item").unlink(missing_ok=True)
+    (tmp_path / "ring.items.csv").write_text(f"item_id,title,description\n{rows}100,Other,\n")
+    text = inside("data.py", "--data", log, cwd=tmp_path)
+    assert "titles            60 of 60 items" in text and "1 lines say otherwise than one before" in text
+
+
+def test_a_copy_that_cannot_be_kept_is_a_note(tmp_path, monkeypatch, capsys):
+    log = write_ring(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("data.CACHE_FROM", 0)
+    (tmp_path / "runs").write_text("a file where a folder should be")
+    assert load_dataset(str(log)).num_users == 50
+    assert "note: cannot write" in capsys.readouterr().err
+
+
+def test_ids_of_two_normal_forms_are_two_items(tmp_path):
+    one, two = "Caf\u00e9", "Cafe\u0301"
+    run = write_run(tmp_path, ["", one, two, "9"], ["", "A", "B", "C"], True)
+    recommend = Recommender(run, compile=False)
+    assert [recommend.item(f"id:{raw_id}") for raw_id in (one, two)] == [1, 2]
+    assert {raw_id for raw_id, _, _ in recommend([["9"]], without=[f"id:{two}"])[0]} == {one}
+    for k in (0, -1, "3"):
+        with pytest.raises(InputError, match="whole number above 0"):
+            Recommender(run, k=k, compile=False)
+
+
+def test_a_diverged_model_is_never_the_best(ring, tmp_path, monkeypatch):
+    def diverge(optimizer) -> None:
+        with torch.no_grad():
+            optimizer.param_groups[0]["params"][0].fill_(math.inf)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", diverge)  # in the last step, whose loss was still good
+    flags = ["--data", ring, *ON_RING, "--tokens", 100_000, "--epochs", 1]
+    words = inside("distill.py", *flags, cwd=tmp_path, expect=2)
+    assert "try a smaller --lr" in words and not (tmp_path / "runs/ring/student-no-kd/model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value", "words"),
+    [
+        ("config.json", "split", ["last"], "split must be of type str"),
+        ("config.json", "interactions", "441", "interactions must be of type int"),
+        ("catalogue.json", "counts", [0] * 60 + [10**400], "counts must be from 0"),
+        ("metrics.json", "valid_NDCG@10", "0.5", "valid_NDCG@10 must be a number"),
+        ("metrics.json", "minutes", math.nan, "NaN is not a number"),
+    ],
+)
+def test_a_run_with_other_types_inside_is_refused(trained, tmp_path, file, key, value, words):
+    shutil.copytree(trained / RUN, tmp_path / RUN)
+    path = tmp_path / RUN / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    for name in ("ring.inter", "ring.item"):
+        if (trained / name).exists():
+            shutil.copy(trained / name, tmp_path)
+    flags = ["--data", "ring.inter", "--runs", RUN]
+    assert words in inside("evaluate.py", *flags, cwd=tmp_path, expect=2)
+
+
+def test_folders_of_bert_are_not_asked_of_the_hub(tmp_path, monkeypatch):
+    for name in ("../bert", "./x"):
+        with pytest.raises(InputError, match=r"no BERT .* here"):
+            load_bert(name)
+    bert_folder(tmp_path)
+    bert, tokenizer = load_bert(str(tmp_path))
+    words = json.loads(tokenizer.to_str())
+    words["model"]["vocab"].pop("[UNK]")
+    with pytest.raises(InputError, match="cannot read the texts"):
+        encode_texts(bert, Tokenizer.from_str(json.dumps(words)), ["\u2603"])
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as a cluster sets it, for a training that is not under torchrun
+    join_processes("cpu")
+    assert world() == (0, 1)
+
+
 def test_titles_asked_for_that_are_none(trained):
     (trained / "no.csv").write_text("a,b\n1,2\n")
     assert "--titles no.csv" in inside("data.py", "--data", "ring.inter", "--titles", "no.csv", cwd=trained, expect=2)
@@ -709,6 +829,12 @@ def test_texts_are_read_once_and_a_wrong_bert_is_noticed_before_training(ring, t
     assert len(list((tmp_path / "cache/prebert/titles").iterdir())) == 1
     words = inside("distill.py", *flags, "--size", "tiny", "--bert", "nosuch", cwd=tmp_path, expect=2)
     assert "no BERT 'nosuch'" in words and not (tmp_path / "runs/ring/student").exists()
+    [kept] = (tmp_path / "cache/prebert/titles").iterdir()
+    whole = kept.read_bytes()
+    for broken in (b"", whole[:-1], (tmp_path / "model.safetensors").read_bytes()):  # made again
+        kept.write_bytes(broken)
+        inside("teacher.py", *flags, "--bert", bert, "--item-init", "text", "--overwrite", cwd=tmp_path)
+        assert kept.read_bytes() == whole
     inside("distill.py", *flags, "--size", "tiny", "--bert", "none", cwd=tmp_path)  # no texts are kept
     assert not (tmp_path / "runs/ring/student/texts.safetensors").exists()
     words = inside("student.py", "id:103", "--run", "runs/ring/student", "--new-items", "Film", cwd=tmp_path, expect=2)

@@ -370,7 +370,7 @@ def test_what_is_not_finite_stops_with_advice_and_good_weights(ring, tmp_path, b
 
     log, models = load_dataset(str(ring)), []
     watched = lambda model, batch: models.append(model) or loss(model, batch)  # noqa: E731
-    with pytest.raises(InputError, match=rf"step {at - 1}, .*try a smaller --lr") as caught:
+    with pytest.raises(InputError, match=rf"step {at - 1}; .*try a smaller --lr") as caught:
         go(log, tmp_path / "run", watched)
     assert len(calls) == at and re.search("loss is nan" if broken == "loss" else "norm (inf|nan)", str(caught.value))
     assert all(parameter.isfinite().all() for parameter in models[-1].parameters())

@@ -727,7 +727,8 @@ def test_dates_in_digits_and_dates_that_never_come(tmp_path, capsys):
     assert len(load_dataset(str(path), min_items=1, min_length=1).items) == 600
     assert "skipped, one of 2:" in capsys.readouterr().err
     write(lambda day: f"{day:%Y-%m-%d}" if day.month < 5 else f"{day:%Y%m%d}")
-    assert "of the times, such as 20180501; they are taken" in inside("data.py", "--data", path, "--min-count", 1, cwd=tmp_path)
+    text = inside("data.py", "--data", path, "--min-count", 1, cwd=tmp_path)
+    assert "of the times, such as 20180501; they are taken" in text
 
 
 def test_descriptions_may_be_long_and_items_described_twice(tmp_path):

@@ -160,7 +160,7 @@ def in_seconds(times: np.ndarray) -> np.ndarray:
 
 
 def last_day(data: Interactions, final: bool = False) -> Parts:
-    """Sessions as users: test is those that begin on the log's last day (UTC), validation the newest tenth of the rest.
+    """Sessions as users: test is those of the last day (UTC) on which any begins, validation the newest tenth before.
 
     Every prefix of a held-out session asks for its next item, as session-based recommenders are evaluated
     (Hidasi et al. 2016, section 4). final: all but the last day is trained on, and the validation part is empty.
@@ -278,7 +278,7 @@ def at_once(device: torch.device, num_items: int) -> tuple[int, int]:
     """How many positions and how many users to rank together, the limits of `batches`.
 
     On a CPU, what a layer computes for many more than 2,048 positions no longer fits the cache, and each takes
-    longer. Scores of all users together take a quarter GiB at most.
+    longer. Scores of all users together take a quarter GiB at most, half of one in float64.
     """
     return 2048 if device.type == "cpu" else 2**16, max(1, 2**26 // num_items)
 
@@ -341,8 +341,8 @@ def core_filter(users: np.ndarray, items: np.ndarray, min_items: int, min_length
     """Indices of the largest sub-log where every user occurs `min_length` and every item `min_items` times (k-core)."""
     keep = np.arange(len(users))
     while True:
-        enough = np.bincount(users[keep], minlength=1)[users[keep]] >= min_length
-        enough &= np.bincount(items[keep], minlength=1)[items[keep]] >= min_items
+        enough = np.bincount(users[keep])[users[keep]] >= min_length
+        enough &= np.bincount(items[keep])[items[keep]] >= min_items
         if enough.all():
             return keep
         keep = keep[enough]
@@ -372,7 +372,7 @@ def latest_users(clicks: Clicks, keep: np.ndarray, fraction: int) -> np.ndarray:
     """Those of the entries `keep` that belong to the 1/fraction of users whose last click is most recent."""
     timed = clicks.times.min() < clicks.times.max()  # else lines are in the order of time
     times = clicks.times if timed else np.arange(len(clicks.times))
-    latest = np.full(clicks.users.max(initial=0) + 1, -np.inf)
+    latest = np.full(clicks.users.max() + 1, -np.inf)
     np.maximum.at(latest, clicks.users, times)
     recent = np.argsort(-latest, kind="stable")[: -(-len(latest) // fraction)]
     return keep[np.isin(clicks.users[keep], recent)]
@@ -456,6 +456,11 @@ def read_lines(path: Path) -> Iterator[str]:
                     bar.update(raw.tell() - bar.n)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise InputError(f"{path}: broken gzip file ({error}); download it again") from error
+
+
+COMPACT = re.compile(r"(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])([01]\d|2[0-3])[0-5]\d([0-5]\d)?")  # dates
+FOREVER = 1e11  # seconds; databases write the year 9999 where there is no date
+WEEKDAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 
 
 def moment(text: str) -> float:
@@ -553,7 +558,7 @@ def whole_rows(lines: Lines, separator: str, width: int) -> Lines:
         if not ahead:
             return
         number, line = ahead.popleft()
-        row = line
+        row = line  # and the lines after it until the one that closes its quote
         for place in range(50 if '"' in line and open_quote(line, separator) else 0):
             if place == len(ahead):
                 ahead.extend(itertools.islice(lines, 1))
@@ -578,10 +583,10 @@ def open_table(path: Path) -> tuple[Lines, Fields, list[str]]:
     if path.name in OFFICIAL:
         return lines, *OFFICIAL[path.name]
     # Excel may put a line such as sep=; before the header.
-    _, header = next((line for line in lines if line[1] and not line[1].startswith("sep=")), (1, ""))
+    _, header = next((line for line in lines if line[1].strip() and not line[1].startswith("sep=")), (1, ""))
     if not header:
         raise InputError(f"{path} is empty")
-    if header.lstrip()[:1] in "{[<" or header.startswith("version https://git-lfs"):
+    if header.lstrip().startswith(("{", "[", "<")) or header.startswith("version https://git-lfs"):
         raise InputError(f"{path} is JSON, a web page or a placeholder of git; save the log as CSV, with a header")
     separator = max("\t,;|", key=header.count)
     fields_of, kind = fields_at(separator), re.compile(r":(token|float)(_seq)?$")  # RecBole writes user_id:token
@@ -634,9 +639,6 @@ YES, NO = {"true", "t", "yes", "y"}, {"false", "f", "no", "n"}  # labels besides
 # How databases, pandas and R write what is not there.
 MISSING = {"", "null", "(null)", "none", "nan", "na", "<na>", "n/a", "#n/a", "undefined", "\\n"}
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # what may move the cursor of a terminal
-COMPACT = re.compile(r"(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])([01]\d|2[0-3])[0-5]\d([0-5]\d)?")  # dates
-FOREVER = 1e11  # seconds; databases write the year 9999 where there is no date
-WEEKDAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 LOOKS_LIKE_TIME = re.compile(r"(?i:time|date|stamp|epoch|when|datum|fecha|(^|_)(ts|dt|at|on|day)$)|[a-z](At|On)$")
 # The value of what may be a time: seconds and finer, 1.6e9, 20140428, 28.04.2014 10:51, Apr 28 2014, 28-APR-14.
 DATED = re.compile(r"-?\d{9,19}(\.\d+)?|\d\.\d+[eE]\+?\d\d?|(19|20)\d{6}(T.*)?|\d{1,4}[-/.]\d\d?[-/.]\d\d?.*|"
@@ -911,17 +913,17 @@ def cache_folder() -> Path:
         raise InputError("there is no home folder to keep files in; set XDG_CACHE_HOME") from None
 
 
-STREAM = re.compile(r"/dev/(?:fd/(\d+)|stdout)")  # may be a file that others write to as well
+STREAM = re.compile(r"(?:/dev|/proc/self)/(?:fd/(\d+)|stdout|stderr)")  # may be a file that others write to as well
 
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Write a temporary file, fsync it and rename it to `path`: all of it or nothing.
 
-    A pipe or a device is written to, never replaced. Raises InputError when the disk is full or may not be written.
+    A pipe or a device is written to, never replaced. Raises InputError for a file that cannot be written.
     """
     if stream := STREAM.fullmatch(str(path)):
         sys.stdout.flush()
-        with open(int(stream[1] or 1), "wb", closefd=False) as file:
+        with open(int(stream[1] or 1 + ("err" in str(path))), "wb", closefd=False) as file:
             file.write(content)
         return
     if path.exists() and not path.is_file():
@@ -943,7 +945,7 @@ def write_atomic(path: Path, content: bytes) -> None:
             unfinished.unlink()
 
 
-def keep(write: Callable[..., None], *args: object) -> None:
+def write_if_possible(write: Callable[..., None], *args: object) -> None:
     """Write what can be had again; where that fails, as on a full disk, a note says so and all goes on."""
     try:
         write(*args)
@@ -997,7 +999,7 @@ def fetch(folder: Path, public: Public) -> None:
         where = by_hand if by_hand.is_file() else source
         raise InputError(f"{where} is not the official file (its SHA-256 differs); fetch it again")
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        for file in files:
+        for file in reversed(files):  # the log last: where it is, the titles are
             write_atomic(folder / file, archive.read(inside + file))
 
 
@@ -1051,7 +1053,7 @@ def read_copy(path: Path, source: list) -> Interactions | None:
 
 
 def write_copy(path: Path, data: Interactions, source: list) -> None:
-    """Keep a parsed log, so that the next command starts at once; one a dataset."""
+    """Keep a parsed log, so that the next command starts at once; one a dataset and filter."""
     arrays = {"items": data.items, "offsets": data.offsets, "begins": data.begins}
     rest = {key: value for key, value in vars(data).items() if key not in arrays} | {"source": source}
     buffer = io.BytesIO()
@@ -1084,7 +1086,7 @@ def load_dataset(
     if titles_file and not any(data.texts):
         raise InputError(f"--titles {titles_file}: {data.taken['titles']}")
     if sum(size for _, size, _ in source[:-1]) >= CACHE_FROM:
-        keep(write_copy, copy, data, source)
+        write_if_possible(write_copy, copy, data, source)
     return data
 
 
@@ -1145,14 +1147,15 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     add("--root", help="folder of datasets (default: $PREBERT_DATA, else ./data)")
     add("--columns", type=column_names, default={}, help="of your own file: user=NAME,item=NAME,time=NAME,label=NAME")
     add("--titles", metavar="FILE", help="of its items, where they are not in x.item or x.items.csv beside x.inter")
-    add("--min-count", type=positive, help="users and items with fewer are left out (default: 5; student.py: 1)")
+    add("--min-count", type=positive, help="users and items with fewer interactions are left out (default: 5; "
+        "student.py: 1)")  # fmt: skip
     add("--min-items", type=positive, help="the same for items alone")
     add("--min-length", type=positive, help="the same for users alone (default with --split sessions: 2)")
     add("--fraction", type=positive, default=1, metavar="N", help="keep the latest 1/N of the users")
     add("--split", choices=("last", "sessions"), default="last", help="held out: each user's last two items (default), "
         "or the sessions of the last day and the newest tenth of the rest")  # fmt: skip
     add("--seen", choices=("auto", "keep", "exclude"), default="auto", help="items of the history: rank them or leave "
-        "them out (default: leave out, unless 1 %% of the interactions or more are repeats)")  # fmt: skip
+        "them out (default: leave out, unless 1 %% of the log are repeats; student.py: as the run)")  # fmt: skip
     parser.set_defaults(final=False, all=False)  # flags of trainings, and --final of evaluate.py
 
 

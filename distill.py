@@ -35,17 +35,16 @@ from prebert import (
 )  # fmt: skip
 from student import STUDENTS, MiniBert
 from teacher import (
-    Sampler, add_texts, add_training_flags, autocast_dtype, begin, candidate_logits, check_text_weight, default_init,
-    describe, draw_candidates, find_state, item_loss, join_processes, make_sampler, settle, train, world,
+    Sampler, add_texts, add_training_flags, autocast_dtype, candidate_logits, check_text_weight, default_init,
+    describe, draw_candidates, find_state, first_weights, item_loss, join_processes, make_sampler, settle, train, world,
 )  # fmt: skip
 
 States = Callable[[Batch], list[Tensor]]  # every teacher's states where a batch asks, (Q, D) each
 TEACHER_TOP = 64  # items that the teachers find likeliest, looked at whatever is sampled besides
 RECIPES: dict[str, dict] = {
-    "next": dict(epochs=8, lr=3e-3, body_lr=3e-3, tokens=4096, least_tokens=512, dropout=0.1, sparse_dropout=0.5,
-        label_smoothing=0.0),
-    "masked": dict(epochs=20, lr=3e-3, body_lr=3e-3, tokens=4096, least_tokens=512, dropout=0.1, sparse_dropout=0.5,
-        label_smoothing=0.0),
+    objective: dict(epochs=epochs, lr=3e-3, body_lr=3e-3, tokens=4096, least_tokens=512, dropout=0.1,
+        sparse_dropout=0.5, label_smoothing=0.0)
+    for objective, epochs in (("next", 8), ("masked", 20))
 }
 CACHE_AT_MOST = 2**32  # bytes of teachers' states
 TEXT_SIZE = 64  # columns for texts, which a student reads at every request; a teacher has as many as BERT's vectors
@@ -175,7 +174,7 @@ def build_student(
         vectors = item_vectors(args.item_init, data, part, size, reader)
     if vectors is not None:
         set_item_table(model, vectors, 1.0)
-    begin(model, args, data, vectors)
+    first_weights(model, args, data, vectors)
     return model
 
 
@@ -246,7 +245,7 @@ def main() -> None:
     model = build_student(args, data, parts[0], teachers[0] if teachers else None, reader)
     sampler = make_sampler(args, parts[0], data.num_items)
     run, config = Path("runs") / data.name / args.name, describe(data, model, args, made_by)
-    ended = world()[0] == 0 and find_state(run, data, args, config)[0] == "ended"  # before a teacher reads for nothing
+    ended = world()[0] == 0 and find_state(run, data, args, config)[0] == "ended"  # or taken: before teachers read
     if args.no_kd:
         loss = partial(item_loss, label_smoothing=args.label_smoothing, sampler=sampler)
     else:

@@ -241,7 +241,7 @@ def run_row(run: Path, model: PreBert, config: dict) -> dict:
 RARE = 2  # clicks in the training part at most: targets like that are rare, and reported apart as well
 
 # What the table shows of each split; the interval and the gain over the better baseline are those of NDCG@10.
-COLUMNS_OF = {
+SHOWN = {
     "last": ("HR@1", "HR@5", "HR@10", "MRR", "NDCG@10"),
     "sessions": ("Recall@20", "MRR@20", "HR@10", "NDCG@10"),
 }
@@ -249,7 +249,7 @@ COLUMNS_OF = {
 
 def print_table(rows: list[dict], split: str) -> None:
     """One line per model."""
-    names = COLUMNS_OF[split.removesuffix("-final")]
+    names = SHOWN[split.removesuffix("-final")]
     columns = "".join(f"{name:>10}" for name in names)
     print(f"\n{'model':<24}{'params':>12}{'MB':>7}{columns}{'95 % interval':>16}{'over baseline':>15}")
     best = max(row["NDCG@10"] for row in rows if row["name"] in ("popularity", "markov"))
@@ -294,7 +294,7 @@ def find_runs(runs: list[str] | None, data: Interactions) -> list[Path]:
     nothing is left, that is an InputError.
     """
     if runs:
-        return [Path(run) for run in runs]
+        return [Path(run) for run in dict.fromkeys(runs)]
     found: list[Path] = []
     others: list[InputError] = []
     for run in sorted(path.parent for path in (Path("runs") / data.name).glob("*/model.safetensors")):

@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from data import (
     HELD_OUT, PAD, InputError, Interactions, Public, Spans,
-    cache_folder, entries_of, fetch, keep, write_atomic,
+    cache_folder, entries_of, fetch, write_atomic, write_if_possible,
 )  # fmt: skip
 
 # ---------------------------------------------------------------- encoder
@@ -221,8 +221,8 @@ class PreBert(nn.Module):
     each of the three before it: a short convolution, as in Mamba (Gu & Dao 2023). Its shares are 0 as training begins.
 
     Item rows may have `text_size` columns more, with what BERT read in the items' texts. The encoder does not see them;
-    states end in the sum of those of the newest four, 0.7 of a share for each step back (MASK has none, but counts as a
-    step), so that an item scores higher if its text is like theirs. `teacher.add_texts` adds them after training.
+    states end in the sum of those of the newest four, each weighted 0.7 of the one after it (MASK has none),
+    so that an item scores higher if its text is like theirs. `teacher.add_texts` adds them after training.
     """
 
     def __init__(self, config: BertConfig, num_items: int, text_size: int = 0):
@@ -273,11 +273,15 @@ class PreBert(nn.Module):
             return history[:, -self.max_length :].contiguous()  # compiled graphs take the layout for granted
         return F.pad(history[:, -(self.max_length - 1) :], (0, 1), value=self.mask_id)  # (B, T + 1)
 
+    def last_state(self, tokens: Tensor) -> Tensor:
+        """The state at the newest end of tokens (B, T), (B, D + C)."""
+        last = torch.full((tokens.shape[0], 1), tokens.shape[1] - 1, device=tokens.device)
+        return self(tokens, last)[:, 0]
+
     def score_next(self, history: Tensor) -> Tensor:
         """Scores of what follows: history (B, T) left-padded, newest last; returns (B, num_items)."""
         tokens = self.question(history)
-        last = torch.full((len(tokens), 1), tokens.shape[1] - 1, device=tokens.device)
-        return self.logits(self(tokens, last))[:, 0]
+        return self.logits(self.last_state(tokens))
 
 
 # ---------------------------------------------------------------- BERT's weights
@@ -400,7 +404,7 @@ def download_bert(repository: str) -> Path:
     offline = False
     try:  # ask once whether anything answers: the hub's client would retry for half a minute
         urllib.request.urlopen(constants.ENDPOINT, timeout=10).close()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: an endpoint that is no address
         offline = not isinstance(error, urllib.error.HTTPError)  # an unfriendly answer is one
     try:
         wanted = [*BERT_FILES, "model-*.safetensors"]
@@ -445,8 +449,8 @@ Reader = tuple[Bert, Tokenizer]  # what reads texts
 def load_bert(source: str) -> Reader:
     """A pre-trained BERT encoder and its tokenizer, see `find_bert`.
 
-    Every weight is consumed or reported as ignored. Raises InputError for other model types, decoders,
-    relative positions, missing, unknown or misshapen weights, and a tokenizer with more words than the weights.
+    Every weight is used, or is outside the encoder and printed as ignored. Raises InputError for other model types,
+    decoders, relative positions, missing, unknown or misshapen weights, and a tokenizer with too many words.
     """
     folder = find_bert(source)
     path, usual = folder / "model.safetensors", {"position_embedding_type": "absolute", "is_decoder": False}
@@ -486,9 +490,10 @@ def prebert_from_bert(
     model = PreBert(config, num_items)
     with torch.no_grad():
         mask_word = tokenizer.token_to_id("[MASK]")
-        if mask_word is None:
+        if mask_word is not None:
+            model.item_embedding.weight[model.mask_id] = bert.word_embedding.weight[mask_word]
+        elif not causal:
             raise InputError("this BERT's tokenizer has no [MASK] token, so it was not trained to fill in blanks")
-        model.item_embedding.weight[model.mask_id] = bert.word_embedding.weight[mask_word]
         # BERT adds segment 0's vector to every word of a single text, so it is folded into the positions.
         places = bert.position_embedding.weight[:max_length] + bert.segment_embedding.weight[0]
         model.position_embedding.weight.copy_(places)
@@ -631,10 +636,10 @@ def read_run(run: Path) -> tuple[dict, dict]:
 
 
 def read_metrics(run: Path) -> dict:
-    """metrics.json of a training that has ended; InputError where its validation score is missing or no number."""
+    """metrics.json of an ended training; InputError where a score is no number, or None, as with nothing held out."""
     ended = read_json(run / "metrics.json")
     for key in ("valid_NDCG@10", "text_weight"):
-        if type(ended.get(key)) not in (float, int, NoneType) or key not in (*ended, "text_weight"):
+        if type(ended.get(key, "" if key == "valid_NDCG@10" else None)) not in (float, int, NoneType):
             raise InputError(f"{run / 'metrics.json'}: {key} must be a number")
     return ended
 
@@ -764,7 +769,7 @@ def text_vectors(bert: Bert, tokenizer: Tokenizer, texts: list[str]) -> Tensor:
             if len(vectors := read_safetensors(path).get("titles", torch.empty(0))) == len(texts):
                 return vectors
     vectors = encode_texts(bert, tokenizer, texts)
-    keep(write_safetensors, path, {"titles": vectors})
+    write_if_possible(write_safetensors, path, {"titles": vectors})
     return vectors
 
 
@@ -811,7 +816,7 @@ def item_vectors(kind: str, data: Interactions, train: Spans, size: int, reader:
         vectors.append(centred(texts if texts.shape[1] == size else principal_components(texts, size)))
     if "cooc" in kind:
         vectors.append(centred(cooccurrence_vectors(train, data.num_items, size)))
-    return torch.stack(vectors).sum(0) if vectors else None
+    return sum(vectors[1:], vectors[0]) if vectors else None
 
 
 def set_item_table(model: PreBert, table: Tensor, norm: float) -> None:
@@ -847,7 +852,8 @@ def start_from(model: PreBert, run: str, data: Interactions, vectors: Tensor | N
     """Begin from the weights of a run on an older log; its items are found by their raw ids.
 
     vectors: first vectors (num_items, D) of `item_vectors`, by which a new item finds its `nearby` known ones. Raises
-    InputError for a model of another shape, and where what is held out may have been trained on.
+    InputError for a model of another shape, and where the run's log was longer, another as long, or held out otherwise:
+    what is held out here may have been trained on there.
     """
     old, config, catalogue = load_run(run)
     theirs = old.config
@@ -909,7 +915,7 @@ def with_new_items(model: PreBert, run: Path, source: str, texts: list[str]) -> 
     """
     path = run / "texts.safetensors"
     if not path.exists():
-        raise InputError(f"{run} has no texts.safetensors: trained without titles, it has no vector for new items")
+        raise InputError(f"{run} has no texts.safetensors: its training read no titles, so new items have no vectors")
     bert, tokenizer = load_bert(source)
     known = read_safetensors(path).get("texts", torch.empty(0)).float()  # (I, E), I items that were trained
     if known.ndim != 2 or known.shape[1] != bert.config.hidden_size or not 0 < len(known) <= model.num_items:

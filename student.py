@@ -80,8 +80,7 @@ class TopK(nn.Module):
         self.model, self.k = model, min(k, model.num_items)
 
     def forward(self, tokens: Tensor, excluded: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
-        last = torch.full((tokens.shape[0], 1), tokens.shape[1] - 1, device=tokens.device)
-        scores = scores_by_id(self.model, self.model(tokens, last)[:, 0]).float()  # (B, V or V - 1)
+        scores = scores_by_id(self.model, self.model.last_state(tokens)).float()  # (B, V or V - 1)
         scores = scores.masked_fill(~allowed[: scores.shape[1]], -torch.inf)
         best_scores, items = scores.scatter(1, excluded, -torch.inf).topk(self.k, dim=1)
         return best_scores, items
@@ -272,8 +271,9 @@ class Recommender:
     def matches(self, name: str) -> list[int]:
         """Internal ids of the items with this raw id or title; exact spelling wins over another case."""
         text = normal(name)
-        if text.startswith("id:") and (raw_id := name[3:] if name[3:] in self.by_id else text[3:]) in self.by_id:
-            return [self.by_id[raw_id]]
+        for raw_id in (name[3:], text[3:]):
+            if text.startswith("id:") and raw_id in self.by_id:
+                return [self.by_id[raw_id]]
         ids = [self.by_id[key] for key in (name, text) if key in self.by_id][:1]
         return sorted({*ids, *self.by_title.get(text, [])}) or self.by_title_in_any_case.get(text.casefold(), [])
 
@@ -446,7 +446,7 @@ def main() -> None:
     parser.add_argument("--only", metavar="FILE", help="recommend only these items, a raw id or title a line")
     parser.add_argument("--without", metavar="FILE", help="do not recommend these")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    parser.add_argument("--compile", action="store_true", help="compile first, for this and all later calls")
+    parser.add_argument("--compile", action="store_true", help="compile first, for this and later calls with this -k")
     add_data_flags(parser)
     parser.set_defaults(data=None)
     args = parser.parse_args()

@@ -119,7 +119,7 @@ def autocast_dtype(device: torch.device, precision: str) -> torch.dtype:
     """bfloat16 where the hardware multiplies it (`auto`), else float32; bf16 without hardware is slower."""
     if precision != "auto":
         return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
-    on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     on_cpu = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if on_gpu or on_cpu else torch.float32
 
@@ -244,7 +244,7 @@ def train(
         began, began_cpu = now - state["seconds"], time.process_time() - state["cpu_seconds"]
 
         def spent(steps: float = math.inf) -> float:
-            """Share of the budget that is used up; `steps`: those of an epoch, at the middle of its coming one."""
+            """Share of the budget used up so far or, given the `steps` of an epoch, by the middle of the next step."""
             if args.minutes:
                 return state["seconds"] / (60 * args.minutes)
             return (state["epoch"] + (state["batch"] + 0.5) / steps) / args.epochs if args.epochs else 1.0
@@ -301,7 +301,7 @@ def train(
             state["best"], state["waited"] = max(quality, state["best"]), 0 if best else state["waited"] + 1
             state["cpu_seconds"], saved = time.process_time() - began_cpu, time.perf_counter()
             minutes, loss_now = state["seconds"] / 60, state["loss"]
-            state["log"] += f"{state['step']},{epoch + 1},{minutes:.3f},{loss_now:.5f},{quality:.5f},{hits:.5f}\n"
+            state["log"] += f"{state['step']},{epoch + 1},{minutes:.3f},{loss_now:.5f},{quality:.8f},{hits:.5f}\n"
             if process == 0:
                 if best:
                     write_safetensors(run / "model.safetensors", model.state_dict())
@@ -541,7 +541,7 @@ def add_training_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict]
     add("--objective", choices=tuple(recipes), help="predict each next item, or fill in blanks, the paper's own")
     budget = group.add_mutually_exclusive_group()
     budget.add_argument("--epochs", type=number(0, kind=int), help=f"passes, more on small data {by_recipe('epochs')}; "
-        "with --start a fifth, or 0: the old weights with today's catalogue")  # fmt: skip
+        "a fifth with --start; 0: its weights with today's catalogue")  # fmt: skip
     budget.add_argument("--minutes", type=number(0, above=True), help="budget by the clock instead of --epochs")
     add("--tokens", type=positive, help=f"positions in a batch, over all processes {by_recipe('tokens')}"
         + f"; fewer on small data, at least {least}" * (least < most))  # fmt: skip
@@ -550,9 +550,9 @@ def add_training_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict]
     add("--dropout", type=number(0, 0.9), help=f"share of activations zeroed {by_recipe('dropout')}; with fewer than "
         f"{SPARSE} interactions an item {by_recipe('sparse_dropout')}, halfway if users repeat items")  # fmt: skip
     add("--label-smoothing", type=number(0, 0.9),
-        help=f"share of a label given to all items alike {by_recipe('label_smoothing')}; with --negatives 0")
+        help=f"share of a label given to all items alike {by_recipe('label_smoothing')}; 0 with --negatives")
     add("--text-weight", type=number(0), help="how much an item gains whose text is like the newest items' (default: "
-        f"with fewer than {SPARSE} interactions an item best of 0, 1, 2, 4 by validation; --all, --final: as <name>)")
+        f"fewer than {SPARSE} interactions an item: 1, 2 or 4 if validation gains 1 %%; --all, --final: as <name>)")
     add("--near-identity", action=argparse.BooleanOptionalAction,
         help=f"begin with body and head that change little (default: with fewer than {SPARSE} interactions an item)")
     add("--warmup", type=number(0, 0.99), default=0.05, help="share of the budget that the rate rises (default: 0.05)")
@@ -606,19 +606,17 @@ def settle(args: argparse.Namespace, recipes: dict[str, dict], data: Interaction
     suffix = {"none": "-all", "last": "", "sessions": ""}.get(data.split, "-final")
     if args.epochs == 0 and (suffix or not args.start):
         raise InputError("--epochs 0 trains nothing; it is for --start RUN without --all and --final")
-    if args.dropout is None and sparse(data):
-        usual, own = recipe["dropout"], recipe["sparse_dropout"]
-        args.dropout = (usual + own) / 2 if data.repeats else own
-    if args.near_identity is None:
-        args.near_identity = sparse(data)
     smaller = max(1.0, 1e6 / len(data.items))  # small data: smaller batches, so that an epoch has as many steps
     args.tokens = args.tokens or max(recipe["least_tokens"], recipe["tokens"] // 2 ** round(math.log2(smaller)))
     for key in ("lr", "body_lr"):  # a step of fewer questions says less, and may change less
         if getattr(args, key) is None:
             setattr(args, key, recipe[key] * min(1.0, args.tokens / recipe["tokens"]) ** 0.5)
-    for key in ("dropout", "label_smoothing"):
+    halfway = (recipe["dropout"] + recipe["sparse_dropout"]) / 2
+    dropout = recipe["dropout"] if not sparse(data) else halfway if data.repeats else recipe["sparse_dropout"]
+    usual = {"dropout": dropout, "label_smoothing": recipe["label_smoothing"], "near_identity": sparse(data)}
+    for key, value in usual.items():
         if getattr(args, key) is None:
-            setattr(args, key, recipe[key])
+            setattr(args, key, value)
     if args.epochs is None and suffix and not (args.minutes or args.start):
         args.epochs = best_epoch(args, replace(data, split=args.split), suffix)
     if args.epochs is None:  # a hundredth of the data gets three times the passes
@@ -703,12 +701,12 @@ def build_teacher(args: argparse.Namespace, data: Interactions, part: Spans) -> 
     vectors = item_vectors(args.item_init, data, part, model.config.hidden_size, reader)
     if vectors is not None:
         set_item_table(model, vectors, norm)
-    begin(model, args, data, vectors)
+    first_weights(model, args, data, vectors)
     return model, reader
 
 
-def begin(model: PreBert, args: argparse.Namespace, data: Interactions, vectors: Tensor | None) -> None:
-    """Weights of --start, see `start_from`, or near the identity; not where those of a checkpoint come instead."""
+def first_weights(model: PreBert, args: argparse.Namespace, data: Interactions, vectors: Tensor | None) -> None:
+    """Weights of --start, see `start_from`, or near the identity; a checkpoint's, with --resume, come over them."""
     run = Path("runs") / data.name / args.name
     begun = all((run / name).exists() for name in ("config.json", "catalogue.json", "train_state.pt"))
     if args.start and not (args.resume and begun):

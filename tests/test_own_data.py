@@ -479,7 +479,7 @@ def test_new_items_are_recommended_by_their_texts_and_change_no_other_score(trai
     config = json.loads((run / "config.json").read_text())
     config["settings"]["bert"] = str(tmp_path)
     (run / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="trained without titles"):
+    with pytest.raises(InputError, match="its training read no titles"):
         Recommender(run, compile=False).add_items({"toy": "toy"})
     log = load_dataset(str(trained / "ring.inter"))
     torch.manual_seed(1)

@@ -822,7 +822,7 @@ def read_titles(path: Path, item_name: str = "") -> tuple[dict[str, tuple[str, s
             twice += titles.get(raw_id, (shown, text)) != (shown, text)
             titles[raw_id] = (shown, text)
     texts = " and ".join(names[place] for place in (title, *others))
-    more = f"; {twice:,} lines say otherwise than one before, and count" * (twice > 0)
+    more = f"; {twice:,} lines describe an item anew, the last counts" * (twice > 0)
     return titles, f"from {texts} of {path.name}, by {names[item]}{more}"
 
 
@@ -1007,7 +1007,7 @@ def fetch(folder: Path, public: Public) -> None:
 
 TABLE = re.compile(r"\.(inter|item|csv|tsv)(\.gz)?$", re.IGNORECASE)
 CACHE_FROM = 1 << 24  # bytes; smaller logs are read faster than anyone waits
-COPY_VERSION = 9  # of what a parsed copy holds
+COPY_VERSION = 10  # of what a parsed copy holds
 
 
 def dataset_name(name: str) -> str:

@@ -737,7 +737,7 @@ def test_descriptions_may_be_long_and_items_described_twice(tmp_path):
     log.with_suffix(".item").unlink(missing_ok=True)
     (tmp_path / "ring.items.csv").write_text(f"item_id,title,description\n{rows}100,Other,\n")
     text = inside("data.py", "--data", log, cwd=tmp_path)
-    assert "titles            60 of 60 items" in text and "1 lines say otherwise than one before" in text
+    assert "titles            60 of 60 items" in text and "1 lines describe an item anew, the last counts" in text
 
 
 def test_a_copy_that_cannot_be_kept_is_a_note(tmp_path, monkeypatch, capsys):

@@ -638,8 +638,9 @@ def read_run(run: Path) -> tuple[dict, dict]:
 def read_metrics(run: Path) -> dict:
     """metrics.json of an ended training; InputError where a score is no number, or None, as with nothing held out."""
     ended = read_json(run / "metrics.json")
+    scores = {"text_weight": None, **ended}  # not every run has chosen one
     for key in ("valid_NDCG@10", "text_weight"):
-        if type(ended.get(key, "" if key == "valid_NDCG@10" else None)) not in (float, int, NoneType):
+        if type(scores.get(key, "missing")) not in (float, int, NoneType):
             raise InputError(f"{run / 'metrics.json'}: {key} must be a number")
     return ended
 

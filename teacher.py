@@ -442,7 +442,7 @@ def world() -> tuple[int, int]:
 
 def join_processes(device: str) -> None:
     """Under torchrun, meet the other processes: NCCL between GPUs, gloo between CPUs. The first one prints."""
-    if "RANK" in os.environ and int(os.environ["WORLD_SIZE"]) > 1 and not dist.is_initialized():
+    if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE") or 1) > 1 and not dist.is_initialized():
         if device in ("auto", "cuda") and torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group("nccl")

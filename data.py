@@ -510,17 +510,20 @@ Fields = Callable[[str], list[str]]  # a line into its fields
 Row = TypeVar("Row")
 
 
-def fields_at(separator: str) -> Fields:
+def fields_at(separator: str, width: int = 0) -> Fields:
     """A function that cuts a line at `separator`; as in CSV, quotes around a whole field are removed, others stay.
 
-    A quote inside quotes is written twice or, as databases do, behind a backslash.
+    A quote inside quotes is written twice or, as databases do, behind a backslash. A tab cuts in quotes as well, where
+    that gives `width` fields.
     """
 
     def fields_of(line: str) -> list[str]:
         if '"' in line and len(separator) == 1:
             for escape in (None, "\\"):
                 with suppress(csv.Error):
-                    return csv_fields(line, separator, escape)
+                    fields = csv_fields(line, separator, escape)
+                    cut = separator == "\t" and len(fields) < line.count(separator) + 1 == width
+                    return line.split(separator) if cut else fields
             if open_quote(line, separator):
                 raise InputError(f"a quote is not closed on the line {line[:60]!r}, or only 50 lines later")
         return line.split(separator)
@@ -591,6 +594,7 @@ def open_table(path: Path) -> tuple[Lines, Fields, list[str]]:
     separator = max("\t,;|", key=header.count)
     fields_of, kind = fields_at(separator), re.compile(r":(token|float)(_seq)?$")  # RecBole writes user_id:token
     names = [kind.sub("", name).strip() for name in fields_of(header)]
+    fields_of = fields_at(separator, len(names))
     if 2 * sum(bool(re.fullmatch(r"[\d\s.,:+/TZ-]+", name)) for name in names) >= len(names):  # numbers and dates
         raise InputError(f"{path}:1: a header such as user_id,item_id,timestamp must come first; found {header[:60]!r}")
     for name, word in zip(names, plain(names), strict=True):
@@ -624,7 +628,8 @@ def rows_of(path: Path, lines: Lines, parse: Callable[[str], Row]) -> Iterator[R
 
 
 # Common public spellings, in order of preference, without case, blanks and underscores.
-SESSION = "sessionid session sid"
+SESSION = "sessionid session usersession visitid sid"
+EVENTS = "event eventtype behavior behaviortype action actiontype"
 COLUMNS = {
     "user": "userid user uid customerid customer reviewerid visitorid memberid accountid profileid playerid personid "
     f"clientid readerid username {SESSION}",
@@ -639,7 +644,9 @@ YES, NO = {"true", "t", "yes", "y"}, {"false", "f", "no", "n"}  # labels besides
 # How databases, pandas and R write what is not there.
 MISSING = {"", "null", "(null)", "none", "nan", "na", "<na>", "n/a", "#n/a", "undefined", "\\n"}
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # what may move the cursor of a terminal
-LOOKS_LIKE_TIME = re.compile(r"(?i:time|date|stamp|epoch|when|datum|fecha|(^|_)(ts|dt|at|on|day)$)|[a-z](At|On)$")
+LOOKS_LIKE_TIME = re.compile(r"(?i:time(?!s|_?spent)|date|stamp|epoch|when|datum|fecha|(^|_)(ts|dt|at|on|day)$)|"
+                             r"[a-z](At|On)$")  # fmt: skip
+CLOCK = re.compile(r"^-?\d{9}|(?<![\d:])(?!00:00(:00)?(?!\d))\d\d?:\d\d")  # tells more than the day
 # The value of what may be a time: seconds and finer, 1.6e9, 20140428, 28.04.2014 10:51, Apr 28 2014, 28-APR-14.
 DATED = re.compile(r"-?\d{9,19}(\.\d+)?|\d\.\d+[eE]\+?\d\d?|(19|20)\d{6}(T.*)?|\d{1,4}[-/.]\d\d?[-/.]\d\d?.*|"
                    r"[A-Z][a-z]{2,8}\.? \d\d?,? .*|\d\d?[- .][A-Za-z]{3,9}[- .,].*\d\d.*|"
@@ -649,6 +656,18 @@ DATED = re.compile(r"-?\d{9,19}(\.\d+)?|\d\.\d+[eE]\+?\d\d?|(19|20)\d{6}(T.*)?|\
 def place_of(names: list[str], known: str) -> int | None:
     """Where the first of the known spellings stands among the names of columns, if any."""
     return next((plain(names).index(word) for word in known.split() if word in plain(names)), None)
+
+
+def dated_columns(names: list[str], fields_of: Fields, lines: list[str]) -> tuple[set[int], set[int]]:
+    """Where columns stand most of whose values look like a time, and those of them that tell more than the day."""
+    values: list[list[str]] = [[] for _ in names]  # of each column, those that are there
+    for line in lines:
+        with suppress(ValueError, KeyError, SyntaxError):  # an unreadable line, which is reported later
+            for column, value in zip(values, map(str.strip, fields_of(line)), strict=False):
+                column += [value] * (value.lower() not in MISSING)
+    shown = [[value for value in column if DATED.fullmatch(value)] for column in values]
+    dated = {place for place in range(len(names)) if 2 * len(shown[place]) > len(values[place])}
+    return dated, {place for place in dated if any(map(CLOCK.search, shown[place]))}
 
 
 def find_columns(
@@ -666,12 +685,7 @@ def find_columns(
             raise InputError(f"{path}:1: no column {name!r}; {found}")
     if lists := [name for name in names if name.endswith("_list")]:
         raise InputError(f"{path}: {lists[0]} holds histories; write one line a click: user_id, item_id, timestamp")
-    dates: list[list[bool]] = [[] for _ in names]  # of each column, of its values that are there
-    for line in first:
-        with suppress(ValueError, KeyError, SyntaxError):  # an unreadable line, which is reported later
-            for column, value in zip(dates, map(str.strip, fields_of(line)), strict=False):
-                column += [bool(DATED.fullmatch(value))] * (value.lower() not in MISSING)
-    dated = {place for place, column in enumerate(dates) if 2 * sum(column) > len(column)}
+    dated, finer = dated_columns(names, fields_of, first)
     places = {kind: place_of(names, known) for kind, known in COLUMNS.items()} | {"owner": None}
     if places["label"] in dated:  # the day of a purchase
         places["label"] = None
@@ -687,12 +701,17 @@ def find_columns(
             raise InputError(f"{path}:1: no column is known as the {kind}; {found}; name it: --columns {kind}=NAME, or "
                              "write a header first, if there is none")  # fmt: skip
     timed, when = {place for place, name in enumerate(names) if LOOKS_LIKE_TIME.search(name)}, places["time"]
-    likely = sorted((dated | timed if when is None else dated & timed) - {*used}, key=lambda place: place not in dated)
-    if likely and when not in dated and "time" not in given:
+    others = (dated | timed if when is None else dated & timed) - {*used}
+    likely = sorted(others, key=lambda place: (place not in dated, place))
+    if when in dated - finer:
+        likely = [place for place in likely if place in finer]
+    if likely and when not in finer and "time" not in given:
         what = "no column is known as the time" if when is None else f"{names[when]} does not look like a time"
-        way = f"--columns {shlex.quote('time=' + names[likely[0]])}, or time=none if the lines are in the order of time"
+        what = f"{names[when]} tells the day alone" if when in dated else what  # and histories would be out of order
+        way = f"time={names[likely[0]] if likely[0] in dated else 'NAME'}"
         could = " or ".join(names[place] for place in likely[:3])
-        raise InputError(f"{path}:1: {what}, but {could} could be one; say {way}")
+        raise InputError(f"{path}:1: {what}, but {could} could be one; say --columns {shlex.quote(way)}, or "
+                         f"time={names[when] if when in dated else 'none if the lines are in the order of time'}")
     return places
 
 
@@ -748,12 +767,12 @@ def read_log(path: Path, given: dict[str, str], sessions: bool) -> tuple[Clicks,
     left_out = sum(not clicked for clicked in rows_of(path, itertools.chain(first, lines), take))
     arrays = np.frombuffer(users, np.int64), np.frombuffer(items, np.int64), np.frombuffer(times, np.float64)
     check_unit(arrays[2], path)
-    taken = what_was_taken(path, names, places, arrays[2], left_out)
+    taken = what_was_taken(path, names, places, arrays[2], left_out, sessions and "user" not in given)
     return Clicks(*arrays, list(user_ids), list(item_ids)), taken, names[item]  # type: ignore[index]
 
 
 def what_was_taken(
-    path: Path, names: list[str], places: dict[str, int | None], times: np.ndarray, left_out: int
+    path: Path, names: list[str], places: dict[str, int | None], times: np.ndarray, left_out: int, sessions: bool
 ) -> dict[str, str]:
     """What the card prints of a log that was read: its columns, those left aside, and times that are no dates."""
     named = {kind: names[place] for kind, place in places.items() if place is not None}
@@ -763,27 +782,36 @@ def what_was_taken(
              + f"; not read: {', '.join(unread)}" * bool(unread)}  # fmt: skip
     if "label" in named:
         taken["left out"] = f"{left_out:,} lines whose {named['label']} says no"
-    if (rating := place_of(names, "rating stars score")) is not None:
-        taken["not read"] = f"{names[rating]}: a low rating is an interaction, too"
+    kinds = [names[place] for known in (EVENTS, "rating stars score") if (place := place_of(names, known)) is not None]
+    if kinds:
+        taken["not read"] = f"{' and '.join(kinds)}: a line is an interaction, whatever stands there"
+    if sessions and place_of(names, SESSION) is None:
+        taken["sessions"] = "no column is known as the session, so each user is one; name it: --columns user=NAME"
     if len(times) and times.max() >= 1e8 and len(undated := times[np.abs(times) < 1e8]):
         taken["no dates"] = f"{len(undated):,} of the times, such as {undated[0]:.0f}; they are taken as the oldest"
     return taken
 
 
-def title_place(names: list[str]) -> int | None:
-    """The column of titles: `title`, else one with title in its name, else `name`, else one with name in its name."""
-    other = re.compile("category|brand|genre|type|class|user|author|artist|seller|_id$|length|lang")
-    ranked = [
-        ("title" not in name, name not in ("title", "name"), place) for place, name in enumerate(map(str.lower, names))
-        if re.search("title|name", name) and not other.search(name)
-    ]  # fmt: skip
-    return min(ranked)[2] if ranked else None
+def title_place(names: list[str], item: int) -> int | None:
+    """The column of titles: `title` or one called as the items are, such as track_name beside track_id.
+
+    Else one with title in its name, else `name`, else one with name in its name.
+    """
+    other = re.compile("category|brand|genre|type|class|user|author|artist|seller|id$|length|lang|album|customer|store|"
+                       "brewery|city|country|review|host|publisher|department|channel")  # fmt: skip
+    stem = re.sub("(id|code|key|number|no)$", "", plain(names)[item])
+    ranked = []
+    for place, name in enumerate(plain(names)):
+        own = bool(stem) and name.startswith(stem)
+        if re.search("title|name", name) and not other.search(name[len(stem) * own :]):
+            ranked.append((not own and name != "title", "title" not in name, name not in ("title", "name"), place))
+    return min(ranked)[3] if ranked else None
 
 
 # Columns, besides the title, that say in words what an item is.
 DESCRIBES = re.compile(
-    r"(?i:(^|[-_ ])(genres?|category|categories|class|tags?|brand|developer|publisher|authors?|artist|studio|director)"
-    r"([-_ ]?names?|_list)?$)|[a-z](Genres?|Category|Categories|Tags?|Brand|Authors?|Artist)$"
+    r"(?i:(^|[-_ ])(genres?|category|categories|class|tags?|brand|developer|publisher|author|artist|studio|director)s?"
+    r"([-_ ]?names?|_list)?$)|[a-z](Genres?|Category|Categories|Tags?|Brand|Authors?|Artists?)$"
 )
 LISTED = re.compile(r"(?<!\w)u?['\"]|['\"](?!\w)|[\[\]|]")  # what lists of words are written with
 
@@ -796,7 +824,7 @@ def read_titles(path: Path, item_name: str = "") -> tuple[dict[str, tuple[str, s
     """
     lines, fields_of, names = open_table(path)
     item = names.index(item_name) if item_name in names else place_of(names, COLUMNS["item"] + " id")
-    title, year = title_place(names), place_of(names, "releaseyear")
+    title, year = None if item is None else title_place(names, item), place_of(names, "releaseyear")
     others = [place for place, name in enumerate(names) if DESCRIBES.search(name) and place not in (item, title)]
     if item is None or title is None:
         what = "items" if item is None else "titles"
@@ -1007,7 +1035,7 @@ def fetch(folder: Path, public: Public) -> None:
 
 TABLE = re.compile(r"\.(inter|item|csv|tsv)(\.gz)?$", re.IGNORECASE)
 CACHE_FROM = 1 << 24  # bytes; smaller logs are read faster than anyone waits
-COPY_VERSION = 10  # of what a parsed copy holds
+COPY_VERSION = 11  # of what a parsed copy holds
 
 
 def dataset_name(name: str) -> str:
@@ -1103,7 +1131,7 @@ def card(data: Interactions) -> str:
     return "\n".join([
         f"{data.name}: {data.num_users:,} users, {data.num_items:,} items, {len(data.items):,} interactions",
         *(f"  {what:<17} {words}" for what, words in data.taken.items()),
-        f"  density           {len(data.items) / data.num_users / data.num_items:.2%}",
+        f"  density           {len(data.items) / data.num_users / data.num_items:.2%}" + ", repeats too" * data.repeats,
         f"  history length    {quantiles}; mean {sizes.mean():.1f}",
         f"  split             {len(train.sizes):,} histories to train on, {len(valid.targets):,} validation and "
         f"{len(test.targets):,} test targets" + f", those of {day}" * bool(day),

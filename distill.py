@@ -239,6 +239,8 @@ def main() -> None:
     settle(args, RECIPES, data)
     parts = SPLITS[data.split](data)
     from_texts = "text" in args.item_init or (teachers and (Path(args.teacher[0]) / "texts.safetensors").exists())
+    if from_texts and not any(data.texts):
+        print("note: the teacher read titles, and this log has none; --titles FILE names them")
     wanted = (from_texts or args.text_weight) and any(data.texts) and args.bert != "none"
     reader = load_bert(args.bert) if wanted else None
     check_text_weight(args, reader)

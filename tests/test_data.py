@@ -167,6 +167,8 @@ def test_without_any_time_the_order_of_lines_counts_and_the_card_says_so(tmp_pat
         ("user_id,item_id,date,time\nu,a,20160508,901\n", "time does not look like a time, but date could be one"),
         ("userId,venueId,timezoneOffset,utcTimestamp\n0,0,-240,2012-04-03 18:00:09\n", "--columns time=utcTimestamp"),
         ("user_id,item_id,purchased\nu,a,2020-03-01\n", "purchased could be one"),
+        ("user_id,item_id,date,time_ms\nu,a,20220408,1649400209834\n", "the day alone, but time_ms could .*time=date"),
+        ("user_id,item_id,DAY,TRANS_TIME\nu,a,7,1431\n", "but DAY or TRANS_TIME could be one; say --columns time=NAME"),
         ("user_id,item_id,clicked\nu,a,perhaps\n", "'perhaps' is neither yes nor no; --columns label=none"),
         (HEAD + "NA\tp\t1\n", ":2: user and item must be there"),
         ("sessionId;userId;itemId;eventdate\n1;NA;33;2016-05-02\n", "the session may be: --columns user=sessionId"),

@@ -709,6 +709,46 @@ def test_times_that_are_no_dates_are_counted_and_escapes_leave_titles(tmp_path):
     assert "of the times" not in inside("data.py", *flags, cwd=tmp_path)
 
 
+def test_days_beside_no_finer_time_are_taken(tmp_path):
+    rows = "".join(f"u{n % 9},i{n % 7},2024-03-0{1 + n % 5},2024-03-09 00:00:00,Mar 12 2024\n" for n in range(90))
+    (tmp_path / "x.csv").write_text("user_id,item_id,date,created_at,release_date\n" + rows)
+    log = load_dataset(str(tmp_path / "x.csv"), min_items=1, min_length=1)
+    assert log.taken["columns"].startswith("user = user_id, item = item_id, time = date of")
+
+
+def test_titles_are_those_of_the_items(tmp_path):
+    tables = [
+        ("track_id", "track_id,artists,album_name,track_name", "Ann,Hits,{}", "track_name and artists"),
+        ("Product ID", "Customer Name,Product ID,Product Category Name,Product Name", "-", "Product Name and"),
+        ("venue_id", "venue_id,city_name,venue_name,channel_title", "Rome,{},News", "venue_name"),
+        ("video_id", "video_id,channel_title,title", "News,{}", "title"),
+        ("album_id", "album_id,user_name,album_name", "eve,{}", "album_name"),
+    ]
+    for item, header, row, words in tables:
+        cells = [f"Cleo {n},{n},Toys,Song {n}" if row == "-" else f"{n}," + row.format(f"Song {n}") for n in range(9)]
+        (tmp_path / "x.items.csv").write_text("\n".join([header, *cells]))
+        (tmp_path / "x.csv").write_text(f"user_id,{item}\n" + "".join(f"u{n % 5},{n % 9}\n" for n in range(90)))
+        log = load_dataset(str(tmp_path / "x.csv"), min_items=1, min_length=1, columns={"item": item})
+        assert f"from {words}" in log.taken["titles"] and log.titles[1] == f"Song {log.raw_ids[1]}"
+
+
+def test_quotes_over_a_tab_are_letters(tmp_path):
+    rows = "".join(f'u{n % 9}\t"Weird\tAl"\ti{n % 7}\n' for n in range(90))
+    (tmp_path / "x.tsv").write_text("user_id\tartist\ttrack\titem_id\n" + rows)
+    log = load_dataset(str(tmp_path / "x.tsv"), min_items=1, min_length=1)
+    assert sorted(log.raw_ids) == ["", *(f"i{n}" for n in range(7))]
+
+
+def test_sessions_by_other_names_and_by_none(tmp_path):
+    times = [f"2020-01-{1 + n // 10:02} 10:00:{n % 60:02}" for n in range(200)]
+    for column, users, words in (("user_session", 40, None), ("visit", 9, "no column is known as the session")):
+        rows = "".join(f"{time},u{n // 5 % 9},s{n // 5},p{n % 7},view\n" for n, time in enumerate(times))
+        (tmp_path / "x.csv").write_text(f"event_time,user_id,{column},product_id,event_type\n" + rows)
+        log = load_dataset(str(tmp_path / "x.csv"), min_items=1, min_length=1, sessions=True)
+        assert log.num_users == users and log.taken["not read"].startswith("event_type")
+        assert (words is None) == ("sessions" not in log.taken) and (words or "") in log.taken.get("sessions", "")
+
+
 def test_dates_in_digits_and_dates_that_never_come(tmp_path, capsys):
     head, path = "user_id,item_id,timestamp\n", tmp_path / "x.csv"
     days = [datetime(2018, 1, 1) + timedelta(hours=31 * n) for n in range(200)]

@@ -228,8 +228,9 @@ class PreBert(nn.Module):
     def __init__(self, config: BertConfig, num_items: int, text_size: int = 0):
         super().__init__()
         self.config, self.num_items, self.mask_id = config, num_items, num_items + 1
+        self.item_dropout = 0.0  # share of the items that are read as MASK in training; `train` sets it
         size = config.hidden_size
-        self.item_embedding = nn.Embedding(num_items + 2, size + text_size)  # PAD (never seen), items, MASK (if masked)
+        self.item_embedding = nn.Embedding(num_items + 2, size + text_size)  # PAD (never seen), items, MASK
         self.position_embedding = nn.Embedding(config.max_position_embeddings, size)
         self.convolution = nn.Parameter(torch.zeros(3, size))  # shares of the item before, of the one before that, ...
         self.encoder = Encoder(config)
@@ -250,6 +251,9 @@ class PreBert(nn.Module):
         """tokens (B, T) left-padded, positions (B, M): states ready for `logits`, (B, M, D + C)."""
         positioned = self.position_embedding.weight[self.max_length - tokens.shape[1] :]  # (T, D)
         real, steps, size = tokens != PAD, len(self.convolution), self.config.hidden_size
+        if self.training and self.item_dropout:  # as words are dropped by Bowman et al. 2016
+            hidden = (torch.rand(tokens.shape, device=tokens.device) < self.item_dropout) & real
+            tokens = tokens.masked_fill(hidden, self.mask_id)
         rows = self.item_embedding(tokens) * real[..., None]  # (B, T, D + C)
         before = F.pad(rows, (0, 0, steps, 0))  # (B, 3 + T, D + C)
         x = rows[..., :size] + positioned  # (B, T, D)

@@ -169,7 +169,8 @@ def last_day(data: Interactions, final: bool = False) -> Parts:
     days = in_seconds(data.begins) // 86400
     year = 1970 + days.max() / 365.2425
     if not 1992 < year < 2100:  # other clocks, such as .NET's, would be of 1990
-        raise InputError(f"{data.name}: --split sessions needs times; the last would be of {year:.0f}; use ISO dates")
+        words = f"--split sessions needs times; the last would be of {year:.0f}; use ISO dates"
+        raise InputError(f"{data.name}: {words}; its columns: {data.taken.get('columns')}")
     test = days == days.max()
     rest = np.flatnonzero(~test)
     rest = rest[np.argsort(data.begins[rest], kind="stable")]

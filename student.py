@@ -410,11 +410,13 @@ def recommend_all(recommender: Recommender, data: Interactions, path: Path) -> N
     began = time.perf_counter()
     scores, best = recommender.rank(items, sizes, recommender.allowed, title="recommending")
     rate = len(sizes) / (time.perf_counter() - began)
-    lines = [HEADER]
+    lines, served = [HEADER], 0
     for user, *ranked in zip(data.user_ids, scores, best, strict=True):
-        lines += [f"{user}\t{raw_id}\t{score:.5g}" for raw_id, _, score in recommender.named(*ranked)]
+        named = recommender.named(*ranked)
+        lines += [f"{user}\t{raw_id}\t{score:.5g}" for raw_id, _, score in named]
+        served += len(named) > 0
     write_atomic(path, ("\n".join(lines) + "\n").encode())
-    print(f"{len(lines) - 1:,} recommendations for {len(sizes):,} users written to {path}; {rate:,.0f} users/s")
+    print(f"{len(lines) - 1:,} recommendations for {served:,} of {len(sizes):,} users in {path}; {rate:,.0f} users/s")
 
 
 def user_items(recommender: Recommender, data: Interactions, user: str) -> list[int]:
@@ -422,12 +424,15 @@ def user_items(recommender: Recommender, data: Interactions, user: str) -> list[
     if user not in data.user_ids:
         close = difflib.get_close_matches(user, data.user_ids[:SEARCHED], 3)
         hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
-        raise InputError(f"no user {user!r} in {data.name}, which has {data.num_users:,}{hint}")
+        what = f"no user {user!r} in {data.name}, which has {data.num_users:,}"
+        raise InputError(f"{what}{hint}; its columns: {data.taken['columns']}")
     items, sizes = histories(recommender, data)
     return items.split(sizes.tolist())[data.user_ids.index(user)].tolist()
 
 
 def print_ranked(ranked: list[tuple[str, str, float]]) -> None:
+    if not ranked:
+        print("nothing is left to recommend: the rest is seen or not allowed")
     for place, (raw_id, title, score) in enumerate(ranked, 1):
         print(f"{place:>4}  {score:7.2f}  {title}" + f"  (id:{raw_id})" * (title != raw_id))
 
@@ -439,7 +444,7 @@ def main() -> None:
     parser.add_argument("--run", default="runs/ml-1m/student", help="run folder (default: %(default)s)")
     parser.add_argument("-k", type=positive, default=10, help="how many to recommend (default: %(default)s)")
     ways.add_argument("--out", type=Path, metavar="FILE", help="for every user of the log --data, into a file")
-    ways.add_argument("--user", metavar="ID", help="for this user of the log --data")
+    ways.add_argument("--user", metavar="ID", help="for this user of the log --data (--user=-x for -x)")
     ways.add_argument("--similar", metavar="ITEM", help="the items most like this one instead")
     parser.add_argument("--new-items", nargs="+", metavar="TEXT", default=[], help="items that the run does not know: "
         "their texts, or a file with a column of ids and one of titles")  # fmt: skip

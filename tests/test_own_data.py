@@ -81,6 +81,12 @@ def test_one_user_and_one_that_is_not_in_the_log(trained):
     on = ("--run", RUN, "--data", "ring.inter", "-k", 3)
     text = inside("student.py", *on, "--user", "u7", cwd=trained)
     assert len(text.splitlines()) == 1 + 1 + 3 + 1
+    row = next(line for line in (trained / "ring.inter").read_text().splitlines() if line.startswith("u7\t"))
+    (trained / "seen.txt").write_text(row.split("\t")[1])  # the only item allowed, which u7 has had
+    assert "nothing is left" in inside("student.py", *on, "--user", "u7", "--only", "seen.txt", cwd=trained)
+    text = inside("student.py", *on, "--out", "only.tsv", "--only", "seen.txt", cwd=trained)
+    have_not = len({line.split("\t")[0] for line in (trained / "only.tsv").read_text().splitlines()[1:]})
+    assert 0 < have_not < 50 and f"for {have_not} of 50 users in only.tsv" in text
     words = inside("student.py", *on, "--user", "u77", cwd=trained, expect=2)
     assert "no user 'u77' in ring, which has 50" in words and "'u7'" in words
     assert "not allowed with" in inside("student.py", *on, "--user", "u7", "--out", "x", cwd=trained, expect=2)

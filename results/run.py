@@ -39,6 +39,7 @@ MODELS = {
     "student-tiny": "distill.py --teacher RUNS/teacher-sSEED --size tiny",
     "student-no-kd": "distill.py --no-kd",
     "student-no-kd-smooth": "distill.py --no-kd --label-smoothing 0.1",
+    "student-no-kd-hidden": "distill.py --no-kd --item-dropout 0.15",
     "student-no-kd-cooc": "distill.py --no-kd --item-init cooc --text-weight 0",  # without texts, where there are any
     "student-no-kd-text": "distill.py --no-kd --item-init text",
     "student-of-starts": "distill.py --teacher RUNS/student-no-kd-sSEED RUNS/student-no-kd-cooc-sSEED "

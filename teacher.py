@@ -362,7 +362,7 @@ def check_same(run: Path, config: dict, data: Interactions) -> None:
     beside = ("teachers", "model", "exclude_seen")
     then, now = (c["settings"] | {key: c.get(key) for key in beside} for c in (before, config))
     for key in now:
-        if then.get(key) != now[key]:
+        if then.get(key) != now[key] and (key in then or now[key]):  # a flag newer than the run was off then
             was, is_now = str(then.get(key))[:40], str(now[key])[:40]
             raise InputError(f"--resume {run}: {key} was {was}, now {is_now}; use the same, or --overwrite")
 

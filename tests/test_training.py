@@ -302,6 +302,12 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(ring, tmp_path
     assert "has ended" in capsys.readouterr().out
     with pytest.raises(InputError, match="tokens was 64, now 32"):  # flags after the end are not ignored
         go(log, tmp_path / "parts", item_loss, "--resume", **{**same, "tokens": 32})
+    config = json.loads((tmp_path / "parts/config.json").read_text())
+    del config["settings"]["item_dropout"]  # as of a run from before the flag
+    (tmp_path / "parts/config.json").write_text(json.dumps(config))
+    go(log, tmp_path / "parts", item_loss, "--resume", **same)
+    with pytest.raises(InputError, match=r"item_dropout was None, now 0\.1"):
+        go(log, tmp_path / "parts", item_loss, "--resume", "--item-dropout", "0.1", **same)
     (tmp_path / "parts" / "metrics.json").unlink()  # weights alone, such as a copy of someone's: they must survive
     with pytest.raises(InputError, match="no checkpoint to go on from"):
         go(log, tmp_path / "parts", item_loss, "--resume", **same)

@@ -469,7 +469,7 @@ def test_sessions_are_trained_and_evaluated(tmp_path):
     both = [f"u\t{session}\t{rest}" for session, _, rest in (row.partition("\t") for row in rows)]
     (tmp_path / "both.tsv").write_text("user_id\tsession_id\titem_id\ttimestamp\n" + "\n".join(both))
     serve = ["--run", "runs/s/student-no-kd", "--data", "both.tsv", "--out", "o.tsv", "-k", 1]
-    assert "for 60 users" in inside("student.py", *serve, cwd=tmp_path)
+    assert "for 60 of 60 users" in inside("student.py", *serve, cwd=tmp_path)
     flags = [*flags[:2], "--runs", "runs/s/student-no-kd"]
     assert HELD_OUT["last"] in inside("evaluate.py", *flags, cwd=tmp_path, expect=2)
 

@@ -522,9 +522,8 @@ def fields_at(separator: str, width: int = 0) -> Fields:
         if '"' in line and len(separator) == 1:
             for escape in (None, "\\"):
                 with suppress(csv.Error):
-                    fields = csv_fields(line, separator, escape)
-                    cut = separator == "\t" and len(fields) < line.count(separator) + 1 == width
-                    return line.split(separator) if cut else fields
+                    fields, cut = csv_fields(line, separator, escape), line.split(separator)
+                    return cut if separator == "\t" and len(fields) < len(cut) == width else fields
             if open_quote(line, separator):
                 raise InputError(f"a quote is not closed on the line {line[:60]!r}, or only 50 lines later")
         return line.split(separator)

@@ -36,7 +36,8 @@ from prebert import (
 from student import STUDENTS, MiniBert
 from teacher import (
     Sampler, add_texts, add_training_flags, autocast_dtype, candidate_logits, check_text_weight, default_init,
-    describe, draw_candidates, find_state, first_weights, item_loss, join_processes, make_sampler, settle, train, world,
+    describe, draw_candidates, find_state, first_weights, item_loss, join_processes, make_sampler, settle, sparse, train,
+    world,
 )  # fmt: skip
 
 States = Callable[[Batch], list[Tensor]]  # every teacher's states where a batch asks, (Q, D) each
@@ -231,7 +232,10 @@ def main() -> None:
         args.name = "student-no-kd" if args.no_kd else "student"
     join_processes(args.device)
     data = load_asked(args)
-    args.item_init = args.item_init or (default_init(data, args.bert or "minilm") if args.no_kd else "pca")
+    reader, titles = None, any(data.texts) and args.bert != "none"
+    if args.no_kd and not args.item_init:
+        reader = load_bert(args.bert or "minilm") if titles and sparse(data) else None
+    args.item_init = args.item_init or (default_init(data, args.split, reader) if args.no_kd else "pca")
     usual = f"runs/{data.name}/teacher" + "-all" * args.all + "-final" * args.final
     args.teacher = [str(Path(run)) for run in args.teacher or [usual]]
     teachers, made_by = load_teachers(args, data)
@@ -241,8 +245,8 @@ def main() -> None:
     from_texts = "text" in args.item_init or (teachers and (Path(args.teacher[0]) / "texts.safetensors").exists())
     if from_texts and not any(data.texts):
         print("note: the teacher read titles, and this log has none; --titles FILE names them")
-    wanted = (from_texts or args.text_weight) and any(data.texts) and args.bert != "none"
-    reader = load_bert(args.bert) if wanted else None
+    if titles and (from_texts or args.text_weight):
+        reader = reader or load_bert(args.bert)
     check_text_weight(args, reader)
     model = build_student(args, data, parts[0], teachers[0] if teachers else None, reader)
     sampler = make_sampler(args, parts[0], data.num_items)

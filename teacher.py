@@ -47,17 +47,18 @@ from data import (
     grid_windows, item_counts, load_asked, mask_items, next_items, number, pad_left, positive, random_windows,
     run_command, write_atomic, write_json,
 )  # fmt: skip
-from evaluate import hit_rate, ndcg, rank_targets
+from evaluate import Markov, hit_rate, ndcg, rank_targets
 from prebert import (
-    ITEM_INITS, NEVER, VERSION, BertConfig, PreBert, Reader, check_catalogue, item_vectors, load_bert, load_run,
-    machine, near_identity, peak_memory_gb, pick_device, prebert_from_bert, read_metrics, read_run, save_texts,
+    ITEM_INITS, NEVER, VERSION, BertConfig, PreBert, Reader, centred, check_catalogue, item_vectors, load_bert,
+    load_run, machine, near_identity, peak_memory_gb, pick_device, prebert_from_bert, read_metrics, read_run, save_texts,
     set_item_table, start_from, text_columns, text_vectors, with_text_columns, write_safetensors,
 )  # fmt: skip
 
 Loss = Callable[[PreBert, Batch], Tensor]
-# Data with fewer interactions an item are sparse: item vectors start from titles as well, dropout is sparse_dropout
-# (halfway to it if users come back to items), models start `near_identity`, and texts count (`add_texts`).
+# Data with fewer interactions an item are sparse: item vectors may start from titles (`default_init`), dropout is
+# sparse_dropout (halfway to it if users come back to items), models start `near_identity`, texts count (`add_texts`).
 SPARSE = 100
+TITLES_TOO, TITLES_ALONE = 0.4, 0.6  # how well titles must predict, as a share of Markov's NDCG@10
 TEXT_WEIGHTS = (1.0, 2.0, 4.0)
 
 # What a kind of question needs. Next items are five times as many questions an epoch (all of them, not a MASK_RATE of
@@ -581,10 +582,27 @@ def sparse(data: Interactions) -> bool:
     return len(data.items) < SPARSE * data.num_items
 
 
-def default_init(data: Interactions, bert: str) -> str:
-    """How item vectors start where --item-init does not say; printed."""
-    kind = "text+cooc" if sparse(data) and any(data.texts) and bert != "none" else "cooc"
-    print(f"item vectors start from {kind}, {len(data.items) / data.num_items:.0f} interactions an item")
+def default_init(data: Interactions, split: str, reader: Reader | None) -> str:
+    """How item vectors start where --item-init does not say; printed. split: that of the run without --all, --final.
+
+    On sparse data it depends on how well titles alone predict what comes next: the NDCG@10, on validation, of the items
+    whose texts are nearest to that of the newest item, as a share of the NDCG@10 of Markov's counts.
+    """
+    if reader is None or not any(data.texts) or not sparse(data):
+        print(f"item vectors start from cooc, {len(data.items) / data.num_items:.0f} interactions an item")
+        return "cooc"
+    part, valid, _ = SPLITS[split](data)
+    valid = valid[some_targets(valid, 10_000)]
+    rows = F.normalize(centred(text_vectors(*reader, data.texts[1:])), dim=1)  # (I, E)
+
+    def nearest(history: Tensor) -> Tensor:
+        return rows[history[:, -1] - 1] @ rows.T  # (B, I)
+
+    scores = nearest, Markov(part, data.num_items)
+    titles, counts = (ndcg(rank_targets(score, valid, data.exclude_seen, 1), 10).sum().item() for score in scores)
+    share = titles / max(counts, 1e-9)
+    kind = "text" if share >= TITLES_ALONE else "text+cooc" if share >= TITLES_TOO else "cooc"
+    print(f"item vectors start from {kind}: on validation, titles predict {share:.2f} times as well as Markov's counts")
     return kind
 
 
@@ -689,22 +707,22 @@ def describe(data: Interactions, model: PreBert, args: argparse.Namespace, teach
 # ---------------------------------------------------------------- building the teacher
 
 
-def build_teacher(args: argparse.Namespace, data: Interactions, part: Spans) -> tuple[PreBert, Reader | None]:
-    """PreBERT with its item table: BERT's body, or (--bert none) MiniLM's shape with random weights; and that BERT."""
+def build_teacher(args: argparse.Namespace, data: Interactions, part: Spans, reader: Reader | None) -> PreBert:
+    """PreBERT with its item table: BERT's body, or (--bert none) MiniLM's shape with random weights."""
     torch.manual_seed(args.seed)
     causal = args.objective == "next"
-    if args.bert == "none":
+    if reader is None:
         shape = BertConfig(max_position_embeddings=args.max_length, hidden_dropout_prob=args.dropout, causal=causal)
-        model, reader, norm = PreBert(shape, data.num_items), None, 1.0
+        model, norm = PreBert(shape, data.num_items), 1.0
     else:
-        reader = bert, tokenizer = load_bert(args.bert)
+        bert, tokenizer = reader
         model = prebert_from_bert(bert, tokenizer, data.num_items, args.max_length, causal, args.dropout)
         norm = bert.word_embedding.weight.norm(dim=1).mean().item()
     vectors = item_vectors(args.item_init, data, part, model.config.hidden_size, reader)
     if vectors is not None:
         set_item_table(model, vectors, norm)
     first_weights(model, args, data, vectors)
-    return model, reader
+    return model
 
 
 def first_weights(model: PreBert, args: argparse.Namespace, data: Interactions, vectors: Tensor | None) -> None:
@@ -782,16 +800,17 @@ def main() -> None:
     add("--bert", default="minilm", help="minilm, bert-base-uncased, ORG/NAME on the hub, a folder, or none: random "
         "weights (default: %(default)s)")  # fmt: skip
     add("--item-init", choices=ITEM_INITS, help="first item vectors: titles read by BERT, co-occurrence, their sum or "
-        f"random (default: cooc; the sum where there are titles and fewer than {SPARSE} interactions an item)")
+        f"random (default: cooc; with fewer than {SPARSE} interactions an item, by how well titles predict)")
     add_training_flags(parser, RECIPES)
     parser.set_defaults(name="teacher", objective="next")
     args = parser.parse_args()
     join_processes(args.device)
     data = load_asked(args)
-    args.item_init = args.item_init or default_init(data, args.bert)
+    reader = None if args.bert == "none" else load_bert(args.bert)
+    args.item_init = args.item_init or default_init(data, args.split, reader)
     settle(args, RECIPES, data)
     parts = SPLITS[data.split](data)
-    model, reader = build_teacher(args, data, parts[0])
+    model = build_teacher(args, data, parts[0], reader)
     reader = reader if any(data.texts) else None
     check_text_weight(args, reader)
     sampler = make_sampler(args, parts[0], data.num_items)

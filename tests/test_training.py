@@ -446,8 +446,6 @@ def test_recipes_fill_in_what_the_flags_left_open_and_help_shows_them(ring, tmp_
     args = parser.parse_args(["--objective", "next"])
     settle(args, distill.RECIPES, replace(few, exclude_seen=False))
     assert args.dropout == 0.5
-    assert default_init(few, "minilm") == "text+cooc" and default_init(few, "none") == "cooc"
-    assert default_init(replace(few, texts=[""]), "minilm") == default_init(log, "minilm") == "cooc"
     names = [str(n) for n in range(20_002)]
     assert options(replace(log, raw_ids=names[:-1])).negatives is None
     assert options(replace(log, raw_ids=names)).negatives > 1000
@@ -464,6 +462,25 @@ def test_recipes_fill_in_what_the_flags_left_open_and_help_shows_them(ring, tmp_
             words = " ".join(re.search(rf"\n  {flag} .*?(?=\n  --|\Z)", shown, re.DOTALL)[0].split())
             for recipe in recipes.values():
                 assert re.search(rf"(?<![\d.]){recipe[key]:g}(?![\d.]*\d)", words), words
+
+
+def test_item_vectors_start_from_titles_as_far_as_these_predict_what_comes_next(monkeypatch, capsys):
+    # Of ten users, user u goes from item 2u + 1 to 2u + 2; a second ten go there in training, so Markov knows it all.
+    pairs = [(2 * user + 1, 2 * user + 2) for user in range(10)]
+    log = hand_log(*[[a, b, 21] for a, b in pairs], *[[a, b, 22, 23, 24] for a, b in pairs])
+    log, reader = replace(log, texts=["", *"abcdefghijklmnopqrstuvwx"]), (None, None)
+    for alike, kind in ((10, "text"), (6, "text"), (5, "text+cooc"), (4, "text+cooc"), (3, "cooc"), (0, "cooc")):
+        vectors = torch.eye(24)
+        for a, b in pairs[:alike]:  # what comes next has the same text
+            vectors[b - 1] = vectors[a - 1]
+        monkeypatch.setattr("teacher.text_vectors", lambda bert, tokenizer, texts, vectors=vectors: vectors)
+        monkeypatch.setattr("teacher.some_targets", lambda valid, users: torch.arange(10))
+        assert default_init(log, "last", reader) == kind
+        assert f"start from {kind}: " in capsys.readouterr().out
+    vectors[1::2][:10] = vectors[::2][:10]
+    assert default_init(log, "last", None) == default_init(replace(log, texts=[""] * 25), "last", reader) == "cooc"
+    often = replace(log, items=np.concatenate([log.items, np.ones(2400, np.int64)]))
+    assert default_init(often, "last", reader) == "cooc"  # a hundred interactions an item: titles are not asked
 
 
 def test_minutes_budget_follows_the_clock_and_patience_ends_early(ring, tmp_path):

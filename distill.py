@@ -36,8 +36,8 @@ from prebert import (
 from student import STUDENTS, MiniBert
 from teacher import (
     Sampler, add_texts, add_training_flags, autocast_dtype, candidate_logits, check_text_weight, default_init,
-    describe, draw_candidates, find_state, first_weights, item_loss, join_processes, make_sampler, settle, sparse, train,
-    world,
+    describe, draw_candidates, find_state, first_weights, item_loss, join_processes, make_sampler, settle, sparse,
+    train, world,
 )  # fmt: skip
 
 States = Callable[[Batch], list[Tensor]]  # every teacher's states where a batch asks, (Q, D) each

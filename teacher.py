@@ -50,8 +50,8 @@ from data import (
 from evaluate import Markov, hit_rate, ndcg, rank_targets
 from prebert import (
     ITEM_INITS, NEVER, VERSION, BertConfig, PreBert, Reader, centred, check_catalogue, item_vectors, load_bert,
-    load_run, machine, near_identity, peak_memory_gb, pick_device, prebert_from_bert, read_metrics, read_run, save_texts,
-    set_item_table, start_from, text_columns, text_vectors, with_text_columns, write_safetensors,
+    load_run, machine, near_identity, peak_memory_gb, pick_device, prebert_from_bert, read_metrics, read_run,
+    save_texts, set_item_table, start_from, text_columns, text_vectors, with_text_columns, write_safetensors,
 )  # fmt: skip
 
 Loss = Callable[[PreBert, Batch], Tensor]

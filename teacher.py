@@ -582,25 +582,28 @@ def sparse(data: Interactions) -> bool:
     return len(data.items) < SPARSE * data.num_items
 
 
-def default_init(data: Interactions, split: str, reader: Reader | None) -> str:
-    """How item vectors start where --item-init does not say; printed. split: that of the run without --all, --final.
+def titles_beside_counts(data: Interactions, parts: Parts, reader: Reader) -> float:
+    """How well titles alone predict what comes next, as a share of how well Markov's counts do: NDCG@10, validation.
 
-    On sparse data it depends on how well titles alone predict what comes next: the NDCG@10, on validation, of the items
-    whose texts are nearest to that of the newest item, as a share of the NDCG@10 of Markov's counts.
+    Predicted are the items whose texts, as BERT reads them, are nearest to that of the newest item.
     """
-    if reader is None or not any(data.texts) or not sparse(data):
-        print(f"item vectors start from cooc, {len(data.items) / data.num_items:.0f} interactions an item")
-        return "cooc"
-    part, valid, _ = SPLITS[split](data)
-    valid = valid[some_targets(valid, 10_000)]
+    valid = parts[1][some_targets(parts[1], 10_000)]
     rows = F.normalize(centred(text_vectors(*reader, data.texts[1:])), dim=1)  # (I, E)
 
     def nearest(history: Tensor) -> Tensor:
         return rows[history[:, -1] - 1] @ rows.T  # (B, I)
 
-    scores = nearest, Markov(part, data.num_items)
+    scores = nearest, Markov(parts[0], data.num_items)
     titles, counts = (ndcg(rank_targets(score, valid, data.exclude_seen, 1), 10).sum().item() for score in scores)
-    share = titles / max(counts, 1e-9)
+    return titles / max(counts, 1e-9)
+
+
+def default_init(data: Interactions, split: str, reader: Reader | None) -> str:
+    """How item vectors start where --item-init does not say; printed. split: that of the run without --all, --final."""
+    if reader is None or not any(data.texts) or not sparse(data):
+        print(f"item vectors start from cooc, {len(data.items) / data.num_items:.0f} interactions an item")
+        return "cooc"
+    share = titles_beside_counts(data, SPLITS[split](data), reader)
     kind = "text" if share >= TITLES_ALONE else "text+cooc" if share >= TITLES_TOO else "cooc"
     print(f"item vectors start from {kind}: on validation, titles predict {share:.2f} times as well as Markov's counts")
     return kind

@@ -5,7 +5,8 @@
 
 Trains on a share of the users, drawn at random, and evaluates everybody on the same items: students without a teacher,
 with the items' texts (start and columns) and without them, or, with --body, PreBERT with BERT's weights and with random
-ones, both with the texts that BERT itself reads. Settings are those that the recipes would take for a log of that size.
+ones, both with the texts that BERT itself reads. Settings are those that the recipes would take for a log of that size,
+and item vectors start from texts alone or also from co-occurrence as `teacher.default_init` would have it.
 Validation chooses the weights, test is looked at once; results/plot.py draws the picture. Other flags, such as --size
 tiny, go to the training script.
 """
@@ -27,11 +28,10 @@ import distill  # noqa: E402
 import evaluate  # noqa: E402
 import teacher  # noqa: E402
 from data import Interactions, Parts, dataset_name, leave_one_out, load_dataset, write_json  # noqa: E402
-from prebert import PreBert, machine, prebert_from_bert  # noqa: E402
+from prebert import PreBert, load_bert, machine, prebert_from_bert  # noqa: E402
 
-WITH_TEXTS, WITHOUT = ["--item-init", "text+cooc"], ["--item-init", "cooc", "--text-weight", "0"]
-STUDENTS = {"with texts": WITH_TEXTS, "without texts": WITHOUT}
-BODIES = {"BERT's body": WITH_TEXTS, "random body": WITH_TEXTS}
+WITHOUT = ["--item-init", "cooc", "--text-weight", "0"]
+STUDENTS, BODIES = ("with texts", "without texts"), ("BERT's body", "random body")
 
 
 def random_body(*of_bert) -> PreBert:
@@ -48,6 +48,12 @@ def thinned(data: Interactions, percent: int, seed: int) -> Parts:
     order = torch.randperm(len(train.starts), generator=torch.Generator().manual_seed(seed))
     kept = order[: len(order) * percent // 100].sort().values
     return data_module.Spans(train.items, train.starts[kept], train.ends[kept], train.targets), valid, test
+
+
+def with_texts(data: Interactions, percent: int, seed: int) -> list[str]:
+    """The start that the rule takes where texts are to be used: texts alone, or the sum."""
+    share = teacher.titles_beside_counts(data, thinned(data, percent, seed), load_bert("minilm"))
+    return ["--item-init", "text" if share >= teacher.TITLES_ALONE else "text+cooc"]
 
 
 def one_run(name: str, data: Interactions, label: str, flags: list[str], percent: int, seed: int) -> dict:
@@ -94,7 +100,9 @@ def main() -> None:
     report |= {"command": " ".join(["python", *sys.argv]), "machine": machine()}
     for percent in args.shares:
         for seed in args.seeds:
-            for label, kind in (BODIES if args.body else STUDENTS).items():
+            texts = with_texts(data, percent, seed)
+            for label in BODIES if args.body else STUDENTS:
+                kind = WITHOUT if label == "without texts" else texts
                 row = one_run(args.data, data, label, [*kind, *flags], percent, seed)
                 same = ("model", "users", "seed")
                 kept = [other for other in report["rows"] if [other[key] for key in same] != [row[key] for key in same]]

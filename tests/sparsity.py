@@ -6,7 +6,8 @@
 Trains on a share of the users, drawn at random, and evaluates everybody on the same items: students without a teacher,
 with the items' texts (start and columns) and without them, or, with --body, PreBERT with BERT's weights and with random
 ones, both with the texts that BERT itself reads. Settings are those that the recipes would take for a log of that size,
-and item vectors start from texts alone or also from co-occurrence as `teacher.default_init` would have it.
+and item vectors start from texts alone or also from co-occurrence as `teacher.default_init` would have it; --starts
+text text+cooc cooc compares starts instead.
 Validation chooses the weights, test is looked at once; results/plot.py draws the picture. Other flags, such as --size
 tiny, go to the training script.
 """
@@ -28,9 +29,8 @@ import distill  # noqa: E402
 import evaluate  # noqa: E402
 import teacher  # noqa: E402
 from data import Interactions, Parts, dataset_name, leave_one_out, load_dataset, write_json  # noqa: E402
-from prebert import PreBert, load_bert, machine, prebert_from_bert  # noqa: E402
+from prebert import ITEM_INITS, PreBert, load_bert, machine, prebert_from_bert  # noqa: E402
 
-WITHOUT = ["--item-init", "cooc", "--text-weight", "0"]
 STUDENTS, BODIES = ("with texts", "without texts"), ("BERT's body", "random body")
 
 
@@ -48,12 +48,6 @@ def thinned(data: Interactions, percent: int, seed: int) -> Parts:
     order = torch.randperm(len(train.starts), generator=torch.Generator().manual_seed(seed))
     kept = order[: len(order) * percent // 100].sort().values
     return data_module.Spans(train.items, train.starts[kept], train.ends[kept], train.targets), valid, test
-
-
-def with_texts(data: Interactions, percent: int, seed: int) -> list[str]:
-    """The start that the rule takes where texts are to be used: texts alone, or the sum."""
-    share = teacher.titles_beside_counts(data, thinned(data, percent, seed), load_bert("minilm"))
-    return ["--item-init", "text" if share >= teacher.TITLES_ALONE else "text+cooc"]
 
 
 def one_run(name: str, data: Interactions, label: str, flags: list[str], percent: int, seed: int) -> dict:
@@ -93,6 +87,7 @@ def main() -> None:
     parser.add_argument("--shares", type=int, nargs="+", default=[5, 10, 25, 50, 100], help="per cent of the users")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--body", action="store_true", help="PreBERT, with BERT's body and with a random one")
+    parser.add_argument("--starts", nargs="+", choices=ITEM_INITS, help="students with texts, by these starts")
     parser.add_argument("--json", type=Path, required=True, help="rows that it holds already are kept")
     args, flags = parser.parse_known_args()
     data = load_dataset(args.data)
@@ -100,15 +95,21 @@ def main() -> None:
     report |= {"command": " ".join(["python", *sys.argv]), "machine": machine()}
     for percent in args.shares:
         for seed in args.seeds:
-            texts = with_texts(data, percent, seed)
-            for label in BODIES if args.body else STUDENTS:
-                kind = WITHOUT if label == "without texts" else texts
+            share = teacher.titles_beside_counts(data, thinned(data, percent, seed), load_bert("minilm"))
+            starts = args.starts or ["text" if share >= teacher.TITLES_ALONE else "text+cooc"]
+            labels = BODIES if args.body else STUDENTS[:1]
+            tried = [(label, ["--item-init", start]) for label in labels for start in starts]
+            if not args.body and not args.starts:
+                tried.append(("without texts", ["--item-init", "cooc", "--text-weight", "0"]))
+            for label, kind in tried:
                 row = one_run(args.data, data, label, [*kind, *flags], percent, seed)
-                same = ("model", "users", "seed")
+                row |= {"item_init": kind[1], "titles beside counts": share}
+                same = ("model", "users", "seed", "item_init")
                 kept = [other for other in report["rows"] if [other[key] for key in same] != [row[key] for key in same]]
                 report["rows"] = [*kept, row]
                 write_json(args.json, report)
-                print(f"{label}, {percent} % of the users, seed {seed}: test NDCG@10 {row['NDCG@10']:.4f}", flush=True)
+                what = f"{label}, {kind[1]}, {percent} % of the users, seed {seed}"
+                print(f"{what}: test NDCG@10 {row['NDCG@10']:.4f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -487,6 +487,15 @@ def moment(text: str) -> float:
     raise ValueError(f"{text!r} is not a time; write 2020-01-31 10:00 or a number")
 
 
+def day_and_clock(day: str, clock: str) -> float:
+    """`moment` of a date and, in another column, the time of day, such as 9:05, or milliseconds since something."""
+    if ":" in clock:
+        return moment(f"{day} {'0' * (clock[1] == ':')}{clock}")
+    if day[4:5] not in ("-", "/"):
+        raise ValueError(f"{day!r} is not a date; write 2020-01-31")
+    return moment(day) + moment(clock) / 1000
+
+
 def check_unit(times: np.ndarray, path: Path) -> None:
     """InputError for times some of which are seconds and others milliseconds or finer: they would not order."""
     sizes = np.abs(times)
@@ -629,6 +638,7 @@ def rows_of(path: Path, lines: Lines, parse: Callable[[str], Row]) -> Iterator[R
 
 # Common public spellings, in order of preference, without case, blanks and underscores.
 SESSION = "sessionid session usersession visitid sid"
+TIME_OF_DAY = "timeofday time clock hour eventtime ordertime purchasetime clicktime starttime"  # beside a date
 EVENTS = "event eventtype behavior behaviortype action actiontype"
 COLUMNS = {
     "user": "userid user uid customerid customer reviewerid visitorid memberid accountid profileid playerid personid "
@@ -638,6 +648,7 @@ COLUMNS = {
     "asin stockcode movie",
     "time": "timestamp time datetime date ts eventtime eventtimestamp eventdate unixtimestamp unixtime unixreviewtime "
     "reviewtime createdat createdtime clicktime viewtime purchasedate orderdate invoicedate transactiondate tdat",
+    "clock": "timeframe",  # milliseconds in a session
     "label": "label click clicked isclick isclicked purchased bought liked",
 }
 YES, NO = {"true", "t", "yes", "y"}, {"false", "f", "no", "n"}  # labels besides numbers; no: shown, but not clicked
@@ -646,7 +657,8 @@ MISSING = {"", "null", "(null)", "none", "nan", "na", "<na>", "n/a", "#n/a", "un
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # what may move the cursor of a terminal
 LOOKS_LIKE_TIME = re.compile(r"(?i:time(?!s|_?spent)|date|stamp|epoch|when|datum|fecha|(^|_)(ts|dt|at|on|day)$)|"
                              r"[a-z](At|On)$")  # fmt: skip
-CLOCK = re.compile(r"^-?\d{9}|(?<![\d:])(?!00:00(:00)?(?!\d))\d\d?:\d\d")  # tells more than the day
+FINER = re.compile(r"^-?\d{9}|(?<![\d:])(?!00:00(:00)?(?!\d))\d\d?:\d\d")  # tells more than the day
+CLOCK = re.compile(r"\d\d?:\d\d(:\d\d(\.\d+)?)?")  # and nothing of the day
 # The value of what may be a time: seconds and finer, 1.6e9, 20140428, 28.04.2014 10:51, Apr 28 2014, 28-APR-14.
 DATED = re.compile(r"-?\d{9,19}(\.\d+)?|\d\.\d+[eE]\+?\d\d?|(19|20)\d{6}(T.*)?|\d{1,4}[-/.]\d\d?[-/.]\d\d?.*|"
                    r"[A-Z][a-z]{2,8}\.? \d\d?,? .*|\d\d?[- .][A-Za-z]{3,9}[- .,].*\d\d.*|"
@@ -658,8 +670,8 @@ def place_of(names: list[str], known: str) -> int | None:
     return next((plain(names).index(word) for word in known.split() if word in plain(names)), None)
 
 
-def dated_columns(names: list[str], fields_of: Fields, lines: list[str]) -> tuple[set[int], set[int]]:
-    """Where columns stand most of whose values look like a time, and those of them that tell more than the day."""
+def dated_columns(names: list[str], fields_of: Fields, lines: list[str]) -> tuple[set[int], set[int], set[int]]:
+    """Where columns stand most of whose values look like a time, which of them tell more than the day, and clocks."""
     values: list[list[str]] = [[] for _ in names]  # of each column, those that are there
     for line in lines:
         with suppress(ValueError, KeyError, SyntaxError):  # an unreadable line, which is reported later
@@ -667,13 +679,14 @@ def dated_columns(names: list[str], fields_of: Fields, lines: list[str]) -> tupl
                 column += [value] * (value.lower() not in MISSING)
     shown = [[value for value in column if DATED.fullmatch(value)] for column in values]
     dated = {place for place in range(len(names)) if 2 * len(shown[place]) > len(values[place])}
-    return dated, {place for place in dated if any(map(CLOCK.search, shown[place]))}
+    clocks = {place for place, column in enumerate(values) if column and all(map(CLOCK.fullmatch, column))}
+    return dated, {place for place in dated if any(map(FINER.search, shown[place]))}, clocks
 
 
 def find_columns(
     path: Path, names: list[str], fields_of: Fields, first: list[str], given: dict[str, str], sessions: bool = False
 ) -> dict[str, int | None]:
-    """Where {"user", "item", "time", "label", "owner"} stand in a log whose first lines are `first`.
+    """Where {"user", "item", "time", "clock", "label", "owner"} stand in a log whose first lines are `first`.
 
     given: names that override the known ones, "none" for no such column. sessions: a session, if there is one, is the
     user, and whoever had it the owner. Raises InputError where a column is missing or in doubt: an order of lines is no
@@ -685,8 +698,13 @@ def find_columns(
             raise InputError(f"{path}:1: no column {name!r}; {found}")
     if lists := [name for name in names if name.endswith("_list")]:
         raise InputError(f"{path}: {lists[0]} holds histories; write one line a click: user_id, item_id, timestamp")
-    dated, finer = dated_columns(names, fields_of, first)
+    dated, finer, clocks = dated_columns(names, fields_of, first)
     places = {kind: place_of(names, known) for kind, known in COLUMNS.items()} | {"owner": None}
+    days, clock = dated - finer, place_of(names, TIME_OF_DAY)
+    if clock in clocks and len(days) == 1:
+        places |= {"time": min(days), "clock": clock}
+    if places["time"] not in days or "time" in given:
+        places["clock"] = None
     if places["label"] in dated:  # the day of a purchase
         places["label"] = None
     session = place_of(names, SESSION) if sessions and "user" not in given else None
@@ -705,7 +723,7 @@ def find_columns(
     likely = sorted(others, key=lambda place: (place not in dated, place))
     if when in dated - finer:
         likely = [place for place in likely if place in finer]
-    if likely and when not in finer and "time" not in given:
+    if likely and when not in finer and places["clock"] is None and "time" not in given:
         what = "no column is known as the time" if when is None else f"{names[when]} does not look like a time"
         what = f"{names[when]} tells the day alone" if when in dated else what  # and histories would be out of order
         way = f"time={names[likely[0]] if likely[0] in dated else 'NAME'}"
@@ -730,7 +748,7 @@ def read_log(path: Path, given: dict[str, str], sessions: bool) -> tuple[Clicks,
     lines, fields_of, names = open_table(path)
     first = list(itertools.islice(lines, 100))
     places = find_columns(path, names, fields_of, [line for _, line in first], given, sessions)
-    user, item, when, label, owner = (places[kind] for kind in ("user", "item", "time", "label", "owner"))
+    user, item, when, clock, label, owner = map(places.get, ("user", "item", "time", "clock", "label", "owner"))
     session = place_of(names, SESSION)
     other = f"; the session may be: --columns user={names[session]}" if session not in (None, user) else ""
     user_ids: dict[str, int] = {}
@@ -752,7 +770,10 @@ def read_log(path: Path, given: dict[str, str], sessions: bool) -> tuple[Clicks,
             raise ValueError("a quote begins the user or the item, and does not end with it")
         if any(fields[len(names) :]):  # which column has a field too many is not known
             raise ValueError(f"expected {len(names)} fields, not {len(fields)}")
-        time_of = 0.0 if when is None else moment(fields[when].strip())
+        time_of = 0.0
+        if when is not None:
+            time = fields[when].strip()
+            time_of = moment(time) if clock is None else day_and_clock(time, fields[clock].strip())
         if label is not None and not says_yes(fields[label]):
             return False
         if owner is not None:
@@ -1035,7 +1056,7 @@ def fetch(folder: Path, public: Public) -> None:
 
 TABLE = re.compile(r"\.(inter|item|csv|tsv)(\.gz)?$", re.IGNORECASE)
 CACHE_FROM = 1 << 24  # bytes; smaller logs are read faster than anyone waits
-COPY_VERSION = 11  # of what a parsed copy holds
+COPY_VERSION = 12  # of what a parsed copy holds
 
 
 def dataset_name(name: str) -> str:
@@ -1163,7 +1184,7 @@ def column_names(text: str) -> dict[str, str]:
     """An argparse type: user=customer_id,item=sku,time=when."""
     found = {kind.strip(): name.strip() for kind, _, name in (part.partition("=") for part in text.split(","))}
     if not all(found.values()) or found.keys() - COLUMNS.keys():
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form user=NAME,item=NAME,time=NAME,label=NAME")
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form {','.join(f'{kind}=NAME' for kind in COLUMNS)}")
     return found
 
 
@@ -1173,7 +1194,8 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--data", default="ml-1m", help=f"{', '.join(PUBLIC)} or a path to a .inter, .csv or .tsv file")
     add("--root", help="folder of datasets (default: $PREBERT_DATA, else ./data)")
-    add("--columns", type=column_names, default={}, help="of your own file: user=NAME,item=NAME,time=NAME,label=NAME")
+    add("--columns", type=column_names, default={}, help="of your own file: user=NAME,item=NAME,time=NAME,clock=NAME "
+        "(beside a date),label=NAME")  # fmt: skip
     add("--titles", metavar="FILE", help="of its items, where they are not in x.item or x.items.csv beside x.inter")
     add("--min-count", type=positive, help="users and items with fewer interactions are left out (default: 5; "
         "student.py: 1)")  # fmt: skip

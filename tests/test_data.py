@@ -120,6 +120,23 @@ def test_a_time_under_another_name_is_named_not_ignored(tmp_path, name):
     assert histories(atomic(tmp_path, text, name="x.csv", time="none")) == [["b", "a"]]  # the order of lines
 
 
+def test_a_date_and_the_time_of_day_may_be_two_columns(tmp_path):
+    of_day = "user_id,item_id,Date,Time,length\nu,c,2020-01-02,0:30,1:00\nu,b,2020-01-01,13:05:10,2:00\n"
+    of_day += "u,a,2020-01-01,9:05,3:00\n"
+    log = atomic(tmp_path, of_day, name="x.csv")
+    assert histories(log) == [["a", "b", "c"]] and "time = Date, clock = Time of" in data.card(log)
+    assert histories(atomic(tmp_path, of_day.replace("Time", "Spent"), name="x.csv")) == [["b", "a", "c"]]  # no clock
+    assert histories(atomic(tmp_path, of_day.replace("Time", "At"), name="x.csv", clock="At")) == [["a", "b", "c"]]
+    assert histories(atomic(tmp_path, of_day, name="x.csv", time="none")) == [["c", "b", "a"]]
+    of_session = "sessionId;itemId;timeframe;eventdate\n1;c;99000;2016-05-02\n1;a;500;2016-05-02\n1;b;9000;2016-05-02\n"
+    log = atomic(tmp_path, of_session, name="x.csv")  # Diginetica
+    assert histories(log) == [["a", "b", "c"]] and "time = eventdate, clock = timeframe of" in data.card(log)
+    assert data.day_and_clock("2020-01-31", "9:05") == data.moment("2020-01-31 09:05")
+    for day, clock in (("20160502", "500"), ("2016-05-02", "9:65"), ("2016-05-02", "soon")):
+        with pytest.raises(ValueError, match="is not a"):
+            data.day_and_clock(day, clock)
+
+
 def test_ids_that_begin_with_a_quote_are_read_as_csv_writes_them(tmp_path):
     text = 'user_id,item_id,timestamp\nu,"""Heroes"" - 2017",1\nu,"""Solo""",2\nu,"a ""b"" c",3\nu,"\\"Up\\" x",4\n'
     assert histories(atomic(tmp_path, text, name="x.csv")) == [['"Heroes" - 2017', '"Solo"', 'a "b" c', '"Up" x']]
@@ -249,8 +266,8 @@ def test_titles_are_found_by_the_logs_own_name_of_items(tmp_path):
 
 
 def test_times_that_are_not_read_are_on_the_card(tmp_path):
-    text = "user_id,item_id,eventdate,timeframe\nu,a,2016-05-09,5\n"
-    assert "not read: timeframe" in data.card(atomic(tmp_path, text, name="x.csv"))
+    text = "user_id,item_id,eventdate,time_zone\nu,a,2016-05-09,5\n"
+    assert "not read: time_zone" in data.card(atomic(tmp_path, text, name="x.csv"))
 
 
 def test_excel_pandas_and_concatenated_files(tmp_path):

@@ -419,6 +419,9 @@ def build(
     pairs = np.sort(users * len(kept) + items)
     repeats = bool((pairs[1:] == pairs[:-1]).sum() >= REPEATS_FROM * len(pairs))
     taken = {**taken, "interactions": f"{lines}; {len(core):,} kept"}
+    tied = np.count_nonzero((np.diff(users) == 0) & (np.diff(clicks.times[core]) == 0)) / len(core)
+    if tied >= 0.01 and clicks.times.min() < clicks.times.max():
+        taken["order"] = f"{tied:.0%} have the time of the one before; they stay in the order of lines"
     taken["titles"] = f"{sum(map(titles.__contains__, raw_ids)):,} of {len(kept):,} items; {taken['titles']}"
     shown, texts = map(list, zip(*(titles.get(raw_id, (raw_id, "")) for raw_id in raw_ids), strict=True))
     user_ids = [clicks.raw_users[user] for user in users[starts]]

@@ -265,6 +265,13 @@ def test_titles_are_found_by_the_logs_own_name_of_items(tmp_path):
     assert log.titles[1] == "Caf\u00e9 \u2013 1" and log.texts[1].endswith(". mainGenre: War. author_name: Tom")
 
 
+def test_interactions_of_one_time_are_counted_on_the_card(tmp_path):
+    log = atomic(tmp_path, HEAD + "u\tb\t2\nu\ta\t2\nu\tc\t1\nv\tb\t2\n")
+    assert histories(log) == [["c", "b", "a"], ["b"]] and "25% have the time of the one before" in data.card(log)
+    for text in (HEAD + "u\tb\t2\nu\ta\t3\n", HEAD + "u\tb\t2\nu\ta\t2\n"):  # none, and no time at all
+        assert "have the time" not in data.card(atomic(tmp_path, text))
+
+
 def test_times_that_are_not_read_are_on_the_card(tmp_path):
     text = "user_id,item_id,eventdate,time_zone\nu,a,2016-05-09,5\n"
     assert "not read: time_zone" in data.card(atomic(tmp_path, text, name="x.csv"))

@@ -14,6 +14,7 @@ tiny, go to the training script.
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 from contextlib import redirect_stdout
@@ -21,17 +22,21 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from tokenizers import Tokenizer
+from torch import Tensor
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import data as data_module  # noqa: E402
 import distill  # noqa: E402
 import evaluate  # noqa: E402
+import prebert  # noqa: E402
 import teacher  # noqa: E402
 from data import Interactions, Parts, dataset_name, leave_one_out, load_dataset, write_json  # noqa: E402
-from prebert import ITEM_INITS, PreBert, load_bert, machine, prebert_from_bert  # noqa: E402
+from prebert import ITEM_INITS, Bert, PreBert, load_bert, machine, prebert_from_bert, text_vectors  # noqa: E402
 
 STUDENTS, BODIES = ("with texts", "without texts"), ("BERT's body", "random body")
+WORDS = tuple(f"{label}, words" for label in BODIES)  # --words
 
 
 def random_body(*of_bert) -> PreBert:
@@ -40,6 +45,12 @@ def random_body(*of_bert) -> PreBert:
     fresh = PreBert(model.config, model.num_items)
     model.encoder, model.position_embedding = fresh.encoder, fresh.position_embedding
     return model
+
+
+def word_means(bert: Bert, tokenizer: Tokenizer, texts: list[str]) -> Tensor:
+    """The mean of BERT's word vectors over each text, (len(texts), E): what its first layer was trained to read."""
+    ids = [torch.tensor(encoding.ids) for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
+    return torch.stack([bert.word_embedding.weight[own].sum(0) / max(1, len(own)) for own in ids]).detach()
 
 
 def thinned(data: Interactions, percent: int, seed: int) -> Parts:
@@ -52,21 +63,23 @@ def thinned(data: Interactions, percent: int, seed: int) -> Parts:
 
 def one_run(name: str, data: Interactions, label: str, flags: list[str], percent: int, seed: int) -> dict:
     """Train the model of that label, unless that was done, and evaluate; a row of the report."""
-    script = teacher if label in BODIES else distill
+    script = teacher if label in BODIES + WORDS else distill
     left = len(data.items) * percent / 100
     epochs = round(script.RECIPES["next"]["epochs"] * max(1.0, (1e6 / left) ** 0.25))
     sparse = left < teacher.SPARSE * data.num_items
     dropout = script.RECIPES["next"]["sparse_dropout" if sparse else "dropout"]
     kind = ["--epochs", str(epochs), "--dropout", str(dropout), "--seed", str(seed), "--eval-users", "10000", *flags]
     # Share and random body are no flags: they are in the run's name, and patched in behind main's back.
-    words = ["sparsity", label.replace(" ", "-").replace("'", ""), str(percent), *flags, f"s{seed}"]
+    words = ["sparsity", re.sub("[',]", "", label).replace(" ", "-"), str(percent), *flags, f"s{seed}"]
     run = "-".join(word.strip("-") for word in words).replace("/", "_")
     train = [f"{script.__name__}.py", "--data", name, "--name", run, "--resume", *kind]
     train += ["--no-kd"] if script is distill else []
-    built = random_body if label == "random body" else prebert_from_bert
+    built = random_body if label.startswith("random body") else prebert_from_bert
+    read = word_means if label in WORDS else text_vectors
     with mock.patch.dict(data_module.SPLITS, last=lambda data: thinned(data, percent, seed)):
         with mock.patch.object(teacher, "prebert_from_bert", built), mock.patch.object(sys, "argv", train):
-            script.main()
+            with mock.patch.object(prebert, "text_vectors", read):  # of the start, not of the columns
+                script.main()
         with tempfile.TemporaryDirectory() as folder:
             rows = {}
             for part in ("--valid", "--test"):
@@ -87,6 +100,7 @@ def main() -> None:
     parser.add_argument("--shares", type=int, nargs="+", default=[5, 10, 25, 50, 100], help="per cent of the users")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--body", action="store_true", help="PreBERT, with BERT's body and with a random one")
+    parser.add_argument("--words", action="store_true", help="the same, started from the mean of BERT's word vectors")
     parser.add_argument("--starts", nargs="+", choices=ITEM_INITS, help="students with texts, by these starts")
     parser.add_argument("--json", type=Path, required=True, help="rows that it holds already are kept")
     args, flags = parser.parse_known_args()
@@ -97,9 +111,9 @@ def main() -> None:
         for seed in args.seeds:
             share = teacher.titles_beside_counts(data, thinned(data, percent, seed), load_bert("minilm"))
             starts = args.starts or ["text" if share >= teacher.TITLES_ALONE else "text+cooc"]
-            labels = BODIES if args.body else STUDENTS[:1]
+            labels = BODIES if args.body else WORDS if args.words else STUDENTS[:1]
             tried = [(label, ["--item-init", start]) for label in labels for start in starts]
-            if not args.body and not args.starts:
+            if not (args.body or args.words or args.starts):
                 tried.append(("without texts", ["--item-init", "cooc", "--text-weight", "0"]))
             for label, kind in tried:
                 row = one_run(args.data, data, label, [*kind, *flags], percent, seed)

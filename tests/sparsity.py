@@ -77,9 +77,10 @@ def one_run(name: str, data: Interactions, label: str, flags: list[str], percent
     built = random_body if label.startswith("random body") else prebert_from_bert
     read = word_means if label in WORDS else text_vectors
     with mock.patch.dict(data_module.SPLITS, last=lambda data: thinned(data, percent, seed)):
-        with mock.patch.object(teacher, "prebert_from_bert", built), mock.patch.object(sys, "argv", train):
-            with mock.patch.object(prebert, "text_vectors", read):  # of the start, not of the columns
-                script.main()
+        built_so = mock.patch.object(teacher, "prebert_from_bert", built)
+        read_so = mock.patch.object(prebert, "text_vectors", read)  # for the start, not for the columns
+        with built_so, read_so, mock.patch.object(sys, "argv", train):
+            script.main()
         with tempfile.TemporaryDirectory() as folder:
             rows = {}
             for part in ("--valid", "--test"):

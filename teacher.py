@@ -47,7 +47,7 @@ from data import (
     grid_windows, item_counts, load_asked, mask_items, next_items, number, pad_left, positive, random_windows,
     run_command, write_atomic, write_json,
 )  # fmt: skip
-from evaluate import Markov, hit_rate, ndcg, rank_targets
+from evaluate import Markov, Scorer, hit_rate, ndcg, rank_targets
 from prebert import (
     ITEM_INITS, NEVER, VERSION, BertConfig, PreBert, Reader, centred, check_catalogue, item_vectors, load_bert,
     load_run, machine, near_identity, peak_memory_gb, pick_device, prebert_from_bert, read_metrics, read_run,
@@ -593,9 +593,10 @@ def titles_beside_counts(data: Interactions, parts: Parts, reader: Reader) -> fl
     def nearest(history: Tensor) -> Tensor:
         return rows[history[:, -1] - 1] @ rows.T  # (B, I)
 
-    scores = nearest, Markov(parts[0], data.num_items)
-    titles, counts = (ndcg(rank_targets(score, valid, data.exclude_seen, 1), 10).sum().item() for score in scores)
-    return titles / max(counts, 1e-9)
+    def quality(score: Scorer) -> float:
+        return ndcg(rank_targets(score, valid, data.exclude_seen, 1, title="titles or counts"), 10).sum().item()
+
+    return quality(nearest) / max(quality(Markov(parts[0], data.num_items)), 1e-9)
 
 
 def default_init(data: Interactions, split: str, reader: Reader | None) -> str:

@@ -596,7 +596,7 @@ def titles_beside_counts(data: Interactions, parts: Parts, reader: Reader) -> fl
     def quality(score: Scorer) -> float:
         return ndcg(rank_targets(score, valid, data.exclude_seen, 1, title="titles or counts"), 10).sum().item()
 
-    return quality(nearest) / max(quality(Markov(parts[0], data.num_items)), 1e-9)
+    return quality(nearest) / max(quality(Markov(parts[0], data.num_items)), 0.1)
 
 
 def default_init(data: Interactions, split: str, reader: Reader | None) -> str:

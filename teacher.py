@@ -713,7 +713,6 @@ def describe(data: Interactions, model: PreBert, args: argparse.Namespace, teach
 
 def build_teacher(args: argparse.Namespace, data: Interactions, part: Spans, reader: Reader | None) -> PreBert:
     """PreBERT with its item table: BERT's body, or (--bert none) MiniLM's shape with random weights."""
-    torch.manual_seed(args.seed)
     causal = args.objective == "next"
     if reader is None:
         shape = BertConfig(max_position_embeddings=args.max_length, hidden_dropout_prob=args.dropout, causal=causal)
@@ -810,6 +809,7 @@ def main() -> None:
     args = parser.parse_args()
     join_processes(args.device)
     data = load_asked(args)
+    torch.manual_seed(args.seed)  # of first weights and co-occurrence; those of BERT are drawn too, then read
     reader = None if args.bert == "none" else load_bert(args.bert)
     args.item_init = args.item_init or default_init(data, args.split, reader)
     settle(args, RECIPES, data)

@@ -43,6 +43,7 @@ MODELS = {
     "student-no-kd-cooc": "distill.py --no-kd --item-init cooc --text-weight 0",  # without texts, where there are any
     "student-no-kd-text": "distill.py --no-kd --item-init text",
     "student-no-kd-sum": "distill.py --no-kd --item-init text+cooc",
+    "student-no-kd-random": "distill.py --no-kd --item-init random",
     "student-of-starts": "distill.py --teacher RUNS/student-no-kd-sum-sSEED RUNS/student-no-kd-cooc-sSEED "
     "RUNS/student-no-kd-text-sSEED",
     "student-of-seeds": "distill.py --teacher RUNS/student-no-kd-s1 RUNS/student-no-kd-s2 RUNS/student-no-kd-s3",
@@ -61,7 +62,8 @@ STUDIES = {  # by data set, what else the READMEs report: FILE.json and its comm
     "beauty": {"new-items": NEW_ITEMS, "sparsity": SPARSITY, "bodies": BODIES},
 }
 OF_SESSIONS = "--size small --epochs 6 --patience 9"  # students there: most sessions have two or three items
-TEXT = {"student-no-kd-text", "student-no-kd-sum", "student-of-starts"}  # need titles, which YooChoose has not
+# Other starts than the default, where there are titles.
+TEXT = {"student-no-kd-text", "student-no-kd-sum", "student-no-kd-random", "student-of-starts"}
 SPARSE = {"student-text-weight-0"}  # on ML-1M, whose items are known well, text columns are not added
 MASKED_ON = {"ml-1m"}  # the masked teacher and its student: where the paper's own objective is repeated
 

@@ -52,7 +52,7 @@ MODELS = {
     "student-masked": "distill.py --teacher RUNS/teacher-masked-sSEED",
     "bert4rec": "distill.py --no-kd --objective masked --item-init cooc --text-weight 0 --epochs 60 --patience 60",
 }
-NEW_ITEMS = "tests/new_items.py runs/new-items --size tiny --text-weight 2 --seeds 1 2 3 --json"
+NEW_ITEMS = "tests/new_items.py runs/new-items --size tiny --epochs 5 --text-weight 2 --seeds 1 2 3 --json"
 SPARSITY = "tests/sparsity.py --size tiny --json"
 STARTS = "tests/sparsity.py --size tiny --starts text text+cooc cooc --shares 5 10 25"
 BODIES = "tests/sparsity.py --body --shares 100 --seeds 1 2 3 --json"

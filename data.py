@@ -493,7 +493,7 @@ def moment(text: str) -> float:
 def day_and_clock(day: str, clock: str) -> float:
     """`moment` of a date and, in another column, the time of day, such as 9:05, or milliseconds since something."""
     if ":" in clock:
-        return moment(f"{day} {'0' * (clock[1] == ':')}{clock}")
+        return moment(f"{day[:10]} {'0' * (clock[1:2] == ':')}{clock}")  # Excel writes dates with a midnight
     if day[4:5] not in ("-", "/"):
         raise ValueError(f"{day!r} is not a date; write 2020-01-31")
     return moment(day) + moment(clock) / 1000

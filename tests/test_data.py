@@ -131,7 +131,8 @@ def test_a_date_and_the_time_of_day_may_be_two_columns(tmp_path):
     of_session = "sessionId;itemId;timeframe;eventdate\n1;c;99000;2016-05-02\n1;a;500;2016-05-02\n1;b;9000;2016-05-02\n"
     log = atomic(tmp_path, of_session, name="x.csv")  # Diginetica
     assert histories(log) == [["a", "b", "c"]] and "time = eventdate, clock = timeframe of" in data.card(log)
-    assert data.day_and_clock("2020-01-31", "9:05") == data.moment("2020-01-31 09:05")
+    for day in ("2020-01-31", "2020-01-31 00:00:00"):
+        assert data.day_and_clock(day, "9:05") == data.moment("2020-01-31 09:05")
     for day, clock in (("20160502", "500"), ("2016-05-02", "9:65"), ("2016-05-02", "soon")):
         with pytest.raises(ValueError, match="is not a"):
             data.day_and_clock(day, clock)

@@ -83,7 +83,8 @@ def rank_targets(
     """
     ranks = torch.zeros(len(part.targets), dtype=torch.long)
     limits = at_once(torch.device(device), int(part.items.max()))
-    for rows in tqdm(batches(part.sizes.clamp(max=max_length), *limits), desc=title, leave=False, disable=not title):
+    for rows in tqdm(batches(part.sizes.clamp(max=max_length), *limits), desc=title, leave=False, delay=1,
+                     disable=not title):  # fmt: skip
         seen = part.histories(rows, torch.device(device))  # (B, S)
         scores = score(seen[:, -max_length:])  # (B, I)
         targets = part.targets[rows].to(device)  # (B,)

@@ -531,6 +531,7 @@ def fields_at(separator: str, width: int = 0) -> Fields:
     """
 
     def fields_of(line: str) -> list[str]:
+        """The fields of one line; InputError for a quote that stays open."""
         if '"' in line and len(separator) == 1:
             for escape in (None, "\\"):
                 with suppress(csv.Error):
@@ -692,8 +693,7 @@ def find_columns(
     """Where {"user", "item", "time", "clock", "label", "owner"} stand in a log whose first lines are `first`.
 
     given: names that override the known ones, "none" for no such column. sessions: a session, if there is one, is the
-    user, and whoever had it the owner. Raises InputError where a column is missing or in doubt: an order of lines is no
-    substitute for a time.
+    user, and whoever had it the owner. Raises InputError where a column is missing or in doubt.
     """
     found = f"found {', '.join(names[:12])}"
     for name in given.values():
@@ -721,19 +721,28 @@ def find_columns(
         if places[kind] is None:
             raise InputError(f"{path}:1: no column is known as the {kind}; {found}; name it: --columns {kind}=NAME, or "
                              "write a header first, if there is none")  # fmt: skip
+    if places["clock"] is None and "time" not in given:
+        check_time(path, names, places, dated, finer)
+    return places
+
+
+def check_time(path: Path, names: list[str], places: dict[str, int | None], dated: set[int], finer: set[int]) -> None:
+    """InputError where the column taken as the time says too little and another could be it.
+
+    dated, finer: see `dated_columns`. An order of lines is no substitute for a time.
+    """
     timed, when = {place for place, name in enumerate(names) if LOOKS_LIKE_TIME.search(name)}, places["time"]
-    others = (dated | timed if when is None else dated & timed) - {*used}
+    others = (dated | timed if when is None else dated & timed) - {*places.values()}
     likely = sorted(others, key=lambda place: (place not in dated, place))
     if when in dated - finer:
         likely = [place for place in likely if place in finer]
-    if likely and when not in finer and places["clock"] is None and "time" not in given:
+    if likely and when not in finer:
         what = "no column is known as the time" if when is None else f"{names[when]} does not look like a time"
         what = f"{names[when]} tells the day alone" if when in dated else what  # and histories would be out of order
         way = f"time={names[likely[0]] if likely[0] in dated else 'NAME'}"
         could = " or ".join(names[place] for place in likely[:3])
         raise InputError(f"{path}:1: {what}, but {could} could be one; say --columns {shlex.quote(way)}, or "
                          f"time={names[when] if when in dated else 'none if the lines are in the order of time'}")
-    return places
 
 
 def says_yes(label: str) -> bool:
@@ -763,10 +772,8 @@ def read_log(path: Path, given: dict[str, str], sessions: bool) -> tuple[Clicks,
         """Keep what a line says; False for one that says that nothing was clicked."""
         fields = fields_of(line)
         user_id, item_id = fields[user].strip(), fields[item].strip()  # type: ignore[index]
-        if user_id.lower() in MISSING:
-            raise ValueError(f"user and item must be there, and the user is not{other}")
-        if item_id.lower() in MISSING:
-            raise ValueError("user and item must be there")
+        if (nobody := user_id.lower() in MISSING) or item_id.lower() in MISSING:
+            raise ValueError("user and item must be there" + f", and the user is not{other}" * nobody)
         if not (ids := user_id + item_id).isprintable() and CONTROL.search(ids):
             raise ValueError("user and item must be without NUL bytes, tabs and other control characters")
         if '"' in line and any(name[0] == '"' and not quotes_belong(line, name) for name in (user_id, item_id)):

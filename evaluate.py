@@ -335,11 +335,12 @@ def main() -> None:
         raise InputError(f"{data.name}: no targets: no user has three items, no session two, or --final leaves nothing")
     owners = np.unique(part.starts.numpy(), return_inverse=True)[1]  # (R,)
     rare = (part.targets > 0) & (item_counts(train, data.num_items)[part.targets - 1] <= RARE)  # (R,)
-    loaded = []
+    loaded: dict[str, tuple[Path, PreBert, dict]] = {}
     for run in find_runs(args.runs, data):
         model, config, catalogue = load_run(run)
         check_catalogue(run, config, catalogue, data)
-        loaded.append((run, model.to(device), config))
+        name = run.name if run.name not in (*loaded, "popularity", "markov") else str(run)
+        loaded[name] = run, model.to(device), config
     protocol = "VALIDATION part, for choosing between models; " * args.valid + data.protocol
     print(f"{data.name}: {len(part.targets):,} {'validation' if args.valid else 'test'} targets; {protocol}")
     rows: list[dict] = []
@@ -355,12 +356,9 @@ def main() -> None:
 
     evaluate("popularity", Popularity(train, data.num_items), 1, "cpu")
     evaluate("markov", Markov(train, data.num_items), 1, "cpu")
-    models: dict[str, PreBert] = {}
     values: dict[str, dict[int, Tensor]] = {}  # {model: {seed: NDCG@10 of each target}}
     first: dict[str, str] = {}  # runs that differ in the seed alone are one model, under the first one's name
-    for run, model, config in loaded:
-        name = run.name if run.name not in (*models, "popularity", "markov") else str(run)
-        models[name] = model
+    for name, (run, model, config) in loaded.items():
         of_targets = evaluate(name, model.score_next, model.max_length, device, **run_row(run, model, config))
         model_name = first.setdefault(without_seed(config), name)
         if config["seed"] in values.get(model_name, {}):  # the same seed twice: a model of its own
@@ -371,15 +369,15 @@ def main() -> None:
     log = {"name": data.name, "users": data.num_users, "items": data.num_items, "interactions": len(data.items)}
     report = {"data": log | {"taken": data.taken}, "protocol": protocol, "machine": machine(), "rows": rows,
               "comparisons": pairs, "seeds": seeds}  # fmt: skip
-    if args.bench and models:
+    if args.bench and loaded:
         if args.json:  # what is known is kept where nothing can be compiled
             write_json(args.json, report)
-        report["bench"] = benchmark(models, part.sizes)
+        report["bench"] = benchmark({name: model for name, (_, model, _) in loaded.items()}, part.sizes)
         print_bench(report["bench"])
     if args.json:
         write_json(args.json, report)
         print(f"written to {args.json}")
-    if not models:
+    if not loaded:
         print(f"no runs under runs/{data.name} yet; next:", command_line("teacher.py", *data_flags(args)))
 
 

@@ -465,10 +465,9 @@ def main() -> None:
         parser.error("--compile is for a run's own items; with --new-items it serves eagerly")
     if args.data and not args.out and args.user is None:
         parser.error("--data is the log of --out and --user; items are recommended by the run alone")
-    exclude_seen = None if args.seen == "auto" else args.seen == "exclude"
     recommender = Recommender(
         args.run, args.k, args.device, compile=True if args.compile else None,  # None: if it was compiled before
-        fallback=not args.compile, exclude_seen=exclude_seen,
+        fallback=not args.compile, exclude_seen=None if args.seen == "auto" else args.seen == "exclude",
     )  # fmt: skip
     if args.new_items:
         add_new_items(recommender, args.new_items)

@@ -552,8 +552,7 @@ def add_training_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict]
     add("--dropout", type=number(0, 0.9), help=f"share of activations zeroed {by_recipe('dropout')}; with fewer than "
         f"{SPARSE} interactions an item {by_recipe('sparse_dropout')}, halfway if users repeat items")  # fmt: skip
     add("--item-dropout", type=number(0, 0.9), default=0.0, help="share of items read that training hides (default: 0)")
-    add("--label-smoothing", type=number(0, 0.9),
-        help=f"share of a label given to all items alike {by_recipe('label_smoothing')}; 0 with --negatives")
+    add("--label-smoothing", type=number(0, 0.9), help=f"share of labels for all items {by_recipe('label_smoothing')}")
     add("--text-weight", type=number(0), help="how much an item gains whose text is like the newest items' (default: "
         f"fewer than {SPARSE} interactions an item: 1, 2 or 4 if validation gains 1 %%; --all, --final: as <name>)")
     add("--near-identity", action=argparse.BooleanOptionalAction,
@@ -561,7 +560,7 @@ def add_training_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict]
     add("--warmup", type=number(0, 0.99), default=0.05, help="share of the budget that the rate rises (default: 0.05)")
     add("--weight-decay", type=number(0), default=0.01, help="(default: %(default)s)")
     add("--max-length", type=positive, help="items the model reads (default: 200; a student as its teacher)")
-    add("--negatives", type=positive, help="sampled softmax with this many shared negatives "
+    add("--negatives", type=positive, help="sampled softmax with this many shared negatives, no smoothing "
         f"(default: the full catalogue up to {FULL_SOFTMAX:,} items, then {NEGATIVES:,})")  # fmt: skip
     add("--patience", type=positive, help="epochs without improvement before stopping (default: a third, at least 5)")
     add("--eval-users", type=positive, default=3000, help="validation targets after an epoch (default: %(default)s)")

@@ -7,9 +7,8 @@ Trains on a share of the users, drawn at random, and evaluates everybody on the 
 with the items' texts (start and columns) and without them, or, with --body, PreBERT with BERT's weights and with random
 ones, both with the texts that BERT itself reads. Settings are those that the recipes would take for a log of that size,
 and item vectors start from texts alone or also from co-occurrence as `teacher.default_init` would have it; --starts
-text text+cooc cooc compares starts instead.
-Validation chooses the weights, test is looked at once; results/plot.py draws the picture. Other flags, such as --size
-tiny, go to the training script.
+compares starts instead. Validation chooses the weights, test is looked at once; results/plot.py draws the picture.
+Other flags, such as --size tiny, go to the training script.
 """
 
 import argparse
@@ -49,7 +48,8 @@ def random_body(*of_bert) -> PreBert:
 
 def word_means(bert: Bert, tokenizer: Tokenizer, texts: list[str]) -> Tensor:
     """The mean of BERT's word vectors over each text, (len(texts), E): what its first layer was trained to read."""
-    ids = [torch.tensor(encoding.ids) for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
+    encoded = tokenizer.encode_batch(texts, add_special_tokens=False)
+    ids = [torch.tensor(entry.ids, dtype=torch.long) for entry in encoded]
     return torch.stack([bert.word_embedding.weight[own].sum(0) / max(1, len(own)) for own in ids]).detach()
 
 

@@ -52,15 +52,17 @@ MODELS = {
     "student-masked": "distill.py --teacher RUNS/teacher-masked-sSEED",
     "bert4rec": "distill.py --no-kd --objective masked --item-init cooc --text-weight 0 --epochs 60 --patience 60",
 }
-NEW_ITEMS = "tests/new_items.py runs/new-items --size tiny --epochs 5 --text-weight 2 --seeds 1 2 3 --json"
-SPARSITY = "tests/sparsity.py --size tiny --json"
+NEW_ITEMS = "tests/new_items.py runs/new-items --size tiny --epochs 12 --text-weight 2 --seeds 1 2 3 --json"
+SPARSITY = "tests/sparsity.py --size tiny --seeds 1 2 3 --json"
 STARTS = "tests/sparsity.py --size tiny --starts text text+cooc cooc --shares 5 10 25"
-BODIES = "tests/sparsity.py --body --shares 100 --seeds 1 2 3 --json"
+BODIES = "tests/sparsity.py --body --shares 10 25 100 --seeds 1 2 3 --json"
+WORDS = "tests/sparsity.py --words --shares 10 100 --seeds 1 2 3 --json"
 BENCH = "evaluate.py --bench --runs RUNS/teacher-s1 RUNS/student-s1 RUNS/student-small-s1 RUNS/student-tiny-s1 --json"
 STUDIES = {  # by data set, what else the READMEs report: FILE.json and its command
     "ml-1m": {"bench": BENCH, "sparsity": SPARSITY, "starts": f"{STARTS} --json"},
     "steam": {"new-items": NEW_ITEMS, "starts": f"{STARTS} 50 100 --json"},
-    "beauty": {"new-items": NEW_ITEMS, "sparsity": SPARSITY, "starts": f"{STARTS} 50 100 --json", "bodies": BODIES},
+    "beauty": {"new-items": NEW_ITEMS, "sparsity": SPARSITY, "starts": f"{STARTS} 50 100 --json", "bodies": BODIES,
+               "words": WORDS},
 }
 OF_SESSIONS = "--size small --epochs 6 --patience 9"  # students there: most sessions have two or three items
 # Other starts than the default, where there are titles.

@@ -649,9 +649,10 @@ COLUMNS = {
     f"clientid readerid username {SESSION}",
     "item": "itemid item iid productid product movieid articleid newsid trackid songid videoid bookid gameid appid "
     "businessid venueid artistid hotelid recipeid courseid postid contentid docid listingid adid isbn sku parentasin "
-    "asin stockcode movie",
-    "time": "timestamp time datetime date ts eventtime eventtimestamp eventdate unixtimestamp unixtime unixreviewtime "
-    "reviewtime createdat createdtime clicktime viewtime purchasedate orderdate invoicedate transactiondate tdat",
+    "asin stockcode movie animeid locationid aid",
+    "time": "timestamp time datetime date ts eventtime eventtimestamp eventdate unixtimestamp utctimestamp unixtime "
+    "unixreviewtime reviewtime createdat createdtime clicktime viewtime purchasedate orderdate invoicedate "
+    "transactiondate tdat",
     "clock": "timeframe",  # milliseconds in a session
     "label": "label click clicked isclick isclicked purchased bought liked",
 }

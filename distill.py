@@ -31,13 +31,12 @@ from data import (
 )  # fmt: skip
 from prebert import (
     ITEM_INITS, PreBert, Reader, check_catalogue, item_vectors, load_bert, load_run, pick_device, principal_components,
-    set_item_table, with_text_columns, without_seed,
+    set_item_table, without_seed,
 )  # fmt: skip
 from student import STUDENTS, MiniBert
 from teacher import (
-    Sampler, add_texts, add_training_flags, autocast_dtype, candidate_logits, check_text_weight, default_init,
-    describe, draw_candidates, find_state, first_weights, item_loss, join_processes, make_sampler, settle, sparse,
-    train, world,
+    Sampler, add_training_flags, autocast_dtype, candidate_logits, default_init, describe, draw_candidates, find_state,
+    first_weights, item_loss, join_processes, keep_texts, make_sampler, settle, sparse, train, world,
 )  # fmt: skip
 
 States = Callable[[Batch], list[Tensor]]  # every teacher's states where a batch asks, (Q, D) each
@@ -48,7 +47,6 @@ RECIPES: dict[str, dict] = {
     for objective, epochs in (("next", 8), ("masked", 20))
 }
 CACHE_AT_MOST = 2**32  # bytes of teachers' states
-TEXT_SIZE = 64  # columns for texts, which a student reads at every request; a teacher has as many as BERT's vectors
 
 
 def distillation_loss(
@@ -196,8 +194,7 @@ def load_teachers(args: argparse.Namespace, data: Interactions) -> tuple[list[Pr
         if args.objective != objective or args.max_length != teacher.max_length:
             flags = f"--objective {objective} --max-length {teacher.max_length}"
             raise InputError(f"{run} was trained with {flags}; the student must answer the same questions")
-        # Without its text columns: a student learns what training taught, and gets text columns of its own.
-        teachers.append(with_text_columns(teacher).requires_grad_(False).to(pick_device(args.device)))
+        teachers.append(teacher.requires_grad_(False).to(pick_device(args.device)))
         made_by.append(without_seed(config))
         args.bert = args.bert or config["settings"].get("bert")
     args.objective, args.bert = args.objective or "next", args.bert or "minilm"
@@ -245,9 +242,8 @@ def main() -> None:
     from_texts = "text" in args.item_init or (teachers and (Path(args.teacher[0]) / "texts.safetensors").exists())
     if from_texts and not any(data.texts):
         print("note: the teacher read titles, and this log has none; --titles FILE names them")
-    if titles and (from_texts or args.text_weight):
+    if titles and from_texts:
         reader = reader or load_bert(args.bert)
-    check_text_weight(args, reader)
     model = build_student(args, data, parts[0], teachers[0] if teachers else None, reader)
     sampler = make_sampler(args, parts[0], data.num_items)
     run, config = Path("runs") / data.name / args.name, describe(data, model, args, made_by)
@@ -261,7 +257,7 @@ def main() -> None:
                        alpha=args.alpha, sampler=sampler)  # fmt: skip
     train(model, loss, data, parts, run, args, config)
     if reader:
-        add_texts(run, data, parts[1], reader, args, TEXT_SIZE)
+        keep_texts(run, data, reader)
     if world()[0] == 0:
         serve = command_line("student.py", "--run", str(run), f"id:{data.raw_ids[1]}")
         check = command_line("evaluate.py", *data_flags(args))

@@ -10,7 +10,7 @@ seed each, before the convolution (longer-controls.json).
 Histories become questions, of one of two kinds (data.py): what follows each item, or which item stood where one is
 hidden (Sun et al. 2019, section 3.5; arXiv 2409.14810, section 3.2). distill.py trains students in the same loop
 with another loss. In order: loss -> optimizer and schedule -> `train` -> checkpoints -> processes -> large
-catalogues -> flags and settings -> building the teacher -> item texts, after training -> the command.
+catalogues -> flags and settings -> building the teacher -> the command.
 
 Letters: B batch (users), T sequence length, D hidden size, M asked positions of a row, Q of a batch, I items,
 W windows, C and N candidates, E size of what BERT reads in a text.
@@ -50,16 +50,15 @@ from data import (
 from evaluate import Markov, Scorer, hit_rate, ndcg, rank_targets
 from prebert import (
     ITEM_INITS, NEVER, VERSION, BertConfig, PreBert, Reader, centred, check_catalogue, item_vectors, load_bert,
-    load_run, machine, near_identity, peak_memory_gb, pick_device, prebert_from_bert, read_metrics, read_run,
-    save_texts, set_item_table, start_from, text_columns, text_vectors, with_text_columns, write_safetensors,
+    machine, near_identity, peak_memory_gb, pick_device, prebert_from_bert, read_metrics, read_run, save_texts,
+    set_item_table, start_from, text_vectors, write_safetensors,
 )  # fmt: skip
 
 Loss = Callable[[PreBert, Batch], Tensor]
 # Data with fewer interactions an item are sparse: item vectors may start from titles (`default_init`), dropout is
-# sparse_dropout (halfway to it if users come back to items), models start `near_identity`, texts count (`add_texts`).
+# sparse_dropout (halfway to it if users come back to items), models start `near_identity`.
 SPARSE = 100
 TITLES_TOO, TITLES_ALONE = 0.4, 0.6  # how well titles must predict, as a share of Markov's NDCG@10
-TEXT_WEIGHTS = (1.0, 2.0, 4.0)
 
 # What a kind of question needs. Next items are five times as many questions an epoch (all of them, not a MASK_RATE of
 # 0.2), so a model overfits earlier: fewer epochs, more dropout, smoothed labels. Epochs, learning rates and positions
@@ -553,8 +552,6 @@ def add_training_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict]
         f"{SPARSE} interactions an item {by_recipe('sparse_dropout')}, halfway if users repeat items")  # fmt: skip
     add("--item-dropout", type=number(0, 0.9), default=0.0, help="share of items read that training hides (default: 0)")
     add("--label-smoothing", type=number(0, 0.9), help=f"share of labels for all items {by_recipe('label_smoothing')}")
-    add("--text-weight", type=number(0), help="how much an item gains whose text is like the newest items' (default: "
-        f"fewer than {SPARSE} interactions an item: 1, 2 or 4 if validation gains 1 %%; --all, --final: as <name>)")
     add("--near-identity", action=argparse.BooleanOptionalAction,
         help=f"begin with body and head that change little (default: with fewer than {SPARSE} interactions an item)")
     add("--warmup", type=number(0, 0.99), default=0.05, help="share of the budget that the rate rises (default: 0.05)")
@@ -645,18 +642,8 @@ def settle(args: argparse.Namespace, recipes: dict[str, dict], data: Interaction
     if args.epochs is None:  # a hundredth of the data gets three times the passes
         args.epochs = round(recipe["epochs"] * smaller**0.25)
         args.epochs = max(1, args.epochs // 5) if args.start else args.epochs
-    if args.text_weight is None and suffix:
-        before = resumed(args, data, suffix)
-        base = Path("runs") / data.name / args.name
-        args.text_weight = before.get("text_weight") if before else weight_before(base, args.start)
     args.name = f"{args.name}{suffix}"
     args.patience = args.patience or max(5, args.epochs // 3)
-
-
-def resumed(args: argparse.Namespace, data: Interactions, suffix: str) -> dict | None:
-    """The settings of the run <name> with this suffix where --resume goes on with it."""
-    run = Path("runs") / data.name / f"{args.name}{suffix}"
-    return read_run(run)[0]["settings"] if args.resume and (run / "config.json").exists() else None
 
 
 def best_epoch(args: argparse.Namespace, data: Interactions, suffix: str) -> int:
@@ -664,17 +651,16 @@ def best_epoch(args: argparse.Namespace, data: Interactions, suffix: str) -> int
 
     Raises InputError where there is no such run, or where it is of another log or has other settings.
     """
-    if before := resumed(args, data, suffix):
-        return before["epochs"]
     run = Path("runs") / data.name / args.name
+    if args.resume and (Path(f"{run}{suffix}") / "config.json").exists():
+        return read_run(Path(f"{run}{suffix}"))[0]["settings"]["epochs"]
     ended = read_metrics(run) if (run / "metrics.json").exists() else {}
     if ended.get("valid_NDCG@10") is None:
         advice = "train without --all and --final first, or give --epochs N"
         raise InputError(f"{run} does not tell the best epoch; {advice}")
     config, catalogue = read_run(run)
     check_catalogue(run, config, catalogue, data)
-    may_differ = ("name", "seed", "epochs", "minutes", "patience", "eval_users", "precision", "teacher", "all",
-                  "text_weight")  # fmt: skip
+    may_differ = ("name", "seed", "epochs", "minutes", "patience", "eval_users", "precision", "teacher", "all")
     for name, value in config["settings"].items():
         if name not in may_differ and getattr(args, name, None) != value:
             flag = f"--{name.replace('_', '-')}, {str(value)[:40]}"
@@ -737,59 +723,10 @@ def first_weights(model: PreBert, args: argparse.Namespace, data: Interactions, 
         near_identity(model)
 
 
-# ---------------------------------------------------------------- item texts, after training
-
-
-def check_text_weight(args: argparse.Namespace, reader: Reader | None) -> None:
-    if args.text_weight and reader is None:
-        raise InputError(f"--text-weight {args.text_weight:g} needs a BERT and item titles")
-
-
-def weight_before(run: Path, start: str | None) -> float:
-    """The weight of texts where nothing is held out to choose it on: that of the run, or of the start, else 0."""
-    for folder in (run, Path(start or run)):
-        if (folder / "metrics.json").exists() and (weight := read_metrics(folder).get("text_weight")) is not None:
-            return weight
-    return 0.0
-
-
-def add_texts(
-    run: Path, data: Interactions, valid: Spans, reader: Reader, args: argparse.Namespace, size: int
-) -> None:  # fmt: skip
-    """Keep with a trained run what BERT reads in its items' texts, and let it count as far as validation says.
-
-    On sparse data, and with --text-weight, the item table gets `text_columns`, of that size: items whose texts are like
-    those of the newest ones score higher. The weight is chosen when training is over, and is 0 unless another gains
-    1 %. Learnt in training it gains less: there the rows alone explain what comes next. By the first process alone.
-    """
-    if world()[0] > 0:
-        return
-    with locked(run):
-        ended, texts = read_metrics(run), text_vectors(*reader, data.texts[1:])  # (I, E)
-        if not (run / "texts.safetensors").exists():  # else --resume came to a run that has them
-            save_texts(run, texts)
-        older = "text_weight" not in read_run(run)[0]["settings"]  # such a run stays as it is
-        if older or "text_weight" in ended or not (sparse(data) or args.text_weight):
-            return
-        model, device, columns = load_run(run)[0], pick_device(args.device), text_columns(texts, size)
-
-        def weighted(weight: float) -> PreBert:
-            return with_text_columns(model, columns * weight**0.5 if weight else None)
-
-        weight, quality = args.text_weight, {0.0: ended["valid_NDCG@10"]}
-        part = valid[some_targets(valid, args.eval_users)]
-        tried = (TEXT_WEIGHTS if weight is None else (weight,)) if weight != 0 and len(valid.targets) else ()
-        for other in tqdm(tried, desc="texts", leave=False):
-            score = weighted(other).to(device).score_next
-            ranks = rank_targets(score, part, data.exclude_seen, model.max_length, device)
-            quality[other] = ndcg(ranks, 10).mean().item()
-        if weight is None:
-            weight = max(quality, key=lambda other: quality[other])
-            weight = weight if quality[weight] >= 1.01 * quality[0.0] else 0.0
-        scores = ", ".join(f"{quality[other]:.4f} with {other:g}" for other in (0.0, *tried) if tried)
-        print(f"weight of item texts: {weight:g}" + f" (validation NDCG@10 {scores})" * bool(tried), flush=True)
-        write_safetensors(run / "model.safetensors", weighted(weight).state_dict())
-        write_json(run / "metrics.json", ended | {"valid_NDCG@10": quality.get(weight), "text_weight": weight})
+def keep_texts(run: Path, data: Interactions, reader: Reader) -> None:
+    """Keep with a run what BERT reads in its items' texts, for new items; an ended run that has them keeps its own."""
+    if world()[0] == 0 and not (run / "texts.safetensors").exists():
+        save_texts(run, text_vectors(*reader, data.texts[1:]))  # (I, E)
 
 
 # ---------------------------------------------------------------- the command
@@ -815,13 +752,12 @@ def main() -> None:
     parts = SPLITS[data.split](data)
     model = build_teacher(args, data, parts[0], reader)
     reader = reader if any(data.texts) else None
-    check_text_weight(args, reader)
     sampler = make_sampler(args, parts[0], data.num_items)
     run = Path("runs") / data.name / args.name
     loss = partial(item_loss, label_smoothing=args.label_smoothing, sampler=sampler)
     train(model, loss, data, parts, run, args, describe(data, model, args))
     if reader:
-        add_texts(run, data, parts[1], reader, args, reader[0].config.hidden_size)  # all that BERT says
+        keep_texts(run, data, reader)
     if world()[0] == 0:
         command = command_line("distill.py", *data_flags(args), "--teacher", str(run))
         print(f"the best weights are in {run}; next: {command}")

@@ -32,15 +32,13 @@ DATA = {  # flags of every script
 MODELS = {
     "teacher": "teacher.py",
     "student": "distill.py --teacher RUNS/teacher-sSEED",
-    "student-text-weight-0": "distill.py --teacher RUNS/teacher-sSEED --start RUNS/student-sSEED --epochs 0 "
-    "--text-weight 0",  # the student without text columns
     "student-of-student": "distill.py --teacher RUNS/student-sSEED",  # a second round
     "student-small": "distill.py --teacher RUNS/teacher-sSEED --size small",
     "student-tiny": "distill.py --teacher RUNS/teacher-sSEED --size tiny",
     "student-no-kd": "distill.py --no-kd",
     "student-no-kd-smooth": "distill.py --no-kd --label-smoothing 0.1",
     "student-no-kd-hidden": "distill.py --no-kd --item-dropout 0.15",
-    "student-no-kd-cooc": "distill.py --no-kd --item-init cooc --text-weight 0",  # without texts, where there are any
+    "student-no-kd-cooc": "distill.py --no-kd --item-init cooc",  # without texts, where there are any
     "student-no-kd-text": "distill.py --no-kd --item-init text",
     "student-no-kd-sum": "distill.py --no-kd --item-init text+cooc",
     "student-no-kd-random": "distill.py --no-kd --item-init random",
@@ -50,9 +48,9 @@ MODELS = {
     "student-of-teachers": "distill.py --teacher RUNS/teacher-s1 RUNS/teacher-s2 RUNS/teacher-s3",
     "teacher-masked": "teacher.py --objective masked --epochs 16 --patience 16",
     "student-masked": "distill.py --teacher RUNS/teacher-masked-sSEED",
-    "bert4rec": "distill.py --no-kd --objective masked --item-init cooc --text-weight 0 --epochs 60 --patience 60",
+    "bert4rec": "distill.py --no-kd --objective masked --item-init cooc --epochs 60 --patience 60",
 }
-NEW_ITEMS = "tests/new_items.py runs/new-items --size tiny --epochs 12 --text-weight 2 --seeds 1 2 3 --json"
+NEW_ITEMS = "tests/new_items.py runs/new-items --size tiny --epochs 12 --seeds 1 2 3 --json"
 SPARSITY = "tests/sparsity.py --size tiny --seeds 1 2 3 --json"
 STARTS = "tests/sparsity.py --size tiny --starts text text+cooc cooc --shares 5 10 25"
 BODIES = "tests/sparsity.py --body --shares 10 100 --seeds 1 2 3 --json"
@@ -67,15 +65,13 @@ STUDIES = {  # by data set, what else the READMEs report: FILE.json and its comm
 OF_SESSIONS = "--size small --epochs 6 --patience 9"  # students there: most sessions have two or three items
 # Other starts than the default, where there are titles.
 TEXT = {"student-no-kd-text", "student-no-kd-sum", "student-no-kd-random", "student-of-starts"}
-SPARSE = {"student-text-weight-0"}  # on ML-1M, whose items are known well, text columns are not added
 MASKED_ON = {"ml-1m"}  # the masked teacher and its student: where the paper's own objective is repeated
 
 
 def models_of(data: str) -> list[str]:
     """Which models are trained on a data set."""
     titles, masked = data in ("ml-1m", "steam", "beauty"), data in MASKED_ON
-    left_out = (set() if titles else TEXT) | (set() if data in ("steam", "beauty") else SPARSE)
-    return [name for name in MODELS if name not in left_out and (masked or "-masked" not in name)]
+    return [name for name in MODELS if (titles or name not in TEXT) and (masked or "-masked" not in name)]
 
 
 def folder(data: str, run: str) -> str:

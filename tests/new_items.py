@@ -1,12 +1,11 @@
 """How well items are recommended that nobody has clicked yet, by what BERT reads in their texts. Run by hand.
 
-    python tests/new_items.py FOLDER --data beauty.inter --size tiny --epochs 12 --text-weight 2 --json FILE
+    python tests/new_items.py FOLDER --data beauty.inter --size tiny --epochs 12 --json FILE
 
 Takes 5 % of the items, all their clicks, out of a log, trains a student without a teacher on what is left, adds the
 items by `Recommender.add_items`, and ranks the whole catalogue for those users whose next item is a new one. Beside
 it stand a random order, and the items whose texts are most like that of the newest item of the history. For all other
-users: how much the new items cost. With --valid the next item is the validation item instead of the test item. Nothing
-is held out in training, so the weight of texts is given.
+users: how much the new items cost. With --valid the next item is the validation item instead of the test item.
 """
 
 import argparse

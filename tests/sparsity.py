@@ -4,11 +4,11 @@
     python tests/sparsity.py --data ml-1m --body --shares 5 10 --json sparsity.json      # PreBERT instead of students
 
 Trains on a share of the users, drawn at random, and evaluates everybody on the same items: students without a teacher,
-with the items' texts (start and columns) and without them, or, with --body, PreBERT with BERT's weights and with random
-ones, both with the texts that BERT itself reads. Settings are those that the recipes would take for a log of that size,
-and item vectors start from texts alone or also from co-occurrence as `teacher.default_init` would have it; --starts
-compares starts instead. Validation chooses the weights, test is looked at once; results/plot.py draws the picture.
-Other flags, such as --size tiny, go to the training script.
+whose item vectors start from the items' texts and without them, or, with --body, PreBERT with BERT's weights and with
+random ones, both with the texts that BERT itself reads. Settings are those that the recipes would take for a log of
+that size, and item vectors start from texts alone or also from co-occurrence as `teacher.default_init` would have it;
+--starts compares starts instead. Validation chooses the weights, test is looked at once; results/plot.py draws the
+picture. Other flags, such as --size tiny, go to the training script.
 """
 
 import argparse
@@ -78,7 +78,7 @@ def one_run(name: str, data: Interactions, label: str, flags: list[str], percent
     read = word_means if label in WORDS else text_vectors
     with mock.patch.dict(data_module.SPLITS, last=lambda data: thinned(data, percent, seed)):
         built_so = mock.patch.object(teacher, "prebert_from_bert", built)
-        read_so = mock.patch.object(prebert, "text_vectors", read)  # for the start, not for the columns
+        read_so = mock.patch.object(prebert, "text_vectors", read)
         with built_so, read_so, mock.patch.object(sys, "argv", train):
             script.main()
         with tempfile.TemporaryDirectory() as folder:
@@ -115,7 +115,7 @@ def main() -> None:
             labels = BODIES if args.body else WORDS if args.words else STUDENTS[:1]
             tried = [(label, ["--item-init", start]) for label in labels for start in starts]
             if not (args.body or args.words or args.starts):
-                tried.append(("without texts", ["--item-init", "cooc", "--text-weight", "0"]))
+                tried.append(("without texts", ["--item-init", "cooc"]))
             for label, kind in tried:
                 row = one_run(args.data, data, label, [*kind, *flags], percent, seed)
                 row |= {"item_init": kind[1], "titles beside counts": share}

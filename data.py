@@ -302,17 +302,14 @@ def mask_items(tokens: Tensor, last_only: Tensor, mask: int, generator: Generato
     tokens (B, T) left-padded, last_only (B,). Every item is hidden with probability MASK_RATE; in rows of
     `last_only`, just the newest; a row where chance hid none hides its newest.
     Returns masked tokens (B, T), positions (B, M) of the hidden items and their ids, labels (B, M);
-    rows with fewer than M are filled up with position T - 1 and label PAD, which the loss skips.
+    rows with fewer than M are filled up with other positions and label PAD, which the loss skips.
     """
     hidden = (torch.rand(tokens.shape, generator=generator) < MASK_RATE) & (tokens != PAD)  # (B, T)
     hidden &= ~last_only[:, None]
     hidden[:, -1] |= ~hidden.any(1)
-    counts = hidden.sum(1)
-    positions = torch.argsort(hidden.int(), dim=1, descending=True, stable=True)[:, : counts.max()]  # (B, M)
-    filled = torch.arange(positions.shape[1]) < counts[:, None]
-    positions = torch.where(filled, positions, tokens.shape[1] - 1)
-    labels = torch.where(filled, tokens.gather(1, positions), PAD)
-    return tokens.masked_fill(hidden, mask), positions, labels
+    most = hidden.sum(1).max()  # M
+    positions = torch.argsort(hidden.int(), dim=1, descending=True, stable=True)[:, :most]  # (B, M)
+    return tokens.masked_fill(hidden, mask), positions, torch.where(hidden, tokens, PAD).gather(1, positions)
 
 
 def next_items(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -501,10 +498,8 @@ def day_and_clock(day: str, clock: str) -> float:
 
 def check_unit(times: np.ndarray, path: Path) -> None:
     """InputError for times some of which are seconds and others milliseconds or finer: they would not order."""
-    sizes = np.abs(times)
-    ranges = [(10.0**low, 10.0**high) for low, high in ((8, 11), (11, 14), (14, 17), (17, 20))]  # s, ms, us, ns
-    found = [times[(sizes >= low) & (sizes < high)] for low, high in ranges]
-    examples = [f"{some[0]:.0f}" for some in found if len(some)]
+    units = np.digitize(np.abs(times), [1e8, 1e11, 1e14, 1e17])  # 0: none, then s, ms, us, ns
+    examples = [f"{times[units == unit][0]:.0f}" for unit in np.unique(units[units > 0])]
     if len(examples) > 1:
         raise InputError(f"{path}: its times are not all in one unit, such as {' and '.join(examples)}; write seconds")
 
@@ -523,31 +518,25 @@ Fields = Callable[[str], list[str]]  # a line into its fields
 Row = TypeVar("Row")
 
 
-def fields_at(separator: str, width: int = 0) -> Fields:
-    """A function that cuts a line at `separator`; as in CSV, quotes around a whole field are removed, others stay.
+def fields_at(separator: str, width: int, line: str) -> list[str]:
+    """The fields of a line, cut at `separator`; as in CSV, quotes around a whole field are removed, others stay.
 
     A quote inside quotes is written twice or, as databases do, behind a backslash. A tab cuts in quotes as well, where
-    that gives `width` fields.
+    that gives `width` fields. Raises InputError for a quote that stays open.
     """
-
-    def fields_of(line: str) -> list[str]:
-        """The fields of one line; InputError for a quote that stays open."""
-        if '"' in line and len(separator) == 1:
-            for escape in (None, "\\"):
-                with suppress(csv.Error):
-                    fields, cut = csv_fields(line, separator, escape), line.split(separator)
-                    return cut if separator == "\t" and len(fields) < len(cut) == width else fields
-            if open_quote(line, separator):
-                raise InputError(f"a quote is not closed on the line {line[:60]!r}, or only 50 lines later")
-        return line.split(separator)
-
-    return fields_of
+    if '"' in line and len(separator) == 1:
+        for escape in (None, "\\"):
+            with suppress(csv.Error):
+                fields, cut = csv_fields(line, separator, escape), line.split(separator)
+                return cut if separator == "\t" and len(fields) < len(cut) == width else fields
+        if open_quote(line, separator):
+            raise InputError(f"a quote is not closed on the line {line[:60]!r}, or only 50 lines later")
+    return line.split(separator)
 
 
 def csv_fields(line: str, separator: str, escape: str | None = None) -> list[str]:
     """Fields of a line; csv.Error where its quotes are not those of CSV."""
-    reader = csv.reader([line], delimiter=separator, escapechar=escape, skipinitialspace=True, strict=True)
-    return next(reader)
+    return next(csv.reader([line], delimiter=separator, escapechar=escape, skipinitialspace=True, strict=True))
 
 
 def quotes_belong(line: str, name: str) -> bool:
@@ -568,28 +557,20 @@ def whole_rows(lines: Lines, separator: str, width: int) -> Lines:
     meant so, only where none of them could be a row by itself.
     """
     ahead: deque[tuple[int, str]] = deque()  # lines that were looked at and belong to nothing yet
-    while True:
-        if not ahead:
-            ahead.extend(itertools.islice(lines, 1))
-        if not ahead:
-            return
+    while ahead or (ahead := deque(itertools.islice(lines, 1))):
         number, line = ahead.popleft()
         row = line  # and the lines after it until the one that closes its quote
-        for place in range(50 if '"' in line and open_quote(line, separator) else 0):
-            if place == len(ahead):
-                ahead.extend(itertools.islice(lines, 1))
-            if place == len(ahead):
-                break
-            more, closes = ahead[place][1], ahead[place][1].count('"') % 2 > 0
-            row = f"{row} {more}"
-            if separator == "\t" and more.count(separator) == width - 1:
-                break
-            if closes:
-                with suppress(csv.Error):
-                    if len(csv_fields(row, separator)) == width:
-                        line = row
-                        ahead = deque(itertools.islice(ahead, place + 1, None))
-                break
+        if '"' in line and open_quote(line, separator):
+            ahead.extend(itertools.islice(lines, 50 - len(ahead)))
+            for place, (_, more) in enumerate(ahead, 1):
+                row = f"{row} {more}"
+                if separator == "\t" and more.count(separator) == width - 1:
+                    break
+                if more.count('"') % 2:
+                    with suppress(csv.Error):
+                        if len(csv_fields(row, separator)) == width:
+                            line, ahead = row, deque(itertools.islice(ahead, place, None))
+                    break
         yield number, line
 
 
@@ -605,9 +586,9 @@ def open_table(path: Path) -> tuple[Lines, Fields, list[str]]:
     if header.lstrip().startswith(("{", "[", "<")) or header.startswith("version https://git-lfs"):
         raise InputError(f"{path} is JSON, a web page or a placeholder of git; save the log as CSV, with a header")
     separator = max("\t,;|", key=header.count)
-    fields_of, kind = fields_at(separator), re.compile(r":(token|float)(_seq)?$")  # RecBole writes user_id:token
-    names = [kind.sub("", name).strip() for name in fields_of(header)]
-    fields_of = fields_at(separator, len(names))
+    kind = re.compile(r":(token|float)(_seq)?$")  # RecBole writes user_id:token
+    names = [kind.sub("", name).strip() for name in fields_at(separator, 0, header)]
+    fields_of = partial(fields_at, separator, len(names))
     if 2 * sum(bool(re.fullmatch(r"[\d\s.,:+/TZ-]+", name)) for name in names) >= len(names):  # numbers and dates
         raise InputError(f"{path}:1: a header such as user_id,item_id,timestamp must come first; found {header[:60]!r}")
     for name, word in zip(names, plain(names), strict=True):
@@ -625,15 +606,13 @@ def rows_of(path: Path, lines: Lines, parse: Callable[[str], Row]) -> Iterator[R
         if line:
             count += 1
             try:
-                row = parse(line)
+                yield parse(line)
             except (ValueError, IndexError, KeyError, SyntaxError) as error:
                 if "\r" in line:
                     raise InputError(f"{path}:{number}: here lines end with \\r alone; save it with \\n") from error
                 kinds: dict[type, str] = {IndexError: "fields are missing", KeyError: f"no field {error}"}
                 words = kinds.get(type(error), error)
                 skipped.append(f"{path}:{number}: {words}; found {line[:60]!r}" if len(skipped) < 3 else "")
-            else:
-                yield row
     if len(skipped) > 0.01 * count:
         raise InputError(f"{skipped[0]} ({len(skipped):,} of {count:,} lines are unreadable)")
     for example in skipped[:3]:
@@ -697,9 +676,8 @@ def find_columns(
     user, and whoever had it the owner. Raises InputError where a column is missing or in doubt.
     """
     found = f"found {', '.join(names[:12])}"
-    for name in given.values():
-        if name not in (*names, "none"):
-            raise InputError(f"{path}:1: no column {name!r}; {found}")
+    if unknown := [name for name in given.values() if name not in (*names, "none")]:
+        raise InputError(f"{path}:1: no column {unknown[0]!r}; {found}")
     if lists := [name for name in names if name.endswith("_list")]:
         raise InputError(f"{path}: {lists[0]} holds histories; write one line a click: user_id, item_id, timestamp")
     dated, finer, clocks = dated_columns(names, fields_of, first)
@@ -926,12 +904,12 @@ def steam_game(line: str) -> list[str]:
 
 
 STEAM_GAME = ["id", "title", "genres", "tags", "developer"]
-OFFICIAL = {  # files without a header: how their lines are split, and the names of the fields
-    "ratings.dat": (fields_at("::"), ["user_id", "item_id", "rating", "timestamp"]),
-    "movies.dat": (fields_at("::"), ["item_id", "title", "genres"]),
+OFFICIAL: dict[str, tuple[Fields, list[str]]] = {  # files without a header: what cuts their lines, names of the fields
+    "ratings.dat": (partial(fields_at, "::", 0), ["user_id", "item_id", "rating", "timestamp"]),
+    "movies.dat": (partial(fields_at, "::", 0), ["item_id", "title", "genres"]),
     "steam_reviews.json.gz": (steam_review, ["username", "product_id", "date"]),
     "steam_games.json.gz": (steam_game, STEAM_GAME),
-    "yoochoose-clicks.dat": (fields_at(","), ["session_id", "timestamp", "item_id", "category"]),
+    "yoochoose-clicks.dat": (partial(fields_at, ",", 0), ["session_id", "timestamp", "item_id", "category"]),
 }
 
 
@@ -1259,20 +1237,18 @@ def run_command(main: Callable[[], None]) -> None:
         sys.stdout.flush()
         return
     except BrokenPipeError:  # the reader of the output, such as `head`, has enough
-        code = 141
+        code, words = 141, ""
+    except KeyboardInterrupt:
+        code, words = 130, ""
     except (InputError, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
             raise
         short = isinstance(error, MemoryError | RuntimeError)
-        code = 2
-        with suppress(OSError):
-            sys.stdout.flush()  # what was printed before comes first
-        with suppress(OSError):
-            print(f"error: {'not enough memory, ask for less: ' * short}{error}", file=sys.stderr)
-    except KeyboardInterrupt:
-        code = 130
-        with suppress(OSError):
-            sys.stdout.flush()
+        code, words = 2, f"error: {'not enough memory, ask for less: ' * short}{error}\n"
+    with suppress(OSError):
+        sys.stdout.flush()  # what was printed before comes first
+    with suppress(OSError):
+        sys.stderr.write(words)
     with open(os.devnull, "w") as nowhere:  # what could not be written is not tried again at exit
         os.dup2(nowhere.fileno(), sys.stdout.fileno())
     sys.exit(code)

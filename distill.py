@@ -17,7 +17,7 @@ and S hidden sizes of teacher and student, L log entries.
 import argparse
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 
 import torch
@@ -72,10 +72,8 @@ def mean_of(logits: list[Tensor]) -> Tensor:
     """Log of the mean distribution of several teachers, (Q, I); of one, its logits."""
     if len(logits) == 1:
         return logits[0]
-    total = logits[0].float().log_softmax(-1)
-    for other in logits[1:]:  # one after the other: a stack of all takes their number times the memory
-        total = torch.logaddexp(total, other.float().log_softmax(-1))
-    return total - math.log(len(logits))
+    # One after the other: a stack of all takes their number times the memory.
+    return reduce(torch.logaddexp, (each.float().log_softmax(-1) for each in logits)) - math.log(len(logits))
 
 
 def student_loss(
@@ -102,7 +100,6 @@ def student_loss(
     return distillation_loss(logits, answers, torch.zeros_like(columns), temperature, alpha, correction)
 
 
-@torch.no_grad()
 def top_items(pairs: list[tuple[PreBert, Tensor]], count: int) -> Tensor:
     """The likeliest columns of the mean teacher, (Q, count); pairs: each teacher with its states (Q, D)."""
     teachers, states = zip(*pairs, strict=True)
@@ -182,11 +179,8 @@ def load_teachers(args: argparse.Namespace, data: Interactions) -> tuple[list[Pr
 
     Raises InputError if one was trained on other data or another kind of question.
     """
-    runs = args.teacher
-    if args.no_kd:
-        runs = runs[:1] if args.item_init == "pca" else []
     teachers, made_by = [], []
-    for run in runs:
+    for run in args.teacher if not args.no_kd or args.item_init == "pca" else []:
         teacher, config, catalogue = load_run(run)
         check_catalogue(Path(run), config, catalogue, data)
         objective = "next" if teacher.config.causal else "masked"
@@ -240,9 +234,9 @@ def main() -> None:
     settle(args, RECIPES, data)
     parts = SPLITS[data.split](data)
     from_texts = "text" in args.item_init or (teachers and (Path(args.teacher[0]) / "texts.safetensors").exists())
-    if from_texts and not any(data.texts):
+    if teachers and from_texts and not any(data.texts):
         print("note: the teacher read titles, and this log has none; --titles FILE names them")
-    if titles and from_texts:
+    if titles and from_texts and args.bert != "none":
         reader = reader or load_bert(args.bert)
     model = build_student(args, data, parts[0], teachers[0] if teachers else None, reader)
     sampler = make_sampler(args, parts[0], data.num_items)
@@ -256,12 +250,10 @@ def main() -> None:
         loss = partial(student_loss, teachers=teachers, states_at=states_at, temperature=args.temperature,
                        alpha=args.alpha, sampler=sampler)  # fmt: skip
     train(model, loss, data, parts, run, args, config)
-    if reader:
-        keep_texts(run, data, reader)
-    if world()[0] == 0:
-        serve = command_line("student.py", "--run", str(run), f"id:{data.raw_ids[1]}")
-        check = command_line("evaluate.py", *data_flags(args))
-        print(f"the best weights are in {run}; next: " + "\nthen: ".join([serve] if args.all else [check, serve]))
+    keep_texts(run, data, reader)
+    serve = command_line("student.py", "--run", str(run), f"id:{data.raw_ids[1]}")
+    check = command_line("evaluate.py", *data_flags(args))
+    print(f"the best weights are in {run}; next: " + "\nthen: ".join([serve] if args.all else [check, serve]))
 
 
 if __name__ == "__main__":

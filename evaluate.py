@@ -27,7 +27,7 @@ from data import (
     PAD, SPLITS, InputError, Interactions, Spans, add_data_flags, at_once, batches, check_replaceable, command_line,
     data_flags, entries_of, item_counts, load_asked, run_command, write_json,
 )  # fmt: skip
-from prebert import PreBert, check_catalogue, load_run, machine, pick_device, read_metrics, read_run, without_seed
+from prebert import PreBert, check_catalogue, load_run, machine, pick_device, read_metrics, without_seed
 from student import TopK, compile_ahead
 
 Scorer = Callable[[Tensor], Tensor]  # history (B, T), left-padded, newest last -> scores (B, I) of items 1..I
@@ -288,20 +288,25 @@ def compare(values: dict[str, list[Tensor]], owners: np.ndarray) -> tuple[list[d
     return pairs, seeds
 
 
-def find_runs(runs: list[str] | None, data: Interactions) -> list[Path]:
-    """The run folders asked for, else all of this dataset's, the teacher first, else the released student.
+def find_runs(runs: list[str] | None, data: Interactions) -> dict[Path, tuple[PreBert, dict]]:
+    """Model and config of the run folders asked for, else all of this dataset's, teachers first, else the released one.
 
-    Those of all that were trained on another log or held out something else are skipped, and a line says so; where
-    nothing is left, that is an InputError.
+    Those of all that cannot be loaded, were trained on another log or held out something else are skipped, and a line
+    says so; where nothing is left, that is an InputError.
     """
+
+    def checked(run: Path) -> tuple[PreBert, dict]:
+        model, config, catalogue = load_run(run)
+        check_catalogue(run, config, catalogue, data)
+        return model, config
+
     if runs:
-        return [Path(run) for run in dict.fromkeys(runs)]
-    found: list[Path] = []
+        return {run: checked(run) for run in map(Path, runs)}
+    found: dict[Path, tuple[PreBert, dict]] = {}
     others: list[InputError] = []
     for run in sorted(path.parent for path in (Path("runs") / data.name).glob("*/model.safetensors")):
         try:
-            check_catalogue(run, *read_run(run), data)
-            found.append(run)
+            found[run] = checked(run)
         except InputError as error:
             others.append(error)
     if others and not found:
@@ -311,8 +316,8 @@ def find_runs(runs: list[str] | None, data: Interactions) -> list[Path]:
     released = Path(__file__).parent / "results" / data.name / "student"
     if not found and released.is_dir() and data.split == "last":
         print(f"nothing is trained under runs/{data.name} yet: evaluating the released student, {released}")
-        return [released]
-    return sorted(found, key=lambda run: not run.name.startswith("teacher"))
+        return {released: checked(released)}
+    return dict(sorted(found.items(), key=lambda pair: not pair[0].name.startswith("teacher")))
 
 
 def main() -> None:
@@ -336,9 +341,7 @@ def main() -> None:
     owners = np.unique(part.starts.numpy(), return_inverse=True)[1]  # (R,)
     rare = (part.targets > 0) & (item_counts(train, data.num_items)[part.targets - 1] <= RARE)  # (R,)
     loaded: dict[str, tuple[Path, PreBert, dict]] = {}
-    for run in find_runs(args.runs, data):
-        model, config, catalogue = load_run(run)
-        check_catalogue(run, config, catalogue, data)
+    for run, (model, config) in find_runs(args.runs, data).items():
         name = run.name if run.name not in (*loaded, "popularity", "markov") else str(run)
         loaded[name] = run, model.to(device), config
     protocol = "VALIDATION part, for choosing between models; " * args.valid + data.protocol

@@ -274,8 +274,7 @@ class PreBert(nn.Module):
 
     def score_next(self, history: Tensor) -> Tensor:
         """Scores of what follows: history (B, T) left-padded, newest last; returns (B, num_items)."""
-        tokens = self.question(history)
-        return self.logits(self.last_state(tokens))
+        return self.logits(self.last_state(self.question(history)))
 
 
 # ---------------------------------------------------------------- BERT's weights
@@ -674,7 +673,7 @@ def without_seed(config: dict) -> str:
 
     Where nothing is left to validate on, each seed has the epochs that were best for it, so they do not count.
     """
-    own = ["seed", "name", "teacher", "start"]
+    own = ["seed", "name", "teacher", "start", "text_weight"]  # the last in older runs alone
     own += ["epochs", "patience"] if config["split"] not in ("last", "sessions") else []
     settings = {key: value for key, value in config["settings"].items() if key not in own}
     started = bool(config["settings"].get("start"))
@@ -739,13 +738,10 @@ def encode_texts(bert: Bert, tokenizer: Tokenizer, texts: list[str], otherwise: 
     token_ids = [entry.ids if 0 in entry.special_tokens_mask else [] for entry in encoded]  # more than [CLS] [SEP]
     vectors = torch.full((len(texts), bert.config.hidden_size), torch.nan)
     sizes = torch.tensor([len(ids) for ids in token_ids])
-    with tqdm(total=len(texts), desc="BERT reads titles", leave=False, delay=1) as bar:
-        for size in sizes.unique().tolist():
-            for rows in (sizes == size).nonzero()[:, 0].split(256):
-                tokens = torch.tensor([token_ids[row] for row in rows], dtype=torch.long)  # (B, T)
-                if size:
-                    vectors[rows] = bert(tokens, torch.ones_like(tokens, dtype=torch.bool)).mean(1)
-                bar.update(len(rows))
+    groups = [rows for size in sizes[sizes > 0].unique() for rows in (sizes == size).nonzero()[:, 0].split(256)]
+    for rows in tqdm(groups, desc="BERT reads titles", leave=False, delay=1):
+        tokens = torch.tensor([token_ids[row] for row in rows])  # (B, T)
+        vectors[rows] = bert(tokens, torch.ones_like(tokens, dtype=torch.bool)).mean(1)
     return torch.where(vectors.isnan(), vectors.nanmean(0).nan_to_num() if otherwise is None else otherwise, vectors)
 
 
@@ -827,7 +823,7 @@ def nearby(new: Tensor, known: Tensor, rows: Tensor, bias: Tensor, count: int = 
     """Item rows (n, D) and biases (n,) of n new items with vectors (n, E), from known ones with vectors (I, E).
 
     Seen from the mean row, a new row points where the `count` rows (I, D) whose vectors are nearest point on average,
-    weighted by softmax(10 cosine), and is as long as they are.
+    weighted by softmax(10 cosine), and is as long as they are; where nothing is near, it is the mean row.
     """
     centre, row_centre = known.mean(0), rows.mean(0)
     cosines = F.normalize(new - centre, dim=1) @ F.normalize(known - centre, dim=1).T  # (n, I)
@@ -835,7 +831,7 @@ def nearby(new: Tensor, known: Tensor, rows: Tensor, bias: Tensor, count: int = 
     shares = (10 * best).softmax(1)
     neighbours = rows[nearest] - row_centre  # (n, count, D)
     directions = F.normalize((shares[..., None] * neighbours).sum(1), dim=1)  # (n, D)
-    lengths = (shares * neighbours.norm(dim=2)).sum(1, keepdim=True)  # (n, 1)
+    lengths = (shares * neighbours.norm(dim=2)).sum(1, keepdim=True) * (best[:, :1] > 0)  # (n, 1)
     return row_centre + directions * lengths, (shares * bias[nearest]).sum(1)
 
 
@@ -852,7 +848,6 @@ def start_from(model: PreBert, run: str, data: Interactions, vectors: Tensor | N
         shape = f"{theirs.num_hidden_layers} layers of {theirs.hidden_size}"
         kind = f"--max-length {theirs.max_position_embeddings}, --objective {'next' if theirs.causal else 'masked'}"
         raise InputError(f"--start {run}: it has {shape}, {kind}; ask for the same kind of model")
-    # What is held out here must not have been trained on there: an older log, held out alike.
     split, longer = config["split"], config["interactions"] - len(data.items)
     if data.split not in ("none", split, f"{split}-final"):
         raise InputError(f"--start {run}: held out were {HELD_OUT.get(split, split)}; start from another, or use --all")
@@ -873,11 +868,6 @@ def start_from(model: PreBert, run: str, data: Interactions, vectors: Tensor | N
     table[1:-1][known], table[-1] = rows[known], weights["item_embedding.weight"][-1]
     model.load_state_dict({**weights, "item_embedding.weight": table, "item_bias": bias})
     print(f"starting from {run}: {int(known.sum()):,} items known, {int((~known).sum()):,} new")
-
-
-def save_texts(run: Path, vectors: Tensor) -> None:
-    """Keep with a run what BERT reads in its items' texts, (num_items, E), for items that come later."""
-    write_safetensors(run / "texts.safetensors", {"texts": vectors.half()})
 
 
 def with_new_items(model: PreBert, run: Path, source: str, texts: list[str]) -> PreBert:

@@ -15,14 +15,13 @@ import argparse
 import difflib
 import hashlib
 import math
-import os
 import re
 import sys
+import tempfile
 import time
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -108,32 +107,25 @@ def compile_ahead(graph: TopK, package: Path) -> Callable:
     tokens = torch.ones(3, min(8, longest), dtype=torch.long, device=device)  # (B, T)
     excluded = torch.ones(3, 9, dtype=torch.long, device=device)  # (B, S)
     allowed = torch.ones(graph.model.num_items + 2, dtype=torch.bool, device=device)  # (V,)
-    users, length, history = (
-        torch.export.Dim(name, min=low, max=high)
-        for name, low, high in (("users", 1, 2**16), ("length", 2, longest), ("history", 2, 2**16))
-    )
+    users, history = torch.export.Dim("users", min=1, max=2**16), torch.export.Dim("history", min=2, max=2**16)
+    length = torch.export.Dim("length", min=2, max=longest)
     shapes: tuple[dict, ...] = ({0: users, 1: length}, {0: users, 1: history}, {})
-    unfinished = package.with_name(f"{os.getpid()}-{package.name}")
     try:
-        unfinished.parent.mkdir(parents=True, exist_ok=True)
-        with warnings.catch_warnings(action="ignore"):  # PyTorch's about its own code
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(action="ignore"):  # PyTorch's own
             program = torch.export.export(graph, (tokens, excluded, allowed), dynamic_shapes=shapes)
-            torch._inductor.aoti_compile_and_package(program, package_path=str(unfinished))
-        os.replace(unfinished, package)
+            made = torch._inductor.aoti_compile_and_package(program, package_path=f"{folder}/{package.name}")
+            write_atomic(package, Path(made).read_bytes())
     except Exception as error:  # the compiler's stack raises anything: no g++, no space, a path that g++ cannot read
         reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
         raise InputError(f"cannot compile, which needs a working C++ compiler such as g++: {reason[:120]}") from error
-    finally:
-        with suppress(OSError):  # it was renamed, or there is no such folder
-            unfinished.unlink()
     return load_package(package)
 
 
-def package_of(run: Path, graph: TopK) -> Path:
-    """Where the compiled graph of a run is kept: named after its weights, k, this code, PyTorch and the processor.
+def native(run: Path, graph: TopK, compile: bool) -> Callable | None:
+    """The compiled graph of a run, or None where nobody compiled it; with `compile`, made where there is none.
 
-    It is native code, so its place is the user's own cache and not the run folder, which may come from a stranger.
-    Raises InputError where there is no cache folder.
+    Its place is the user's own cache and not the run folder, which may come from a stranger. It is named after weights,
+    k, this code, PyTorch and the processor. Raises InputError where there is no cache, or it cannot be made or loaded.
     """
     facts = [graph.k, str(graph.model.item_bias.device), machine(), torch.get_num_threads()]
     if Path("/proc/cpuinfo").exists():  # native code of one processor may not run on another
@@ -141,18 +133,7 @@ def package_of(run: Path, graph: TopK) -> Path:
     code = [Path(__file__).with_name(name) for name in ("prebert.py", "student.py")]
     files = (run / "config.json", run / "model.safetensors", *code)
     content = b"".join(file.read_bytes() for file in files) + repr(facts).encode()
-    return cache_folder() / "serving" / f"{hashlib.sha256(content).hexdigest()[:32]}.pt2"
-
-
-# ---------------------------------------------------------------- serving
-
-
-def native(run: Path, graph: TopK, compile: bool) -> Callable | None:
-    """The compiled graph of a run, or None where nobody compiled it; with `compile`, made where there is none.
-
-    Raises InputError where it cannot be made or loaded.
-    """
-    package = package_of(run, graph)
+    package = cache_folder() / "serving" / f"{hashlib.sha256(content).hexdigest()[:32]}.pt2"
     if package.exists():
         try:
             return load_package(package)
@@ -162,6 +143,8 @@ def native(run: Path, graph: TopK, compile: bool) -> Callable | None:
             package.unlink()  # a broken copy
     return compile_ahead(graph, package) if compile else None
 
+
+# ---------------------------------------------------------------- serving
 
 SEARCHED = 5000  # names, for some like a misspelt one; more take over a second
 
@@ -355,8 +338,7 @@ def known_items(recommender: Recommender, names: Sequence[str]) -> list[int]:
 
 
 def items_in(recommender: Recommender, path: str, needed: bool) -> list[int]:
-    """Internal ids of the items that a file names, a raw id or title a line; InputError if `needed` and none is known.
-    """
+    """Internal ids of the items a file names, a raw id or title a line; InputError if `needed` and none is known."""
     names = [line.strip() for line in read_lines(Path(path)) if line.strip()]
     unknown = [name for name in names if not recommender.matches(name)]
     if needed and len(unknown) == len(names):

@@ -50,8 +50,8 @@ from data import (
 from evaluate import Markov, Scorer, hit_rate, ndcg, rank_targets
 from prebert import (
     ITEM_INITS, NEVER, VERSION, BertConfig, PreBert, Reader, centred, check_catalogue, item_vectors, load_bert,
-    machine, near_identity, peak_memory_gb, pick_device, prebert_from_bert, read_metrics, read_run, save_texts,
-    set_item_table, start_from, text_vectors, write_safetensors,
+    machine, near_identity, peak_memory_gb, pick_device, prebert_from_bert, read_metrics, read_run, set_item_table,
+    start_from, text_vectors, write_safetensors,
 )  # fmt: skip
 
 Loss = Callable[[PreBert, Batch], Tensor]
@@ -102,9 +102,7 @@ def make_optimizer(model: PreBert, lr: float, body_lr: float, weight_decay: floa
         body = name.startswith(("encoder.", "position_embedding."))
         decay = weight_decay if parameter.ndim == 2 and "embedding" not in name else 0.0
         groups.setdefault((body_lr if body else lr, decay), []).append(parameter)
-    settings = [
-        {"params": params, "lr": rate, "peak": rate, "weight_decay": decay} for (rate, decay), params in groups.items()
-    ]
+    settings = [dict(params=params, lr=rate, peak=rate, weight_decay=decay) for (rate, decay), params in groups.items()]
     return torch.optim.AdamW(settings, fused=True)
 
 
@@ -303,10 +301,8 @@ def train(
             state["cpu_seconds"], saved = time.process_time() - began_cpu, time.perf_counter()
             minutes, loss_now = state["seconds"] / 60, state["loss"]
             state["log"] += f"{state['step']},{epoch + 1},{minutes:.3f},{loss_now:.5f},{quality:.8f},{hits:.5f}\n"
-            if process == 0:
-                if best:
-                    write_safetensors(run / "model.safetensors", model.state_dict())
-                write_atomic(run / "log.csv", state["log"].encode())
+            if best and process == 0:
+                write_safetensors(run / "model.safetensors", model.state_dict())
             scores = f"  validation NDCG@10 {quality:.4f}  HR@10 {hits:.4f}{'  best' * best}" if has_valid else ""
             print(f"epoch {epoch + 1:>3}  {minutes:6.1f} min  loss {loss_now:.3f}{scores}", flush=True)
             save_state(run, model, optimizer, state)
@@ -335,6 +331,7 @@ FRESH: dict = {
 def save_state(run: Path, model: PreBert, optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Everything that training needs to go on: run/train_state.pt, written by the first process."""
     if world()[0] == 0:
+        write_atomic(run / "log.csv", state["log"].encode())  # first: of a crash here, a row too many is written over
         buffer = io.BytesIO()  # torch.save into a file hides a full disk behind an error of its own
         torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "state": state}, buffer)
         write_atomic(run / "train_state.pt", buffer.getvalue())
@@ -355,8 +352,15 @@ def load_state(content: bytes, run: Path, model: PreBert, optimizer: torch.optim
         raise InputError(f"{run / 'train_state.pt'} cannot be read ({reason}); start again with --overwrite") from error
 
 
-def check_same(run: Path, config: dict, data: Interactions) -> None:
-    """InputError unless a run was started with these settings on these interactions; names the first that differs."""
+def find_state(run: Path, data: Interactions, args: argparse.Namespace, config: dict) -> tuple[str, bytes]:
+    """Whether a training is "fresh", "interrupted" or "ended"; of an interrupted one, the checkpoint's bytes.
+
+    InputError where --resume comes with other settings or interactions than the run has; names the first that differs.
+    """
+    if args.overwrite or not (run / "config.json").exists() or not (run / "catalogue.json").exists():
+        return "fresh", b""
+    if not args.resume:
+        raise InputError(f"{run} exists; --resume goes on with it, --overwrite starts again, --name makes another")
     before, catalogue = read_run(run)
     check_catalogue(run, before, catalogue, data)
     beside = ("teachers", "model", "exclude_seen")
@@ -365,15 +369,6 @@ def check_same(run: Path, config: dict, data: Interactions) -> None:
         if then.get(key) != now[key] and (key in then or now[key]):  # a flag newer than the run was off then
             was, is_now = str(then.get(key))[:40], str(now[key])[:40]
             raise InputError(f"--resume {run}: {key} was {was}, now {is_now}; use the same, or --overwrite")
-
-
-def find_state(run: Path, data: Interactions, args: argparse.Namespace, config: dict) -> tuple[str, bytes]:
-    """Whether a training is "fresh", "interrupted" or "ended"; of an interrupted one, the checkpoint's bytes."""
-    if args.overwrite or not (run / "config.json").exists() or not (run / "catalogue.json").exists():
-        return "fresh", b""
-    if not args.resume:
-        raise InputError(f"{run} exists; --resume goes on with it, --overwrite starts again, --name makes another")
-    check_same(run, config, data)
     if (run / "train_state.pt").exists():
         return "interrupted", (run / "train_state.pt").read_bytes()
     if (run / "metrics.json").exists():
@@ -397,19 +392,17 @@ def open_run(
         print(f"the training of {run} has ended; --overwrite starts it again")
         return None
     state = load_state(checkpoint, run, model, optimizer) if kind == "interrupted" else dict(FRESH)
-    if process == 0:
-        if kind == "fresh":
-            for name in ("metrics.json", "train_state.pt", "texts.safetensors", "log.csv"):
-                (run / name).unlink(missing_ok=True)
-            if not args.start:  # a run may be its own start, whose weights are replaced, never missing
-                (run / "model.safetensors").unlink(missing_ok=True)
-            # A run has a checkpoint from its start to its end: without one, weights are no training's. It is written
-            # first, since what comes after does not fit the weights of a run that is its own start.
-            save_state(run, model, optimizer, state)
-            counts = [0, *item_counts(part, data.num_items).tolist()]
-            write_json(run / "config.json", config)
-            write_json(run / "catalogue.json", {"raw_ids": data.raw_ids, "titles": data.titles, "counts": counts})
-        write_atomic(run / "log.csv", state["log"].encode())  # a crash may have come between a row and its checkpoint
+    if process == 0 and kind == "fresh":
+        for name in ("metrics.json", "train_state.pt", "texts.safetensors"):
+            (run / name).unlink(missing_ok=True)
+        if not args.start:  # a run may be its own start, whose weights are replaced, never missing
+            (run / "model.safetensors").unlink(missing_ok=True)
+        # A run has a checkpoint from its start to its end: without one, weights are no training's. It is written
+        # first, since what comes after does not fit the weights of a run that is its own start.
+        save_state(run, model, optimizer, state)
+        counts = [0, *item_counts(part, data.num_items).tolist()]
+        write_json(run / "config.json", config)
+        write_json(run / "catalogue.json", {"raw_ids": data.raw_ids, "titles": data.titles, "counts": counts})
     params = sum(parameter.numel() for parameter in model.parameters())
     where = f"{autocast_dtype(model.item_bias.device, args.precision)} on {model.item_bias.device}"
     where += f" x {processes}" if processes > 1 else ""
@@ -456,13 +449,9 @@ def join_processes(device: str) -> None:
 def share_of(batch: Batch) -> tuple[Batch, float]:
     """This process' rows of a batch, and the weight of their mean loss in the mean over all processes."""
     process, processes = world()
-    if processes == 1:
-        return batch, 1.0
-    if len(batch.tokens) > process:
-        own = Batch(*(tensor[process::processes] for tensor in batch))
-    else:  # a long history fills a batch alone: the others ask nothing of it
-        first = Batch(*(tensor[:1] for tensor in batch))
-        own = first._replace(labels=torch.zeros_like(first.labels))
+    own = Batch(*(tensor[process::processes] for tensor in batch))
+    if not len(own.tokens):  # a long history fills a batch alone: the others ask nothing of it
+        own = Batch(*(tensor[:1] for tensor in batch))._replace(labels=torch.zeros_like(batch.labels[:1]))
     return own, processes * int((own.labels != PAD).sum()) / max(1, int((batch.labels != PAD).sum()))
 
 
@@ -586,13 +575,11 @@ def titles_beside_counts(data: Interactions, parts: Parts, reader: Reader) -> fl
     valid = parts[1][some_targets(parts[1], 10_000)]
     rows = F.normalize(centred(text_vectors(*reader, data.texts[1:])), dim=1)  # (I, E)
 
-    def nearest(history: Tensor) -> Tensor:
-        return rows[history[:, -1] - 1] @ rows.T  # (B, I)
-
     def quality(score: Scorer) -> float:
         return ndcg(rank_targets(score, valid, data.exclude_seen, 1, title="titles or counts"), 10).sum().item()
 
-    return quality(nearest) / max(quality(Markov(parts[0], data.num_items)), 0.1)
+    nearest = quality(lambda history: rows[history[:, -1] - 1] @ rows.T)  # of scores (B, I)
+    return nearest / max(quality(Markov(parts[0], data.num_items)), 0.1)
 
 
 def default_init(data: Interactions, split: str, reader: Reader | None) -> str:
@@ -660,7 +647,8 @@ def best_epoch(args: argparse.Namespace, data: Interactions, suffix: str) -> int
         raise InputError(f"{run} does not tell the best epoch; {advice}")
     config, catalogue = read_run(run)
     check_catalogue(run, config, catalogue, data)
-    may_differ = ("name", "seed", "epochs", "minutes", "patience", "eval_users", "precision", "teacher", "all")
+    may_differ = ("name", "seed", "epochs", "minutes", "patience", "eval_users", "precision", "teacher", "all",
+                  "text_weight")  # of older runs  # fmt: skip
     for name, value in config["settings"].items():
         if name not in may_differ and getattr(args, name, None) != value:
             flag = f"--{name.replace('_', '-')}, {str(value)[:40]}"
@@ -723,10 +711,11 @@ def first_weights(model: PreBert, args: argparse.Namespace, data: Interactions, 
         near_identity(model)
 
 
-def keep_texts(run: Path, data: Interactions, reader: Reader) -> None:
+def keep_texts(run: Path, data: Interactions, reader: Reader | None) -> None:
     """Keep with a run what BERT reads in its items' texts, for new items; an ended run that has them keeps its own."""
-    if world()[0] == 0 and not (run / "texts.safetensors").exists():
-        save_texts(run, text_vectors(*reader, data.texts[1:]))  # (I, E)
+    if reader and any(data.texts) and world()[0] == 0 and not (run / "texts.safetensors").exists():
+        vectors = text_vectors(*reader, data.texts[1:])  # (I, E)
+        write_safetensors(run / "texts.safetensors", {"texts": vectors.half()})
 
 
 # ---------------------------------------------------------------- the command
@@ -751,16 +740,13 @@ def main() -> None:
     settle(args, RECIPES, data)
     parts = SPLITS[data.split](data)
     model = build_teacher(args, data, parts[0], reader)
-    reader = reader if any(data.texts) else None
     sampler = make_sampler(args, parts[0], data.num_items)
     run = Path("runs") / data.name / args.name
     loss = partial(item_loss, label_smoothing=args.label_smoothing, sampler=sampler)
     train(model, loss, data, parts, run, args, describe(data, model, args))
-    if reader:
-        keep_texts(run, data, reader)
-    if world()[0] == 0:
-        command = command_line("distill.py", *data_flags(args), "--teacher", str(run))
-        print(f"the best weights are in {run}; next: {command}")
+    keep_texts(run, data, reader)
+    command = command_line("distill.py", *data_flags(args), "--teacher", str(run))
+    print(f"the best weights are in {run}; next: {command}")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from distill import load_teachers, states_of
 from evaluate import hit_rate, metrics, ndcg, target_ranks
 from prebert import (
     centred, encode_texts, item_vectors, load_bert, load_run, principal_components, read_safetensors,
-    save_texts, start_from, without_seed, write_safetensors,
+    start_from, without_seed, write_safetensors,
 )  # fmt: skip
 from student import MiniBert, Recommender
 from teacher import join_processes, world
@@ -488,7 +488,7 @@ def test_new_items_are_recommended_by_their_texts_and_change_no_other_score(trai
     log = load_dataset(str(trained / "ring.inter"))
     torch.manual_seed(1)
     log.texts[1:] = [" ".join(["toy", "story"][bit] for bit in torch.randint(0, 2, (8,))) for _ in range(60)]
-    save_texts(run, encode_texts(*bert, log.texts[1:]))
+    teacher.keep_texts(run, log, bert)
     recommend, history = Recommender(run, k=100, compile=False), ["id:103", "id:104"]
     before = {raw_id: score for raw_id, _, score in recommend([history])[0]}
     recommend.add_items({"n1": "toy toy story", "n2": "story"})

@@ -31,7 +31,7 @@ from data import (
 )  # fmt: skip
 from prebert import (
     ITEM_INITS, PreBert, Reader, check_catalogue, item_vectors, load_bert, load_run, pick_device, principal_components,
-    set_item_table, without_seed,
+    set_item_table, with_text_columns, without_seed,
 )  # fmt: skip
 from student import STUDENTS, MiniBert
 from teacher import (
@@ -188,7 +188,8 @@ def load_teachers(args: argparse.Namespace, data: Interactions) -> tuple[list[Pr
         if args.objective != objective or args.max_length != teacher.max_length:
             flags = f"--objective {objective} --max-length {teacher.max_length}"
             raise InputError(f"{run} was trained with {flags}; the student must answer the same questions")
-        teachers.append(teacher.requires_grad_(False).to(pick_device(args.device)))
+        # Without its text columns: a student learns what training taught, and gets text columns of its own.
+        teachers.append(with_text_columns(teacher).requires_grad_(False).to(pick_device(args.device)))
         made_by.append(without_seed(config))
         args.bert = args.bert or config["settings"].get("bert")
     args.objective, args.bert = args.objective or "next", args.bert or "minilm"
@@ -250,7 +251,7 @@ def main() -> None:
         loss = partial(student_loss, teachers=teachers, states_at=states_at, temperature=args.temperature,
                        alpha=args.alpha, sampler=sampler)  # fmt: skip
     train(model, loss, data, parts, run, args, config)
-    keep_texts(run, data, reader)
+    keep_texts(run, data, reader, args)
     serve = command_line("student.py", "--run", str(run), f"id:{data.raw_ids[1]}")
     check = command_line("evaluate.py", *data_flags(args))
     print(f"the best weights are in {run}; next: " + "\nthen: ".join([serve] if args.all else [check, serve]))

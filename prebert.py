@@ -10,7 +10,7 @@ This file holds no command; teacher.py trains what is built here. In order: shap
 a model on disk -> first values of the item table -> new logs and new items.
 
 Letters: B batch, T sequence length, D hidden size, N heads, K head size (N * K = D), S size that is asked for, I items,
-n new ones, M positions of a row that are asked for (T where all are), E size of what BERT reads in a text.
+n new ones, M positions of a row that are asked for (T where all are), E size of what BERT reads, C columns for it.
 """
 
 import hashlib
@@ -219,14 +219,18 @@ class PreBert(nn.Module):
 
     What comes next depends most on what came last, more than in sentences. So an item is read together with a share of
     each of the three before it: a short convolution, as in Mamba (Gu & Dao 2023). Its shares are 0 as training begins.
+
+    Item rows may have `text_size` columns more, with what BERT reads in the items' texts. The encoder does not see
+    them; states end in the sum of those of the newest four, each weighted 0.7 of the one after it (MASK has none), so
+    that an item scores higher if its text is like theirs. `teacher.keep_texts` adds them after training.
     """
 
-    def __init__(self, config: BertConfig, num_items: int):
+    def __init__(self, config: BertConfig, num_items: int, text_size: int = 0):
         super().__init__()
         self.config, self.num_items, self.mask_id = config, num_items, num_items + 1
         self.item_dropout = 0.0  # share of the items that are read as MASK in training; `train` sets it
         size = config.hidden_size
-        self.item_embedding = nn.Embedding(num_items + 2, size)  # PAD (never seen), items, MASK
+        self.item_embedding = nn.Embedding(num_items + 2, size + text_size)  # PAD (never seen), items, MASK
         self.position_embedding = nn.Embedding(config.max_position_embeddings, size)
         self.convolution = nn.Parameter(torch.zeros(3, size))  # shares of the item before, of the one before that, ...
         self.encoder = Encoder(config)
@@ -244,21 +248,27 @@ class PreBert(nn.Module):
         return self.config.max_position_embeddings
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """tokens (B, T) left-padded, positions (B, M): states ready for `logits`, (B, M, D)."""
+        """tokens (B, T) left-padded, positions (B, M): states ready for `logits`, (B, M, D + C)."""
         positioned = self.position_embedding.weight[self.max_length - tokens.shape[1] :]  # (T, D)
-        real, steps = tokens != PAD, len(self.convolution)
+        real, steps, size = tokens != PAD, len(self.convolution), self.config.hidden_size
         if self.training and self.item_dropout:  # as words are dropped by Bowman et al. 2016
             hidden = (torch.rand(tokens.shape, device=tokens.device) < self.item_dropout) & real
             tokens = tokens.masked_fill(hidden, self.mask_id)
-        rows = self.item_embedding(tokens) * real[..., None]  # (B, T, D)
-        before = F.pad(rows, (0, 0, steps, 0))  # (B, 3 + T, D)
-        x = rows + positioned  # (B, T, D)
+        rows = self.item_embedding(tokens) * real[..., None]  # (B, T, D + C)
+        before = F.pad(rows, (0, 0, steps, 0))  # (B, 3 + T, D + C)
+        x = rows[..., :size] + positioned  # (B, T, D)
         for step, share in enumerate(self.convolution, 1):
-            x = x + share * before[:, steps - step : -step]
-        return self.head(self.encoder(x, real, positions))  # (B, M, D)
+            x = x + share * before[:, steps - step : -step, :size]
+        states = self.head(self.encoder(x, real, positions))  # (B, M, D)
+        if rows.shape[2] == size:
+            return states
+        recent = rows[..., size:]  # (B, T, C)
+        for step in range(1, 1 + steps):
+            recent = recent + 0.7**step * before[:, steps - step : -step, size:]
+        return torch.cat([states, recent.gather(1, positions[..., None].expand(-1, -1, recent.shape[2]))], dim=2)
 
     def logits(self, states: Tensor) -> Tensor:
-        """states (..., D) to scores (..., num_items); column j is item j + 1."""
+        """states (..., D + C) to scores (..., num_items); column j is item j + 1."""
         return F.linear(states, self.item_embedding.weight[1 : self.num_items + 1], self.item_bias)
 
     def question(self, history: Tensor) -> Tensor:
@@ -268,7 +278,7 @@ class PreBert(nn.Module):
         return F.pad(history[:, -(self.max_length - 1) :], (0, 1), value=self.mask_id)  # (B, T + 1)
 
     def last_state(self, tokens: Tensor) -> Tensor:
-        """The state at the newest end of tokens (B, T), (B, D)."""
+        """The state at the newest end of tokens (B, T), (B, D + C)."""
         last = torch.full((tokens.shape[0], 1), tokens.shape[1] - 1, device=tokens.device)
         return self(tokens, last)[:, 0]
 
@@ -645,7 +655,9 @@ def load_run(run: str | Path) -> tuple[PreBert, dict, dict]:
     tensors, num_items = read_safetensors(path), len(catalogue["raw_ids"]) - 1
     if num_items < 1 or tensors.get("item_bias", torch.empty(0)).shape != (num_items,):
         raise InputError(f"{run}: catalogue.json and model.safetensors have different numbers of items, or none")
-    model = PreBert(config_of(tensors, config["model"], path), num_items)
+    shape = config_of(tensors, config["model"], path)
+    columns = tensors.get("item_embedding.weight", torch.empty(0)).numel() // (num_items + 2)
+    model = PreBert(shape, num_items, max(0, columns - shape.hidden_size))
     tensors = {"convolution": model.convolution, **tensors}  # older runs have none: zeros
     if (path.parent / "train_state.pt").exists():
         print(f"note: {run} is not trained to its end; --resume goes on", file=sys.stderr)
@@ -860,7 +872,7 @@ def start_from(model: PreBert, run: str, data: Interactions, vectors: Tensor | N
     known = matched > 0
     if not known.any():
         raise InputError(f"--start {run}: it knows none of the items of {data.name}")
-    weights, table = old.state_dict(), model.item_embedding.weight.detach()
+    weights, table = with_text_columns(old).state_dict(), model.item_embedding.weight.detach()
     rows = weights["item_embedding.weight"][matched]  # (I, D)
     bias = torch.where(known, weights["item_bias"][matched - 1], weights["item_bias"].mean())
     if vectors is not None and not known.all():
@@ -868,6 +880,24 @@ def start_from(model: PreBert, run: str, data: Interactions, vectors: Tensor | N
     table[1:-1][known], table[-1] = rows[known], weights["item_embedding.weight"][-1]
     model.load_state_dict({**weights, "item_embedding.weight": table, "item_bias": bias})
     print(f"starting from {run}: {int(known.sum()):,} items known, {int((~known).sum()):,} new")
+
+
+def text_columns(vectors: Tensor, size: int) -> Tensor:
+    """Columns of an item table, (I, C), C at most `size`, from what BERT reads in texts, (I, E).
+
+    Their products are the cosines of the vectors, or, with fewer columns than E, close to them.
+    """
+    unit = F.normalize(vectors - vectors.mean(0), dim=1, eps=1e-3)  # of an item without a text: nearly 0
+    return unit @ torch.linalg.eigh((unit.T @ unit).double())[1][:, -size:].float()
+
+
+def with_text_columns(model: PreBert, columns: Tensor | None = None) -> PreBert:
+    """The model with these columns (I, C) behind its item rows, instead of those that stood there; None: with none."""
+    table = model.item_embedding.weight.detach().cpu()[:, : model.config.hidden_size]
+    if columns is not None:
+        table = torch.cat([table, F.pad(columns, (0, 0, 1, 1))], dim=1)
+    other = PreBert(model.config, model.num_items, table.shape[1] - model.config.hidden_size)
+    return with_weights(other, {**model.state_dict(), "item_embedding.weight": table}, Path("item texts"))
 
 
 def with_new_items(model: PreBert, run: Path, source: str, texts: list[str]) -> PreBert:
@@ -883,7 +913,14 @@ def with_new_items(model: PreBert, run: Path, source: str, texts: list[str]) -> 
     if known.ndim != 2 or known.shape[1] != bert.config.hidden_size or not 0 < len(known) <= model.num_items:
         raise InputError(f"{path} does not fit the run and its BERT, {source}; train again")
     table, bias = model.item_embedding.weight.detach().cpu(), model.item_bias.detach().cpu()
-    vectors = encode_texts(bert, tokenizer, texts, known.mean(0))  # (n, E)
-    rows, biases = nearby(vectors, known, table[1 : len(known) + 1], bias)  # (n, D), (n,)
+    centre, size = known.mean(0), model.config.hidden_size
+    items, columns = table[1 : len(known) + 1, :size], table[1 : len(known) + 1, size:]
+    vectors = encode_texts(bert, tokenizer, texts, centre)  # (n, E)
+    rows, biases = nearby(vectors, known, items, bias)  # (n, D), (n,)
+    # The columns of the known are U V: U unit vectors, V unit eigenvectors of U^T U. So U^T (U V) points where V does.
+    told = columns.norm(dim=1) > 0.1 * columns.norm(dim=1).mean()  # not those without a text
+    turn = F.normalize(F.normalize(known - centre, dim=1)[told].T @ columns[told], dim=0, eps=1e-2)  # V (E, C)
+    rows = torch.cat([rows, F.normalize(vectors - centre, dim=1, eps=1e-3) @ turn], dim=1)  # (n, D + C)
     ours = {"item_embedding.weight": torch.cat([table[:-1], rows, table[-1:]]), "item_bias": torch.cat([bias, biases])}
-    return with_weights(PreBert(model.config, model.num_items + len(texts)), {**model.state_dict(), **ours}, run)
+    larger = PreBert(model.config, model.num_items + len(texts), table.shape[1] - size)
+    return with_weights(larger, {**model.state_dict(), **ours}, run)

@@ -309,7 +309,8 @@ class Recommender:
 
     def similar(self, name: object) -> list[tuple[str, str, float]]:
         """The k items whose vectors point most nearly where this one's does: [(raw id, title, cosine), ...]."""
-        vectors = F.normalize(self.model.item_embedding.weight[:-1], dim=1).cpu()  # (num_items + 1, D)
+        rows = self.model.item_embedding.weight[:-1, : self.model.config.hidden_size]  # without text columns
+        vectors = F.normalize(rows, dim=1).cpu()  # (num_items + 1, D)
         cosines = vectors @ vectors[self.item(name)]
         cosines[[0, self.item(name)]] = -torch.inf
         cosines[~self.allowed[:-1]] = -torch.inf

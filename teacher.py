@@ -50,14 +50,15 @@ from data import (
 from evaluate import Markov, Scorer, hit_rate, ndcg, rank_targets
 from prebert import (
     ITEM_INITS, NEVER, VERSION, BertConfig, PreBert, Reader, centred, check_catalogue, item_vectors, load_bert,
-    machine, near_identity, peak_memory_gb, pick_device, prebert_from_bert, read_metrics, read_run, set_item_table,
-    start_from, text_vectors, write_safetensors,
+    load_run, machine, near_identity, peak_memory_gb, pick_device, prebert_from_bert, read_metrics, read_run,
+    set_item_table, start_from, text_columns, text_vectors, with_text_columns, write_safetensors,
 )  # fmt: skip
 
 Loss = Callable[[PreBert, Batch], Tensor]
 # Data with fewer interactions an item are sparse: item vectors may start from titles (`default_init`), dropout is
-# sparse_dropout (halfway to it if users come back to items), models start `near_identity`.
+# sparse_dropout (halfway to it if users come back to items), models start `near_identity`, texts count (`keep_texts`).
 SPARSE = 100
+TEXT_SIZE = 64  # columns of the item table for texts
 TITLES_TOO, TITLES_ALONE = 0.4, 0.6  # how well titles must predict, as a share of Markov's NDCG@10
 
 # What a kind of question needs. Next items are five times as many questions an epoch (all of them, not a MASK_RATE of
@@ -711,11 +712,19 @@ def first_weights(model: PreBert, args: argparse.Namespace, data: Interactions, 
         near_identity(model)
 
 
-def keep_texts(run: Path, data: Interactions, reader: Reader | None) -> None:
-    """Keep with a run what BERT reads in its items' texts, for new items; an ended run that has them keeps its own."""
+def keep_texts(run: Path, data: Interactions, reader: Reader | None, args: argparse.Namespace) -> None:
+    """Keep with a trained run what BERT reads in its items' texts, for new items; a run that has them keeps its own.
+
+    On sparse data the item table gets them as `text_columns`, unless --item-init wants no texts. Learnt in training
+    they would gain less: there the rows alone explain what comes next. By the first process alone.
+    """
     if reader and any(data.texts) and world()[0] == 0 and not (run / "texts.safetensors").exists():
         vectors = text_vectors(*reader, data.texts[1:])  # (I, E)
-        write_safetensors(run / "texts.safetensors", {"texts": vectors.half()})
+        with locked(run):
+            if sparse(data) and args.item_init not in ("cooc", "random"):
+                model = with_text_columns(load_run(run)[0], text_columns(vectors, TEXT_SIZE))
+                write_safetensors(run / "model.safetensors", model.state_dict())
+            write_safetensors(run / "texts.safetensors", {"texts": vectors.half()})  # last: the sign that all is done
 
 
 # ---------------------------------------------------------------- the command
@@ -744,7 +753,7 @@ def main() -> None:
     run = Path("runs") / data.name / args.name
     loss = partial(item_loss, label_smoothing=args.label_smoothing, sampler=sampler)
     train(model, loss, data, parts, run, args, describe(data, model, args))
-    keep_texts(run, data, reader)
+    keep_texts(run, data, reader, args)
     command = command_line("distill.py", *data_flags(args), "--teacher", str(run))
     print(f"the best weights are in {run}; next: {command}")
 

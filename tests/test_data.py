@@ -183,7 +183,7 @@ def test_without_any_time_the_order_of_lines_counts_and_the_card_says_so(tmp_pat
         (b"PK\3\4 and so on", "Excel"),
         ("user_id,item_id,time\nu,a,1/15/2011 8:00\n", ":2: .*write 2020-01-31"),
         ("user_id,item_id,date,time\nu,a,20160508,901\n", "time does not look like a time, but date could be one"),
-        ("userId,venueId,timezoneOffset,checkinTimestamp\n0,0,-240,2012-04-03 18:00:09\n", "--columns time=checkinTimestamp"),
+        ("userId,venueId,timezoneOffset,seenTimestamp\n0,0,-240,2012-04-03 18:00:09\n", "--columns time=seenTimestamp"),
         ("user_id,item_id,purchased\nu,a,2020-03-01\n", "purchased could be one"),
         ("user_id,item_id,date,time_ms\nu,a,20220408,1649400209834\n", "the day alone, but time_ms could .*time=date"),
         ("user_id,item_id,DAY,TRANS_TIME\nu,a,7,1431\n", "but DAY or TRANS_TIME could be one; say --columns time=NAME"),

@@ -5,6 +5,7 @@ import gzip
 import itertools
 import json
 import math
+import random
 import shlex
 import shutil
 import subprocess
@@ -23,7 +24,7 @@ from distill import load_teachers, states_of
 from evaluate import hit_rate, metrics, ndcg, target_ranks
 from prebert import (
     centred, encode_texts, item_vectors, load_bert, load_run, principal_components, read_safetensors,
-    start_from, without_seed, write_safetensors,
+    start_from, text_columns, with_text_columns, without_seed, write_safetensors,
 )  # fmt: skip
 from student import MiniBert, Recommender
 from teacher import join_processes, world
@@ -488,7 +489,7 @@ def test_new_items_are_recommended_by_their_texts_and_change_no_other_score(trai
     log = load_dataset(str(trained / "ring.inter"))
     torch.manual_seed(1)
     log.texts[1:] = [" ".join(["toy", "story"][bit] for bit in torch.randint(0, 2, (8,))) for _ in range(60)]
-    teacher.keep_texts(run, log, bert)
+    write_safetensors(run / "texts.safetensors", {"texts": encode_texts(*bert, log.texts[1:]).half()})
     recommend, history = Recommender(run, k=100, compile=False), ["id:103", "id:104"]
     before = {raw_id: score for raw_id, _, score in recommend([history])[0]}
     recommend.add_items({"n1": "toy toy story", "n2": "story"})
@@ -527,6 +528,40 @@ def test_new_items_are_recommended_by_their_texts_and_change_no_other_score(trai
         Recommender(run, compile=False).add_items({"toy": "toy"})
 
 
+@pytest.mark.parametrize("distinct", [60, 5])
+def test_text_columns_of_new_items_are_those_that_their_texts_would_have_had(trained, tmp_path, distinct):
+    run = shutil.copytree(trained / RUN, tmp_path / "run")
+    bert_folder(tmp_path)
+    bert, model = load_bert(str(tmp_path)), load_run(run)[0]
+    config = json.loads((run / "config.json").read_text())
+    config["settings"]["bert"] = str(tmp_path)
+    (run / "config.json").write_text(json.dumps(config))
+    chance = random.Random(1)
+    texts = [" ".join(chance.choice(["toy", "story"]) for _ in range(8)) for _ in range(distinct)] * (60 // distinct)
+    read = encode_texts(*bert, [*texts[:59], ""])  # an item without a text stands where the others do on average
+    write_safetensors(run / "texts.safetensors", {"texts": read.half()})
+    columns = text_columns(read, 64)
+    write_safetensors(run / "model.safetensors", with_text_columns(model, columns).state_dict())
+    recommend = Recommender(run, k=100, compile=False)
+    recommend.add_items({"new": texts[9], "other": texts[20], "": " ", "unseen": "story"})
+    table = recommend.model.item_embedding.weight[1:, -16:]
+    assert torch.allclose(table[:60], columns) and table.shape == (65, 16)  # as many as this BERT's states
+    # Of at most 1: what BERT reads is kept in half precision, and here it differs little from text to text.
+    assert torch.allclose(table[60:62] @ columns.T, columns[[9, 20]] @ columns.T, atol=0.05)
+    assert table[62].norm() < 0.01 and not table[64].any()  # without a text, and MASK
+    unit = torch.nn.functional.normalize(read - read.mean(0), dim=1)
+    unseen = encode_texts(*bert, ["story"])[0] - read.mean(0)
+    known = columns[[9, 20, 31]] @ columns[[9, 20, 31]].T
+    assert torch.allclose(known, unit[[9, 20, 31]] @ unit[[9, 20, 31]].T, atol=1e-3)
+    likeness = columns[:59] @ table[63]
+    assert torch.allclose(likeness, unit[:59] @ unseen / unseen.norm(), atol=0.05)
+    compiled = Recommender(run, k=9)
+    people = [["id:103", "id:104"], ["id:110"], ["id:140", "id:120", "id:133", "id:101"]]
+    for mine, theirs in zip(Recommender(run, k=9, compile=False)(people), compiled(people), strict=True):
+        assert [row[0] for row in mine] == [row[0] for row in theirs]
+        assert [row[2] for row in mine] == pytest.approx([row[2] for row in theirs], abs=1e-3)
+
+
 def test_a_run_keeps_what_bert_read_of_its_items(tmp_path):
     bert, _ = bert_folder(tmp_path)
     log, run = write_ring(tmp_path), tmp_path / "runs/ring/student-no-kd"
@@ -552,6 +587,12 @@ def test_a_run_keeps_what_bert_read_of_its_items(tmp_path):
     empty = dict.fromkeys(("no_kd", "objective", "max_length", "bert"))
     namespace = argparse.Namespace(teacher=[str(run)], device="cpu", **empty)
     (answering,), _ = load_teachers(namespace, load_dataset(str(log)))
+    # Texts count beside the rows that training left, which is what a student learns from.
+    wide, columns = load_run(run)[0], text_columns(expected, 64)
+    assert wide.item_embedding.weight.shape == (62, 64 + columns.shape[1])
+    assert answering.item_embedding.weight.shape == (62, 64)
+    plain, history = with_text_columns(wide), torch.tensor([[5, 6, 7]])
+    assert torch.equal(plain.score_next(history), answering.score_next(history))
     states = [states_of(answering, SPLITS["last"](load_dataset(str(log)))[0], torch.float32) for _ in range(2)]
     assert not answering.training and torch.equal(*states)
 

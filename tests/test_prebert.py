@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, TINY, hand_log, inside
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
@@ -34,7 +35,9 @@ from prebert import (
     read_safetensors,
     rename_bert_weights,
     set_item_table,
+    text_columns,
     text_vectors,
+    with_text_columns,
     write_safetensors,
 )
 
@@ -216,6 +219,43 @@ def test_hidden_items_are_read_as_mask_in_training_alone():
         by_hand = model.train()(tokens.masked_fill(hidden, 21), positions)
     assert torch.allclose(in_training, by_hand, atol=1e-5) and torch.equal(seen[1], tokens)
     assert not torch.allclose(in_training, served, atol=1e-2)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_text_columns_add_the_likeness_to_the_newest_items(causal):
+    narrow = shaken(PreBert(BertConfig(8, 1, 2, 16, 12, hidden_dropout_prob=0.0, causal=causal), 20)).eval()
+    columns = torch.randn(20, 5)
+    wide = with_text_columns(with_text_columns(narrow, torch.randn(20, 3)), columns)  # these instead of those
+    assert not wide.training
+    tokens = torch.tensor([[PAD, PAD, 3, 1, 7, 4, 9], [PAD, PAD, PAD, PAD, PAD, PAD, 5]])
+    positions = torch.tensor([[6, 3], [6, 6]])
+    added = wide.logits(wide(tokens, positions)) - narrow.logits(narrow(tokens, positions))  # (B, M, I)
+    for row, column in ((0, 0), (0, 1), (1, 0)):
+        expected = torch.zeros(20)
+        for item in range(20):
+            for back in range(4):
+                before = positions[row, column] - back
+                if before >= 0 and tokens[row, before] != PAD:
+                    expected[item] += 0.7**back * float(columns[tokens[row, before] - 1] @ columns[item])
+        assert torch.allclose(added[row, column], expected, atol=1e-4)
+    history = torch.tensor([[3, 1, 7]])
+    assert torch.allclose(with_text_columns(wide).score_next(history), narrow.score_next(history))
+    padded = torch.cat([torch.full((1, 6), PAD), history], dim=1)
+    assert torch.allclose(wide.score_next(padded), wide.score_next(history), atol=1e-4)
+
+
+def test_products_of_text_columns_are_cosines_as_far_as_they_go():
+    vectors = torch.randn(50, 40) + 3
+    vectors[49] = vectors[:49].mean(0)  # as of an item without a text
+    columns = text_columns(vectors, 64)
+    middle = vectors[:49] - vectors.mean(0)
+    cosines = F.cosine_similarity(middle[:, None], middle[None], dim=2)
+    assert torch.allclose(columns[:49] @ columns[:49].T, cosines, atol=1e-4) and columns[49].norm() < 0.01
+    many = torch.randn(300, 200) * torch.linspace(2, 0, 200)
+    unit = F.normalize(many - many.mean(0), dim=1)
+    wanted, best = unit @ unit.T, text_columns(many, 64)
+    left, sizes, right = torch.linalg.svd(wanted)
+    assert best.shape[1] == 64 and torch.allclose(best @ best.T, left[:, :64] * sizes[:64] @ right[:64], atol=1e-3)
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -724,6 +724,7 @@ def keep_texts(run: Path, data: Interactions, reader: Reader | None, args: argpa
             if sparse(data) and args.item_init not in ("cooc", "random"):
                 model = with_text_columns(load_run(run)[0], text_columns(vectors, TEXT_SIZE))
                 write_safetensors(run / "model.safetensors", model.state_dict())
+                print("in the scores, texts now count beside what was learnt: few interactions an item", flush=True)
             write_safetensors(run / "texts.safetensors", {"texts": vectors.half()})  # last: the sign that all is done
 
 

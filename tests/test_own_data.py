@@ -573,7 +573,7 @@ def test_a_run_keeps_what_bert_read_of_its_items(tmp_path):
     flags = ["--data", log, *TINY, "--max-length", 8, "--bert", bert]
     flags += ["--no-kd", "--size", "tiny", "--item-init", "text"]
     write_titles("toy")
-    inside("distill.py", *flags, cwd=tmp_path)
+    assert "texts now count beside what was learnt" in inside("distill.py", *flags, cwd=tmp_path)
     texts = (run / "texts.safetensors").read_bytes()
     read = read_safetensors(run / "texts.safetensors")["texts"].float()
     expected = encode_texts(*load_bert(str(bert)), load_dataset(str(log)).texts[1:])

@@ -597,6 +597,20 @@ def test_a_run_keeps_what_bert_read_of_its_items(tmp_path):
     assert not answering.training and torch.equal(*states)
 
 
+def test_texts_count_where_the_start_holds_them(trained, tmp_path):
+    bert_folder(tmp_path)
+    log = load_dataset(str(trained / "ring.inter"))
+    log.texts[1:] = ["toy" if item % 2 else "story" for item in range(60)]
+    for start in ("cooc", "random", "text", "text+cooc", "pca"):
+        run = shutil.copytree(trained / RUN, tmp_path / start)
+        before = load_run(run)[0]
+        teacher.keep_texts(run, log, load_bert(str(tmp_path)), argparse.Namespace(item_init=start))
+        after, read = load_run(run)[0], read_safetensors(run / "texts.safetensors")["texts"]
+        assert len(read) == 60
+        assert torch.equal(with_text_columns(after).item_embedding.weight, before.item_embedding.weight)
+        assert (after.item_embedding.weight.shape[1] > 64) == (start not in ("cooc", "random"))
+
+
 def test_the_commands_behind_the_results_have_flags_that_exist():
     listed = subprocess.run([sys.executable, "results/run.py", "--list"], cwd=ROOT, capture_output=True, text=True)
     commands = [shlex.split(line.partition("] python ")[2]) for line in listed.stdout.splitlines()]

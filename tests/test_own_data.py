@@ -549,6 +549,8 @@ def test_text_columns_of_new_items_are_those_that_their_texts_would_have_had(tra
     # Of at most 1: what BERT reads is kept in half precision, and here it differs little from text to text.
     assert torch.allclose(table[60:62] @ columns.T, columns[[9, 20]] @ columns.T, atol=0.05)
     assert table[62].norm() < 0.01 and not table[64].any()  # without a text, and MASK
+    rows = recommend.model.item_embedding.weight[1:, :64]
+    assert torch.allclose(rows[62], rows[:60].mean(0), atol=1e-6) and not torch.allclose(rows[60], rows[62], atol=1e-2)
     unit = torch.nn.functional.normalize(read - read.mean(0), dim=1)
     unseen = encode_texts(*bert, ["story"])[0] - read.mean(0)
     known = columns[[9, 20, 31]] @ columns[[9, 20, 31]].T

@@ -174,12 +174,13 @@ def build_student(
     return model
 
 
-def load_teachers(args: argparse.Namespace, data: Interactions) -> tuple[list[PreBert], list[str]]:
-    """The teachers, frozen, and what made them. Also fills args.objective, max_length and bert from the first.
+def load_teachers(args: argparse.Namespace, data: Interactions) -> tuple[list[PreBert], list[str], bool]:
+    """The teachers, frozen, what made them, and whether texts count in the scores of one, see `teacher.keep_texts`.
 
+    Without their text columns: a student learns what training taught. Also fills args.objective, max_length and bert.
     Raises InputError if one was trained on other data or another kind of question.
     """
-    teachers, made_by = [], []
+    teachers, made_by, texts_count = [], [], False
     for run in args.teacher if not args.no_kd or args.item_init == "pca" else []:
         teacher, config, catalogue = load_run(run)
         check_catalogue(Path(run), config, catalogue, data)
@@ -188,12 +189,12 @@ def load_teachers(args: argparse.Namespace, data: Interactions) -> tuple[list[Pr
         if args.objective != objective or args.max_length != teacher.max_length:
             flags = f"--objective {objective} --max-length {teacher.max_length}"
             raise InputError(f"{run} was trained with {flags}; the student must answer the same questions")
-        # Without its text columns: a student learns what training taught, and gets text columns of its own.
+        texts_count |= teacher.item_embedding.embedding_dim > teacher.config.hidden_size
         teachers.append(with_text_columns(teacher).requires_grad_(False).to(pick_device(args.device)))
         made_by.append(without_seed(config))
         args.bert = args.bert or config["settings"].get("bert")
     args.objective, args.bert = args.objective or "next", args.bert or "minilm"
-    return teachers, made_by
+    return teachers, made_by, texts_count
 
 
 # ---------------------------------------------------------------- the command
@@ -230,7 +231,7 @@ def main() -> None:
     args.item_init = args.item_init or (default_init(data, args.split, reader) if args.no_kd else "pca")
     usual = f"runs/{data.name}/teacher" + "-all" * args.all + "-final" * args.final
     args.teacher = [str(Path(run)) for run in args.teacher or [usual]]
-    teachers, made_by = load_teachers(args, data)
+    teachers, made_by, texts_count = load_teachers(args, data)
     args.teacher = args.teacher if teachers else None
     settle(args, RECIPES, data)
     parts = SPLITS[data.split](data)
@@ -251,7 +252,7 @@ def main() -> None:
         loss = partial(student_loss, teachers=teachers, states_at=states_at, temperature=args.temperature,
                        alpha=args.alpha, sampler=sampler)  # fmt: skip
     train(model, loss, data, parts, run, args, config)
-    keep_texts(run, data, reader, args)
+    keep_texts(run, data, reader, "text" in args.item_init or (args.item_init == "pca" and texts_count))
     serve = command_line("student.py", "--run", str(run), f"id:{data.raw_ids[1]}")
     check = command_line("evaluate.py", *data_flags(args))
     print(f"the best weights are in {run}; next: " + "\nthen: ".join([serve] if args.all else [check, serve]))

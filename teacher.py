@@ -712,16 +712,17 @@ def first_weights(model: PreBert, args: argparse.Namespace, data: Interactions, 
         near_identity(model)
 
 
-def keep_texts(run: Path, data: Interactions, reader: Reader | None, args: argparse.Namespace) -> None:
+def keep_texts(run: Path, data: Interactions, reader: Reader | None, count: bool) -> None:
     """Keep with a trained run what BERT reads in its items' texts, for new items; a run that has them keeps its own.
 
-    On sparse data the item table gets them as `text_columns`, unless --item-init wants no texts. Learnt in training
-    they would gain less: there the rows alone explain what comes next. By the first process alone.
+    Where they `count`, the item table of sparse data gets them as `text_columns`: where item vectors started from
+    texts, and in students of models where they count. Learnt in training they would gain less: there the rows alone
+    explain what comes next. By the first process alone.
     """
     if reader and any(data.texts) and world()[0] == 0 and not (run / "texts.safetensors").exists():
         vectors = text_vectors(*reader, data.texts[1:])  # (I, E)
         with locked(run):
-            if sparse(data) and args.item_init not in ("cooc", "random"):
+            if count and sparse(data):
                 model = with_text_columns(load_run(run)[0], text_columns(vectors, TEXT_SIZE))
                 write_safetensors(run / "model.safetensors", model.state_dict())
                 print("in the scores, texts now count beside what was learnt: few interactions an item", flush=True)
@@ -754,7 +755,7 @@ def main() -> None:
     run = Path("runs") / data.name / args.name
     loss = partial(item_loss, label_smoothing=args.label_smoothing, sampler=sampler)
     train(model, loss, data, parts, run, args, describe(data, model, args))
-    keep_texts(run, data, reader, args)
+    keep_texts(run, data, reader, "text" in args.item_init)
     command = command_line("distill.py", *data_flags(args), "--teacher", str(run))
     print(f"the best weights are in {run}; next: {command}")
 

@@ -588,29 +588,31 @@ def test_a_run_keeps_what_bert_read_of_its_items(tmp_path):
     # What answers as a teacher has no dropout: it says the same each time.
     empty = dict.fromkeys(("no_kd", "objective", "max_length", "bert"))
     namespace = argparse.Namespace(teacher=[str(run)], device="cpu", **empty)
-    (answering,), _ = load_teachers(namespace, load_dataset(str(log)))
+    (answering,), _, texts_count = load_teachers(namespace, load_dataset(str(log)))
     # Texts count beside the rows that training left, which is what a student learns from.
     wide, columns = load_run(run)[0], text_columns(expected, 64)
     assert wide.item_embedding.weight.shape == (62, 64 + columns.shape[1])
-    assert answering.item_embedding.weight.shape == (62, 64)
+    assert texts_count and answering.item_embedding.weight.shape == (62, 64)
     plain, history = with_text_columns(wide), torch.tensor([[5, 6, 7]])
     assert torch.equal(plain.score_next(history), answering.score_next(history))
     states = [states_of(answering, SPLITS["last"](load_dataset(str(log)))[0], torch.float32) for _ in range(2)]
     assert not answering.training and torch.equal(*states)
 
 
-def test_texts_count_where_the_start_holds_them(trained, tmp_path):
-    bert_folder(tmp_path)
-    log = load_dataset(str(trained / "ring.inter"))
-    log.texts[1:] = ["toy" if item % 2 else "story" for item in range(60)]
-    for start in ("cooc", "random", "text", "text+cooc", "pca"):
-        run = shutil.copytree(trained / RUN, tmp_path / start)
-        before = load_run(run)[0]
-        teacher.keep_texts(run, log, load_bert(str(tmp_path)), argparse.Namespace(item_init=start))
-        after, read = load_run(run)[0], read_safetensors(run / "texts.safetensors")["texts"]
-        assert len(read) == 60
-        assert torch.equal(with_text_columns(after).item_embedding.weight, before.item_embedding.weight)
-        assert (after.item_embedding.weight.shape[1] > 64) == (start not in ("cooc", "random"))
+@pytest.mark.parametrize("start", ["text", "cooc"])
+def test_texts_count_where_a_model_or_its_teacher_starts_from_them(tmp_path, start):
+    bert, _ = bert_folder(tmp_path)
+    log, made = write_ring(tmp_path), tmp_path / "runs/ring"
+    names = [f"{100 + item}\t{'toy' if item % 2 else 'story'}" for item in range(60)]
+    (tmp_path / "ring.item").write_text("item_id\ttitle\n" + "\n".join(names))
+    flags = ["--data", log, *TINY, "--max-length", 8, "--bert", bert]
+    inside("teacher.py", *flags, "--item-init", start, cwd=tmp_path)
+    inside("distill.py", *flags, "--size", "tiny", cwd=tmp_path)
+    inside("distill.py", *flags, "--size", "tiny", "--item-init", "cooc", "--name", "plain", cwd=tmp_path)
+    for name, counts in (("teacher", start == "text"), ("student", start == "text"), ("plain", False)):
+        model = load_run(made / name)[0]
+        assert len(read_safetensors(made / name / "texts.safetensors")["texts"]) == 60  # for new items, wherever
+        assert (model.item_embedding.embedding_dim > model.config.hidden_size) == counts
 
 
 def test_the_commands_behind_the_results_have_flags_that_exist():

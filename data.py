@@ -49,7 +49,7 @@ import torch
 from torch import Generator, Tensor
 from tqdm import tqdm
 
-PAD = 0  # items are 1..num_items, as users' histories, one after the other, first name them; MASK is num_items + 1
+PAD = 0  # items are 1..num_items in the order in which they first appear, user after user; MASK is num_items + 1
 
 
 class InputError(ValueError):
@@ -113,7 +113,7 @@ class Spans:
     items: Tensor  # (L,) the whole log; all parts share it
     starts: Tensor  # (R,)
     ends: Tensor  # (R,)
-    targets: Tensor  # (R,) items[:0], nothing, in the training part; PAD for an item that training never saw
+    targets: Tensor  # (R,), PAD for an item that training never saw; in the training part there are none, (0,)
 
     @property
     def sizes(self) -> Tensor:
@@ -168,7 +168,7 @@ def last_day(data: Interactions, final: bool = False) -> Parts:
     """
     days = in_seconds(data.begins) // 86400
     year = 1970 + days.max() / 365.2425
-    if not 1992 < year < 2100:  # other clocks, such as .NET's, would be of 1990
+    if not 1992 < year < 2100:  # .NET's ticks, taken for nanoseconds, would be of 1990
         words = f"--split sessions needs times; the last would be of {year:.0f}; use ISO dates"
         raise InputError(f"{data.name}: {words}; its columns: {data.taken.get('columns')}")
     test = days == days.max()
@@ -184,7 +184,7 @@ def last_day(data: Interactions, final: bool = False) -> Parts:
     known = item_counts(train, data.num_items) > 0  # (I,)
 
     def prefixes(sessions: np.ndarray) -> Spans:
-        rows, places = ragged(sizes[sessions] - 1)
+        rows, places = ragged(sizes[sessions] - 1)  # (R,) each
         first = starts[sessions][rows]
         targets = items[first + places + 1]
         return Spans(items, first, first + places + 1, torch.where(known[targets - 1], targets, PAD))
@@ -232,7 +232,7 @@ def grid_windows(part: Spans, length: int) -> tuple[Tensor, Tensor]:
     one of a single item gives none. What stands to the left of an item is the same in every epoch: a causal teacher
     says the same there each time, and can be asked once for all.
     """
-    rows, places = ragged((part.sizes + length - 2) // length)
+    rows, places = ragged((part.sizes + length - 2) // length)  # (W,) each
     ends = part.ends[rows] - length * places
     return torch.maximum(part.starts[rows], ends - length - 1), ends
 
@@ -248,7 +248,7 @@ def random_windows(part: Spans, length: int, generator: Generator) -> tuple[Tens
     share LAST_SHARE of all are inference in miniature: they end at a random item, and just that one is hidden.
     """
     sizes = part.sizes
-    rows, places = ragged((sizes + length - 1) // length)
+    rows, places = ragged((sizes + length - 1) // length)  # (W,) each
     uniform = torch.rand(2, len(rows), generator=generator)
     last_only = (uniform[0] < LAST_SHARE) & (sizes[rows] >= 2)
     newest = places == 0
@@ -259,7 +259,7 @@ def random_windows(part: Spans, length: int, generator: Generator) -> tuple[Tens
 
 
 def batches(sizes: Tensor, tokens: int, rows: int = sys.maxsize, generator: Generator | None = None) -> list[Tensor]:
-    """Group rows of similar size (R,): a batch, padded, holds at most `tokens` positions, or one row, and `rows` rows.
+    """Group rows by similar `sizes` (R,): a batch, padded, has at most `tokens` positions (or one row) and `rows` rows.
 
     Returns a list of row numbers (B,). With a generator, ties and the order of batches are random.
     """
@@ -276,10 +276,10 @@ def batches(sizes: Tensor, tokens: int, rows: int = sys.maxsize, generator: Gene
 
 
 def at_once(device: torch.device, num_items: int) -> tuple[int, int]:
-    """How many positions and how many users to rank together, the limits of `batches`.
+    """How many positions and how many users to compute together, the limits of `batches`.
 
-    On a CPU, what a layer computes for many more than 2,048 positions no longer fits the cache, and each takes
-    longer. Scores of all users together take a quarter GiB at most, half of one in float64.
+    On a CPU, what a layer computes for many more than 2,048 positions no longer fits the cache, and each
+    takes longer. Scores of all users together take a quarter GiB at most, half of one in float64.
     """
     return 2048 if device.type == "cpu" else 2**16, max(1, 2**26 // num_items)
 
@@ -366,23 +366,24 @@ def without_repeats(clicks: Clicks, keep: np.ndarray, once: bool) -> np.ndarray:
     return np.delete(keep, np.delete(some, np.unique(keys, return_index=True)[1]))
 
 
-def latest_users(clicks: Clicks, keep: np.ndarray, fraction: int) -> np.ndarray:
-    """Those of the entries `keep` that belong to the 1/fraction of users whose last click is most recent."""
+def latest_users(clicks: Clicks, fraction: int) -> np.ndarray:
+    """The entries of the 1/fraction of users whose last click is most recent."""
     timed = clicks.times.min() < clicks.times.max()  # else lines are in the order of time
     times = clicks.times if timed else np.arange(len(clicks.times))
     latest = np.full(clicks.users.max() + 1, -np.inf)
     np.maximum.at(latest, clicks.users, times)
     recent = np.argsort(-latest, kind="stable")[: -(-len(latest) // fraction)]
-    return keep[np.isin(clicks.users[keep], recent)]
+    return np.flatnonzero(np.isin(clicks.users, recent))
 
 
 def numbered(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The codes that occur, by first appearance, and each entry's number among them; linear, unlike np.unique."""
+    """The codes that occur, by first appearance, and each entry's number among them; np.unique would sort them all."""
     first = np.full(codes.max() + 1, len(codes))
     first[codes[::-1]] = np.arange(len(codes))[::-1]  # the last to write is the first to appear
     order = np.argsort(first, kind="stable")[: np.count_nonzero(first < len(codes))]
-    first[order] = np.arange(len(order))
-    return order, first[codes]
+    number = np.empty_like(first)
+    number[order] = np.arange(len(order))
+    return order, number[codes]
 
 
 REPEATS_FROM = 0.01  # of a log's interactions; fewer are accidents
@@ -400,7 +401,7 @@ def build(
     read = len(clicks.users)
     if not read:
         raise InputError(f"{name}: the log has no interactions")
-    keep = latest_users(clicks, np.arange(read), fraction) if fraction > 1 else np.arange(read)
+    keep = latest_users(clicks, fraction) if fraction > 1 else np.arange(read)
     keep = keep[np.lexsort((clicks.times[keep], clicks.users[keep]))]  # stable: ties stay in file order
     keep = without_repeats(clicks, keep, once)
     core = keep[core_filter(clicks.users[keep], clicks.items[keep], min_items, min_length)]
@@ -914,7 +915,7 @@ OFFICIAL: dict[str, tuple[Fields, list[str]]] = {  # files without a header: wha
 
 
 class Public(NamedTuple):
-    """Where a dataset comes from."""
+    """Where a dataset, or a BERT, comes from."""
 
     source: str  # the address of a zip, a package NAME==VERSION, or, without sha256, what people must fetch by hand
     files: list[str]  # the log and the titles
@@ -1091,7 +1092,7 @@ def read_copy(path: Path, source: list) -> Interactions | None:
 
 
 def write_copy(path: Path, data: Interactions, source: list) -> None:
-    """Keep a parsed log, so that the next command starts at once; one a dataset and filter."""
+    """Keep a parsed log, so that the next command starts at once; one per dataset and filter."""
     arrays = {"items": data.items, "offsets": data.offsets, "begins": data.begins}
     rest = {key: value for key, value in vars(data).items() if key not in arrays} | {"source": source}
     buffer = io.BytesIO()
@@ -1199,7 +1200,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def load_asked(args: argparse.Namespace) -> Interactions:
-    """The dataset that the flags of `add_data_flags` ask for."""
+    """The dataset that the flags of `add_data_flags` ask for; fills in args.min_items and min_length."""
     args.min_items = args.min_items or args.min_count or 5
     args.min_length = args.min_length or args.min_count or (2 if args.split == "sessions" else 5)
     data = load_dataset(

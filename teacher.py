@@ -13,7 +13,7 @@ with another loss. In order: loss -> optimizer and schedule -> `train` -> checkp
 catalogues -> flags and settings -> building the teacher -> the command.
 
 Letters: B batch (users), T sequence length, D hidden size, M asked positions of a row, Q of a batch, I items,
-W windows, C and N candidates, E size of what BERT reads in a text.
+W windows, C and N candidates, V size of what BERT reads in a text.
 """
 
 import argparse
@@ -55,7 +55,7 @@ from prebert import (
 )  # fmt: skip
 
 Loss = Callable[[PreBert, Batch], Tensor]
-# Data with fewer interactions an item are sparse: item vectors may start from titles (`default_init`), dropout is
+# Data with fewer interactions per item are sparse: item vectors may start from titles (`default_init`), dropout is
 # sparse_dropout (halfway to it if users come back to items), models start `near_identity`, texts count (`keep_texts`).
 SPARSE = 100
 TEXT_SIZE = 64  # columns of the item table for texts
@@ -157,18 +157,18 @@ def draw_batch(
     width = int((ends - starts).max())
     tokens = pad_left(part.items, starts, ends, width)  # (B, T)
     asked = next_items(tokens) if model.config.causal else mask_items(tokens, last_only, model.mask_id, generator)
-    tokens, positions, labels = asked  # (B, T), (B, M), (B, M)
+    tokens, positions, labels = asked  # (B, T) or, of next items, (B, T - 1); (B, M), (B, M)
     return Batch(tokens, positions, labels, entries=(ends - width)[:, None] + positions)
 
 
-def some_targets(valid: Spans, users: int) -> Tensor:
-    """Which validation targets are looked at: random ones, `users` of them, the same every time."""
-    return torch.randperm(len(valid.targets), generator=Generator().manual_seed(0))[:users]
+def some_targets(valid: Spans, count: int) -> Tensor:
+    """Which validation targets are looked at: random ones, `count` of them, the same every time."""
+    return torch.randperm(len(valid.targets), generator=Generator().manual_seed(0))[:count]
 
 
-def validate(model: PreBert, valid: Spans, exclude_seen: bool, users: int) -> tuple[float, float]:
+def validate(model: PreBert, valid: Spans, exclude_seen: bool, count: int) -> tuple[float, float]:
     """NDCG@10 and HR@10 on the validation part, at `some_targets`."""
-    chosen, (process, processes) = some_targets(valid, users), world()
+    chosen, (process, processes) = some_targets(valid, count), world()
     device = model.item_bias.device
     model.eval()
     ranks = rank_targets(model.score_next, valid[chosen[process::processes]], exclude_seen, model.max_length, device)
@@ -220,7 +220,7 @@ def train(
     has_valid = len(valid_part.targets) > 0  # not with --all and --final, where the last epoch's weights are the best
     windows = draw_windows(model, train_part, seeded(args.seed, "windows", 0))[0]
     if not len(windows) or (data.split in ("last", "sessions") and not has_valid):
-        raise InputError(f"{data.name}: no user has three items, for next items four, or no session has two")
+        raise InputError(f"{data.name}: nothing to ask: a user needs three items (four for next items), a session two")
     if data.num_items <= FULL_SOFTMAX:  # with huge catalogues, keeping freed blocks fragments memory
         keep_freed_memory()
     device, seed, (process, processes) = pick_device(args.device), args.seed, world()
@@ -243,11 +243,11 @@ def train(
         # When training would have begun, had it not been interrupted.
         began, began_cpu = now - state["seconds"], time.process_time() - state["cpu_seconds"]
 
-        def spent(steps: float = math.inf) -> float:
-            """Share of the budget used up so far or, given the `steps` of an epoch, by the middle of the next step."""
+        def spent(of_epoch: float = 0.0) -> float:
+            """Share of the budget used up; of_epoch: of the current epoch, which the clock does not need."""
             if args.minutes:
                 return state["seconds"] / (60 * args.minutes)
-            return (state["epoch"] + (state["batch"] + 0.5) / steps) / args.epochs if args.epochs else 1.0
+            return (state["epoch"] + of_epoch) / args.epochs if args.epochs else 1.0
 
         # An epoch that was begun is validated and logged, also where the minutes were over as it was interrupted.
         while (spent() < 1 or state["batch"]) and state["waited"] < args.patience:
@@ -261,13 +261,13 @@ def train(
                        leave=False, unit_scale=True, mininterval=0.5 if sys.stderr.isatty() else 30,
                        disable=process > 0)  # fmt: skip
             for rows in plan[state["batch"] :]:
-                rate = schedule(spent(len(plan)), args.warmup)
+                rate = schedule(spent((state["batch"] + 0.5) / len(plan)), args.warmup)  # of the middle of a step
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * rate
                 generator = seeded(seed, "masks", state["step"])
                 batch = draw_batch(model, train_part, starts[rows], ends[rows], last_only[rows], generator)
                 own, weight = share_of(batch)
-                torch.manual_seed(seed * 1_000_003 + state["step"] * processes + process)  # for dropout
+                torch.manual_seed(seed * 1_000_003 + state["step"] * processes + process)  # for dropout, negatives
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                     loss = with_loss(*(tensor.to(device) for tensor in own)) * weight
                 optimizer.zero_grad()
@@ -332,7 +332,7 @@ FRESH: dict = {
 def save_state(run: Path, model: PreBert, optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Everything that training needs to go on: run/train_state.pt, written by the first process."""
     if world()[0] == 0:
-        write_atomic(run / "log.csv", state["log"].encode())  # first: of a crash here, a row too many is written over
+        write_atomic(run / "log.csv", state["log"].encode())  # first: after a crash, its last row is written again
         buffer = io.BytesIO()  # torch.save into a file hides a full disk behind an error of its own
         torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "state": state}, buffer)
         write_atomic(run / "train_state.pt", buffer.getvalue())
@@ -398,8 +398,8 @@ def open_run(
             (run / name).unlink(missing_ok=True)
         if not args.start:  # a run may be its own start, whose weights are replaced, never missing
             (run / "model.safetensors").unlink(missing_ok=True)
-        # A run has a checkpoint from its start to its end: without one, weights are no training's. It is written
-        # first, since what comes after does not fit the weights of a run that is its own start.
+        # A run has a checkpoint from its start to its end; without one, its weights would pass for trained. It is
+        # written first, since what comes after does not fit the weights of a run that is its own start.
         save_state(run, model, optimizer, state)
         counts = [0, *item_counts(part, data.num_items).tolist()]
         write_json(run / "config.json", config)
@@ -476,7 +476,7 @@ class Sampler(NamedTuple):
     """Negatives for catalogues whose full softmax is too large, drawn with known probabilities."""
 
     chance: Tensor  # (I,) of each item at each draw
-    draws: int  # a batch, shared by all its positions
+    draws: int  # per batch, shared by all its positions
 
 
 def draw_candidates(sampler: Sampler, certain: Tensor) -> tuple[Tensor, Tensor]:
@@ -491,6 +491,7 @@ def draw_candidates(sampler: Sampler, certain: Tensor) -> tuple[Tensor, Tensor]:
     weights = torch.log(times / (sampler.draws * sampler.chance[columns]))
     again = F.pad(certain[:, 1:] == certain[:, :1], (1, 0))  # (Q, C) the label among the teacher's top items
     correction = torch.cat([NEVER * again, weights.expand(len(certain), -1)], dim=1)  # (Q, C + N)
+    # A negative that is among the certain counts there alone.
     place = torch.searchsorted(columns, certain).clamp(max=len(columns) - 1)
     row, column = (columns[place] == certain).nonzero(as_tuple=True)
     correction[row, certain.shape[1] + place[row, column]] = NEVER
@@ -500,16 +501,16 @@ def draw_candidates(sampler: Sampler, certain: Tensor) -> tuple[Tensor, Tensor]:
 def candidate_logits(model: PreBert, states: Tensor, certain: Tensor, negatives: Tensor) -> Tensor:
     """Scores at states (Q, D) of certain columns (Q, C) and of shared ones (N,), (Q, C + N)."""
     table = model.item_embedding.weight
-    near = (F.embedding(1 + certain, table) @ states.to(table.dtype)[:, :, None])[..., 0]  # (Q, C)
-    far = F.linear(states, F.embedding(1 + negatives, table), model.item_bias[negatives])  # (Q, N)
-    return torch.cat([near + model.item_bias[certain], far.to(table.dtype)], dim=1)
+    of_certain = (F.embedding(1 + certain, table) @ states.to(table.dtype)[:, :, None])[..., 0]  # (Q, C)
+    of_negatives = F.linear(states, F.embedding(1 + negatives, table), model.item_bias[negatives])  # (Q, N)
+    return torch.cat([of_certain + model.item_bias[certain], of_negatives.to(table.dtype)], dim=1)
 
 
 def make_sampler(args: argparse.Namespace, train_part: Spans, num_items: int) -> Sampler | None:
     """None where the full catalogue fits; else half uniform, half by popularity in the training part."""
     if args.negatives is None:
         return None
-    print(f"sampled softmax: {args.negatives:,} shared negatives a batch instead of all {num_items:,} items")
+    print(f"sampled softmax: {args.negatives:,} shared negatives per batch instead of all {num_items:,} items")
     counts = item_counts(train_part, num_items).double()
     chance = 0.5 / num_items + 0.5 * counts / counts.sum()
     return Sampler(chance.float().to(pick_device(args.device)), args.negatives)
@@ -539,11 +540,11 @@ def add_training_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict]
     add("--lr", type=number(0, above=True), help=f"peak learning rate; less with fewer --tokens {by_recipe('lr')}")
     add("--body-lr", type=number(0, above=True), help=f"the same for encoder and positions {by_recipe('body_lr')}")
     add("--dropout", type=number(0, 0.9), help=f"share of activations zeroed {by_recipe('dropout')}; with fewer than "
-        f"{SPARSE} interactions an item {by_recipe('sparse_dropout')}, halfway if users repeat items")  # fmt: skip
+        f"{SPARSE} interactions per item {by_recipe('sparse_dropout')}, halfway if users repeat items")  # fmt: skip
     add("--item-dropout", type=number(0, 0.9), default=0.0, help="share of items read that training hides (default: 0)")
     add("--label-smoothing", type=number(0, 0.9), help=f"share of labels for all items {by_recipe('label_smoothing')}")
     add("--near-identity", action=argparse.BooleanOptionalAction,
-        help=f"begin with body and head that change little (default: with fewer than {SPARSE} interactions an item)")
+        help=f"at first, body and head nearly hand on what they read (default: below {SPARSE} interactions per item)")
     add("--warmup", type=number(0, 0.99), default=0.05, help="share of the budget that the rate rises (default: 0.05)")
     add("--weight-decay", type=number(0), default=0.01, help="(default: %(default)s)")
     add("--max-length", type=positive, help="items the model reads (default: 200; a student as its teacher)")
@@ -574,19 +575,19 @@ def titles_beside_counts(data: Interactions, parts: Parts, reader: Reader) -> fl
     Predicted are the items whose texts, as BERT reads them, are nearest to that of the newest item.
     """
     valid = parts[1][some_targets(parts[1], 10_000)]
-    rows = F.normalize(centred(text_vectors(*reader, data.texts[1:])), dim=1)  # (I, E)
+    rows = F.normalize(centred(text_vectors(*reader, data.texts[1:])), dim=1)  # (I, V)
 
     def quality(score: Scorer) -> float:
         return ndcg(rank_targets(score, valid, data.exclude_seen, 1, title="titles or counts"), 10).sum().item()
 
     nearest = quality(lambda history: rows[history[:, -1] - 1] @ rows.T)  # of scores (B, I)
-    return nearest / max(quality(Markov(parts[0], data.num_items)), 0.1)
+    return nearest / max(quality(Markov(parts[0], data.num_items)), 0.1)  # 0.1: never divide by 0
 
 
 def default_init(data: Interactions, split: str, reader: Reader | None) -> str:
     """How item vectors start where --item-init does not say; printed. split: that of the run without --all, --final."""
     if reader is None or not any(data.texts) or not sparse(data):
-        print(f"item vectors start from cooc, {len(data.items) / data.num_items:.0f} interactions an item")
+        print(f"item vectors start from cooc, {len(data.items) / data.num_items:.0f} interactions per item")
         return "cooc"
     share = titles_beside_counts(data, SPLITS[split](data), reader)
     kind = "text" if share >= TITLES_ALONE else "text+cooc" if share >= TITLES_TOO else "cooc"
@@ -611,7 +612,7 @@ def settle(args: argparse.Namespace, recipes: dict[str, dict], data: Interaction
         if args.label_smoothing:
             raise InputError("--label-smoothing needs the full softmax; --negatives and large catalogues do without it")
         args.label_smoothing = 0.0
-    suffix = {"none": "-all", "last": "", "sessions": ""}.get(data.split, "-final")
+    suffix = "-all" * args.all + "-final" * args.final
     if args.epochs == 0 and (suffix or not args.start):
         raise InputError("--epochs 0 trains nothing; it is for --start RUN without --all and --final")
     smaller = max(1.0, 1e6 / len(data.items))  # small data: smaller batches, so that an epoch has as many steps
@@ -703,11 +704,20 @@ def build_teacher(args: argparse.Namespace, data: Interactions, part: Spans, rea
 
 
 def first_weights(model: PreBert, args: argparse.Namespace, data: Interactions, vectors: Tensor | None) -> None:
-    """Weights of --start, see `start_from`, or near the identity; a checkpoint's, with --resume, come over them."""
+    """Weights of --start, see `start_from`, or near the identity; a checkpoint's, with --resume, come over them.
+
+    Raises InputError for a stricter filter than the run of --start had: it moves what is held out.
+    """
     run = Path("runs") / data.name / args.name
     begun = all((run / name).exists() for name in ("config.json", "catalogue.json", "train_state.pt"))
     if args.start and not (args.resume and begun):
         start_from(model, args.start, data, vectors)
+        was = read_run(Path(args.start))[0]["settings"]
+        for key in ("min_items", "min_length", "fraction"):
+            if data.split != "none" and type(was.get(key)) is int and getattr(args, key) > was[key]:
+                flag = f"--{key.replace('_', '-')}"
+                raise InputError(f"--start {args.start}: it had {flag} {was[key]}; with more, what it was trained on "
+                                 "may be held out here")  # fmt: skip
     elif args.near_identity and not args.start:
         near_identity(model)
 
@@ -717,15 +727,15 @@ def keep_texts(run: Path, data: Interactions, reader: Reader | None, count: bool
 
     Where they `count`, the item table of sparse data gets them as `text_columns`: where item vectors started from
     texts, and in students of models where they count. Learnt in training they would gain less: there the rows alone
-    explain what comes next. By the first process alone.
+    explain what comes next. metrics.json and log.csv tell of the model without. By the first process alone.
     """
     if reader and any(data.texts) and world()[0] == 0 and not (run / "texts.safetensors").exists():
-        vectors = text_vectors(*reader, data.texts[1:])  # (I, E)
+        vectors = text_vectors(*reader, data.texts[1:])  # (I, V)
         with locked(run):
             if count and sparse(data):
                 model = with_text_columns(load_run(run)[0], text_columns(vectors, TEXT_SIZE))
                 write_safetensors(run / "model.safetensors", model.state_dict())
-                print("in the scores, texts now count beside what was learnt: few interactions an item", flush=True)
+                print("in the scores, texts now count beside what was learnt: few interactions per item", flush=True)
             write_safetensors(run / "texts.safetensors", {"texts": vectors.half()})  # last: the sign that all is done
 
 
@@ -739,13 +749,13 @@ def main() -> None:
     add("--bert", default="minilm", help="minilm, bert-base-uncased, ORG/NAME on the hub, a folder, or none: random "
         "weights (default: %(default)s)")  # fmt: skip
     add("--item-init", choices=ITEM_INITS, help="first item vectors: titles read by BERT, co-occurrence, their sum or "
-        f"random (default: cooc; with fewer than {SPARSE} interactions an item, by how well titles predict)")
+        f"random (default: cooc; with fewer than {SPARSE} interactions per item, by how well titles predict)")
     add_training_flags(parser, RECIPES)
     parser.set_defaults(name="teacher", objective="next")
     args = parser.parse_args()
     join_processes(args.device)
     data = load_asked(args)
-    torch.manual_seed(args.seed)  # of first weights and co-occurrence; those of BERT are drawn too, then read
+    torch.manual_seed(args.seed)  # of first weights and co-occurrence; BERT's are drawn, too, before they are read
     reader = None if args.bert == "none" else load_bert(args.bert)
     args.item_init = args.item_init or default_init(data, args.split, reader)
     settle(args, RECIPES, data)

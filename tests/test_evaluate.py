@@ -100,6 +100,20 @@ def test_ranking_in_chunks_gives_the_same_ranks():
     assert torch.equal(rank_targets(score, part, False, 200), whole) and max(widths[1:]) <= 32
 
 
+def test_one_huge_history_does_not_make_all_others_as_wide():
+    sizes = torch.cat([torch.full((3000,), 3), torch.tensor([100_000])])
+    ends = sizes.cumsum(0)
+    part = Spans(torch.ones(int(ends[-1]), dtype=torch.long), ends - sizes, ends, torch.full((len(sizes),), 2))
+    users = []  # of each batch, that of the longest history first
+
+    def score(history: torch.Tensor) -> torch.Tensor:  # a model that reads one item, as the Markov baseline does
+        users.append(len(history))
+        return torch.tensor([[0.0, 1.0]]).expand(len(history), -1)
+
+    assert torch.equal(rank_targets(score, part, False, 1), torch.ones(3001, dtype=torch.long))
+    assert users[0] <= 10 and sum(users) == 3001
+
+
 # ---------------------------------------------------------------- bootstrap
 
 

@@ -209,6 +209,9 @@ def test_a_run_goes_on_with_a_catalogue_that_has_grown(trained):
     # Held-out items must not come in by a run that was trained on them.
     words = inside("distill.py", "--data", "ring.inter", *flags, "runs/grown/as-it-was", cwd=trained, expect=2)
     assert "trained on a longer log" in words
+    stricter = [*flags, RUN, "--min-items", 6]  # may end histories earlier, where it was trained
+    words = inside("distill.py", "--data", "grown.inter", *stricter, cwd=trained, expect=2)
+    assert "had --min-items 5; with more" in words
     inside("distill.py", "--data", "ring.inter", *ON_RING, "--all", "--name", "seen", cwd=trained)
     words = inside("distill.py", "--data", "ring.inter", *flags, "runs/ring/seen-all", cwd=trained, expect=2)
     assert "everything is trained on" in words

@@ -220,7 +220,7 @@ def train(
     has_valid = len(valid_part.targets) > 0  # not with --all and --final, where the last epoch's weights are the best
     windows = draw_windows(model, train_part, seeded(args.seed, "windows", 0))[0]
     if not len(windows) or (data.split in ("last", "sessions") and not has_valid):
-        raise InputError(f"{data.name}: nothing to ask: a user needs three items (four for next items), a session two")
+        raise InputError(f"{data.name}: no user has three items (four for next items), no session two")
     if data.num_items <= FULL_SOFTMAX:  # with huge catalogues, keeping freed blocks fragments memory
         keep_freed_memory()
     device, seed, (process, processes) = pick_device(args.device), args.seed, world()

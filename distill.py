@@ -29,6 +29,7 @@ from data import (
     PAD, SPLITS, Batch, InputError, Interactions, Spans, add_data_flags, at_once, batches, command_line, data_flags,
     grid_windows, load_asked, number, pad_left, run_command,
 )  # fmt: skip
+from evaluate import Markov
 from prebert import (
     ITEM_INITS, PreBert, Reader, check_catalogue, item_vectors, load_bert, load_run, pick_device, principal_components,
     set_item_table, with_text_columns, without_seed,
@@ -76,13 +77,26 @@ def mean_of(logits: list[Tensor]) -> Tensor:
     return reduce(torch.logaddexp, (each.float().log_softmax(-1) for each in logits)) - math.log(len(logits))
 
 
+def with_counts(answers: Tensor, counts: Tensor, columns: Tensor, share: float) -> Tensor:
+    """Log of the distribution of answers (Q, I), logits, a share of which is given to what followed the newest item.
+
+    counts (Q, I): how often every item did in the training part. Where columns (Q,) did, that was this very time, which
+    is left out: the label tells it. Where nothing else ever followed, answers stay.
+    """
+    counts = counts.scatter_add(1, columns[:, None], counts.new_full((len(columns), 1), -1))  # (Q, I)
+    total = counts.sum(1, keepdim=True)  # (Q, 1)
+    shares = share * (total > 0)  # (Q, 1)
+    return ((1 - shares) * answers.float().softmax(-1) + shares * counts / total.clamp(min=1)).clamp(min=1e-12).log()
+
+
 def student_loss(
     student: PreBert, batch: Batch, teachers: list[PreBert], states_at: States, temperature: float, alpha: float,
-    sampler: Sampler | None = None,
+    sampler: Sampler | None = None, markov: Markov | None = None, share: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """The student on a batch, against the teachers' answers to the same questions; a scalar.
 
-    Over the full catalogue, or, with a sampler, over the label, the teachers' top items and shared negatives.
+    Over the full catalogue, or, with a sampler, over the label, the teachers' top items and shared negatives. markov,
+    share: see `with_counts`.
     """
     is_asked = batch.labels != PAD  # (B, M)
     own, columns = student(batch.tokens, batch.positions)[is_asked], batch.labels[is_asked] - 1  # (Q, S), (Q,)
@@ -90,6 +104,9 @@ def student_loss(
     if sampler is None:
         with torch.no_grad():
             answers = mean_of([teacher.logits(states) for teacher, states in pairs])  # (Q, I)
+            if markov:
+                newest = batch.tokens.gather(1, batch.positions)[is_asked]  # (Q,)
+                answers = with_counts(answers, markov.followers(newest.cpu()).to(answers.device), columns, share)
         return distillation_loss(student.logits(own), answers, columns, temperature, alpha)
     with torch.no_grad():
         certain = torch.cat([columns[:, None], top_items(pairs, TEACHER_TOP)], dim=1)  # (Q, 1 + TEACHER_TOP)
@@ -209,6 +226,8 @@ def main() -> None:
     add("--size", choices=tuple(STUDENTS), default="base", help="(default: %(default)s)")
     add("--temperature", type=number(0, above=True), default=1.0, help="T in the loss (default: %(default)s)")
     add("--alpha", type=number(0, 1), default=0.5, help="weight of the teacher in the loss (default: %(default)s)")
+    add("--counts", type=number(0, 1), default=0.0, help="share of the teacher's answer that is what most often "
+        "followed the newest item in the training part (default: 0)")  # fmt: skip
     add("--no-kd", action="store_true", help="labels only, no teacher: the control")
     add("--no-cache", action="store_true", help="ask a teacher of next items at every step, not once for the whole log")
     add("--item-init", choices=("pca", *ITEM_INITS),
@@ -216,8 +235,8 @@ def main() -> None:
     add("--bert", help="reads titles, for --item-init text and new items, see teacher.py (default: as the teacher's)")
     add_training_flags(parser, RECIPES)
     args = parser.parse_args()
-    if args.no_kd and (args.no_cache or args.temperature != 1 or args.alpha != 0.5):
-        parser.error("--temperature, --alpha and --no-cache say nothing with --no-kd")
+    if args.no_kd and (args.no_cache or args.counts or args.temperature != 1 or args.alpha != 0.5):
+        parser.error("--temperature, --alpha, --counts and --no-cache say nothing with --no-kd")
     if args.no_kd and args.teacher and (args.item_init != "pca" or len(args.teacher) > 1):
         parser.error("--teacher says nothing with --no-kd, except one for --item-init pca")
     if not args.no_kd and args.label_smoothing:
@@ -235,6 +254,8 @@ def main() -> None:
     teachers, made_by, texts_count = load_teachers(args, data)
     args.teacher = args.teacher if teachers else None
     settle(args, RECIPES, data)
+    if args.counts and (args.negatives or args.objective == "masked"):
+        raise InputError("--counts needs --objective next and the full softmax, which large catalogues do without")
     parts = SPLITS[data.split](data)
     from_texts = "text" in args.item_init or (teachers and (Path(args.teacher[0]) / "texts.safetensors").exists())
     if teachers and from_texts and not any(data.texts):
@@ -250,8 +271,9 @@ def main() -> None:
     else:
         dtype = autocast_dtype(pick_device(args.device), args.precision)
         states_at = teacher_states(teachers, parts[0], dtype, cache=not (args.no_cache or ended))
+        markov = Markov(parts[0], data.num_items) if args.counts else None
         loss = partial(student_loss, teachers=teachers, states_at=states_at, temperature=args.temperature,
-                       alpha=args.alpha, sampler=sampler)  # fmt: skip
+                       alpha=args.alpha, sampler=sampler, markov=markov, share=args.counts)  # fmt: skip
     train(model, loss, data, parts, run, args, config)
     keep_texts(run, data, reader, "text" in args.item_init or (args.item_init == "pca" and texts_count))
     serve = command_line("student.py", "--run", str(run), f"id:{data.raw_ids[1]}")

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from data import (
     PAD, SPLITS, InputError, Interactions, Spans, add_data_flags, at_once, batches, check_replaceable, command_line,
-    data_flags, entries_of, item_counts, load_asked, run_command, write_json,
+    data_flags, entries_of, item_counts, load_asked, ragged, run_command, write_json,
 )  # fmt: skip
 from prebert import PreBert, check_catalogue, load_run, machine, pick_device, read_metrics, without_seed
 from student import TopK, compile_ahead
@@ -145,12 +145,16 @@ class Markov:
         self.next = pairs % (num_items + 1) - 1
         self.offsets = torch.searchsorted(pairs, torch.arange(num_items + 2) * (num_items + 1))
 
+    def followers(self, items: Tensor) -> Tensor:
+        """How often every item came right after each of these (B,), (B, I)."""
+        rows, places = ragged(self.offsets[items + 1] - self.offsets[items])
+        places += self.offsets[items][rows]
+        counts = torch.zeros(len(items), len(self.fallback))  # (B, I)
+        counts[rows, self.next[places]] = self.counts[places].float()
+        return counts
+
     def __call__(self, history: Tensor) -> Tensor:
-        scores = self.fallback.repeat(len(history), 1)  # (B, I)
-        for row, item in zip(scores, history[:, -1].tolist(), strict=True):
-            begin, end = self.offsets[item], self.offsets[item + 1]
-            row[self.next[begin:end]] += self.counts[begin:end]
-        return scores
+        return self.fallback + self.followers(history[:, -1])
 
 
 # ---------------------------------------------------------------- speed

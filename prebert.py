@@ -197,10 +197,10 @@ class Encoder(nn.Module):
     def forward(self, embedded: Tensor, real: Tensor, positions: Tensor | None = None) -> Tensor:
         """embedded (B, T, D), real (B, T) false at padding, positions (B, M); returns (B, T or M, D)."""
         x = self.dropout(self.norm(embedded))
-        visible = real[:, None, None]  # (B, 1, 1, T)
+        bias = torch.where(real, 0.0, NEVER)[:, None, None]  # (B, 1, 1, T)
         if self.causal:
-            visible = visible & real.new_ones(real.shape[1], real.shape[1]).tril()  # (B, 1, T, T)
-        bias = torch.where(visible, 0.0, NEVER)
+            future = torch.full((real.shape[1], real.shape[1]), NEVER, device=real.device).triu(1)
+            bias = bias + future  # (B, 1, T, T)
         for layer in self.layers[:-1]:
             x = layer(x, bias)
         return self.layers[-1](x, bias, positions)

@@ -55,8 +55,8 @@ from prebert import (
 )  # fmt: skip
 
 Loss = Callable[[PreBert, Batch], Tensor]
-# Data with fewer interactions per item are sparse: item vectors may start from titles (`default_init`), dropout is
-# sparse_dropout (halfway to it if users come back to items), models start `near_identity`, texts count (`keep_texts`).
+# Data with fewer interactions per item are sparse: item vectors may start from titles (`default_init`), texts count
+# (`keep_texts`), dropout is sparse_dropout and models start `near_identity` (if users come back to items: halfway, no).
 SPARSE = 100
 TEXT_SIZE = 64  # columns of the item table for texts
 TITLES_TOO, TITLES_ALONE = 0.4, 0.6  # how well titles must predict, as a share of Markov's NDCG@10
@@ -544,7 +544,8 @@ def add_training_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict]
     add("--item-dropout", type=number(0, 0.9), default=0.0, help="share of items read that training hides (default: 0)")
     add("--label-smoothing", type=number(0, 0.9), help=f"share of labels for all items {by_recipe('label_smoothing')}")
     add("--near-identity", action=argparse.BooleanOptionalAction,
-        help=f"at first, body and head nearly hand on what they read (default: below {SPARSE} interactions per item)")
+        help=f"at first, body and head nearly hand on what they read (default: below {SPARSE} interactions per item, "
+        "unless users repeat items)")  # fmt: skip
     add("--warmup", type=number(0, 0.99), default=0.05, help="share of the budget that the rate rises (default: 0.05)")
     add("--weight-decay", type=number(0), default=0.01, help="(default: %(default)s)")
     add("--max-length", type=positive, help="items the model reads (default: 200; a student as its teacher)")
@@ -622,7 +623,8 @@ def settle(args: argparse.Namespace, recipes: dict[str, dict], data: Interaction
             setattr(args, key, recipe[key] * min(1.0, args.tokens / recipe["tokens"]) ** 0.5)
     halfway = (recipe["dropout"] + recipe["sparse_dropout"]) / 2
     dropout = recipe["dropout"] if not sparse(data) else halfway if data.repeats else recipe["sparse_dropout"]
-    usual = {"dropout": dropout, "label_smoothing": recipe["label_smoothing"], "near_identity": sparse(data)}
+    usual = {"dropout": dropout, "label_smoothing": recipe["label_smoothing"]}
+    usual["near_identity"] = sparse(data) and not data.repeats
     for key, value in usual.items():
         if getattr(args, key) is None:
             setattr(args, key, value)

@@ -96,20 +96,24 @@ def draw_seeds(axes: Axes, color: str, seeds: list[dict[float, float]], label: s
 
 
 def sparsity(file: Path) -> None:
-    """Test NDCG@10 against the share of the users that a model was trained on."""
+    """Test NDCG@10 against the share of the users that a model was trained on; bodies.json beside it is drawn, too."""
     report = json.loads(file.read_text())
+    rows = [row | {"model": f"tiny student {row['model']}"} for row in report["rows"]]
+    if (bodies := file.with_name("bodies.json")).exists():
+        of_bodies = json.loads(bodies.read_text())["rows"]
+        rows += [row | {"model": f"PreBERT with texts, {row['model']}"} for row in of_bodies]
     axes = new_picture(
         f"{report['data']}: trained on a share of the users", "% of the users", "test NDCG@10 of all users"
     )
     models: dict[str, dict[int, dict[float, float]]] = {}
-    for row in report["rows"]:
+    for row in rows:
         models.setdefault(row["model"], {}).setdefault(row["seed"], {})[row["users"]] = row["NDCG@10"]
     for color, (name, seeds) in zip(COLORS, models.items(), strict=False):
         draw_seeds(axes, color, list(seeds.values()), name)
     axes.set_xscale("log")
     log_axis(axes.xaxis, (1,))
-    axes.set_xticks(sorted({row["users"] for row in report["rows"]}))
-    axes.legend(frameon=False, loc="upper left")
+    axes.set_xticks(sorted({row["users"] for row in rows}))
+    axes.legend(frameon=False, loc="lower right")
     axes.figure.savefig(file.with_suffix(".png"))
 
 

@@ -45,6 +45,8 @@ MODELS = {
     "student-of-starts": "distill.py --teacher RUNS/student-no-kd-sum-sSEED RUNS/student-no-kd-cooc-sSEED "
     "RUNS/student-no-kd-text-sSEED",
     "student-of-seeds": "distill.py --teacher RUNS/student-no-kd-s1 RUNS/student-no-kd-s2 RUNS/student-no-kd-s3",
+    "student-of-counts": "distill.py --counts 0.25 --teacher RUNS/student-no-kd-s1 RUNS/student-no-kd-s2 "
+    "RUNS/student-no-kd-s3",
     "student-of-teachers": "distill.py --teacher RUNS/teacher-s1 RUNS/teacher-s2 RUNS/teacher-s3",
     "teacher-masked": "teacher.py --objective masked --epochs 16 --patience 16",
     "student-masked": "distill.py --teacher RUNS/teacher-masked-sSEED",
@@ -53,7 +55,7 @@ MODELS = {
 NEW_ITEMS = "tests/new_items.py runs/new-items --size tiny --epochs 12 --seeds 1 2 3 --json"
 SPARSITY = "tests/sparsity.py --size tiny --seeds 1 2 3 --json"
 STARTS = "tests/sparsity.py --size tiny --starts text text+cooc cooc --shares 5 10 25"
-BODIES = "tests/sparsity.py --body --shares 10 100 --seeds 1 2 3 --json"
+BODIES = "tests/sparsity.py --body --seeds 1 2 3 --json"
 WORDS = "tests/sparsity.py --words --shares 10 100 --seeds 1 2 3 --json"
 BENCH = "evaluate.py --bench --runs RUNS/teacher-s1 RUNS/student-s1 RUNS/student-small-s1 RUNS/student-tiny-s1 --json"
 STUDIES = {  # by data set, what else the READMEs report: FILE.json and its command
@@ -71,7 +73,8 @@ MASKED_ON = {"ml-1m"}  # the masked teacher and its student: where the paper's o
 def models_of(data: str) -> list[str]:
     """Which models are trained on a data set."""
     titles, masked = data in ("ml-1m", "steam", "beauty"), data in MASKED_ON
-    return [name for name in MODELS if (titles or name not in TEXT) and (masked or "-masked" not in name)]
+    names = [name for name in MODELS if (titles or name not in TEXT) and (masked or "-masked" not in name)]
+    return [name for name in names if data.startswith("sessions") or name != "student-of-counts"]
 
 
 def folder(data: str, run: str) -> str:

@@ -12,6 +12,11 @@ same way, in items a second. Serving is timed in float32, training in bf16 where
 
 trains RecTools' SASRec and BERT4Rec on our split instead, until validation no longer gains, and puts NDCG@10 after each
 epoch beside that of our runs, with the minutes that it took.
+
+    ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \\
+        .peers/hf/bin/python tests/peers.py --float32 --json results/float32.json
+
+trains both in float32, here as without AVX-512, and says how much of a step the library's matrix products take.
 """
 
 import argparse
@@ -264,6 +269,29 @@ def train_recbole(_: dict) -> Callable[[int], None]:
     return training(model, loss, torch.optim.Adam(model.parameters(), 1e-3))
 
 
+def float32(rounds: int) -> dict:
+    """Our training beside Hugging Face's in float32, in turns, and the time in matrix products of a step of ours."""
+    torch.cpu._is_avx512_bf16_supported = lambda: False
+    steps = {"ours": train_ours({}), "hf": train_hf({})}
+    table: list[dict[str, float]] = []
+    for _ in range(rounds + 1):
+        table.append({})
+        for kind, step in steps.items():
+            began = time.perf_counter()
+            for number in range(10):
+                step(number)
+            table[-1][kind] = 100 * (time.perf_counter() - began)
+    with torch.profiler.profile() as profile:
+        for number in range(10):
+            steps["ours"](number)
+    own = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
+    products = sum(own.get(f"aten::{name}", 0.0) for name in ("mm", "addmm", "bmm", "baddbmm")) / sum(own.values())
+    ms = {kind: median([row[kind] for row in table[1:]]) for kind in steps}  # without the warm-up
+    ratio = median([row["hf"] / row["ours"] for row in table[1:]])
+    return {"capability": torch.backends.cpu.get_cpu_capability(), "median_ms": ms, "ratios": {"train_hf": ratio},
+            "share of matrix products": products, "most that the ratio could be": ratio / products}  # fmt: skip
+
+
 # ---------------------------------------------------------------- accuracy
 
 
@@ -430,6 +458,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=("sasrec", "bert4rec"), default=["sasrec", "bert4rec"])
     parser.add_argument("--length", type=int, default=50, help="with --accuracy: items that they read")
     parser.add_argument("--minutes", type=float, default=60, help="with --accuracy: at most, a peer")
+    parser.add_argument("--float32", action="store_true", help="only train, in float32, in this environment")
     parser.add_argument("--worker", nargs=2, metavar=("PEER", "WEIGHTS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -443,7 +472,7 @@ def main() -> None:
             args.json.write_text(json.dumps(report, indent=1) + "\n")
             print(f"written to {args.json}")
         return None
-    report = compare(args.venvs.resolve(), args.rounds, args.threads)
+    report = float32(args.rounds) if args.float32 else compare(args.venvs.resolve(), args.rounds, args.threads)
     report = {"machine": machine(), "threads": args.threads, "shape": f"{HIDDEN} x {LAYERS}, length {LENGTH}", **report}
     for kind, ratio in report["ratios"].items():
         print(f"{kind:<20}{ratio:6.2f} x")

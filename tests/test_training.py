@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,8 @@ import distill
 import evaluate
 import teacher
 from data import PAD, Batch, InputError, Interactions, batches, leave_one_out, load_dataset, mask_items
-from distill import distillation_loss, mean_of, principal_components, student_loss, teacher_states
-from evaluate import benchmark, target_ranks
+from distill import distillation_loss, mean_of, principal_components, student_loss, teacher_states, with_counts
+from evaluate import Markov, benchmark, target_ranks
 from prebert import BertConfig, PreBert, read_safetensors
 from student import MiniBert
 from teacher import (
@@ -160,6 +161,45 @@ def test_several_teachers_are_averaged_as_distributions():
     batch = masked_batch(60)
     each = [teacher.logits(teacher(batch.tokens, batch.positions)) for teacher in teachers]
     assert torch.allclose(mean_of(each).exp(), torch.stack(each).softmax(-1).mean(0), atol=1e-5)
+
+
+def test_counts_have_their_share_of_an_answer_without_what_is_asked():
+    answers = torch.tensor([[0.1, 0.2, 0.3, 0.4]] * 3).log()
+    counts = torch.tensor([[3.0, 1, 0, 0], [0, 0, 1, 0], [0, 2, 1, 3]])
+    mixed = with_counts(answers, counts, torch.tensor([0, 2, 1]), 0.5).exp()
+    # The label's own time is taken from [3, 1, 0, 0], all of [0, 0, 1, 0], and one of [0, 2, 1, 3].
+    expected = [[0.05 + 1 / 3, 0.1 + 1 / 6, 0.15, 0.2], [0.1, 0.2, 0.3, 0.4], [0.05, 0.2, 0.25, 0.5]]
+    assert torch.allclose(mixed, torch.tensor(expected), atol=1e-6)
+
+
+def test_counts_are_those_after_the_item_that_is_read():
+    torch.manual_seed(0)
+    log = hand_log([1, 2, 3, 1, 2, 4, 9, 9], [2, 3, 1, 4, 9, 9], [5, 1, 2, 3, 9, 9])
+    part, num_items = leave_one_out(log)[0], log.num_items
+    student, teacher_model = (MiniBert("tiny", num_items, 12, True).eval() for _ in range(2))
+    random_weights(student, teacher_model, std=0.2)
+    generator = torch.Generator().manual_seed(0)
+    starts, ends, last_only = draw_windows(student, part, generator)
+    batch = draw_batch(student, part, starts, ends, last_only, generator)
+    loss = student_loss(student, batch, [teacher_model], live([teacher_model]), 1.0, 1.0, None,
+                        Markov(part, num_items), 0.3)  # fmt: skip
+    histories = [part.items[a:b].tolist() for a, b in zip(part.starts, part.ends, strict=True)]
+    pairs = [pair for history in histories for pair in pairwise(history)]
+    terms = []
+    for history in histories:
+        tokens = torch.tensor([history])
+        for place in range(len(history) - 1):
+            at = torch.tensor([[place]])
+            log_q = student.logits(student(tokens[:, :-1], at))[0, 0].log_softmax(-1)
+            p = teacher_model.logits(teacher_model(tokens[:, :-1], at))[0, 0].softmax(-1)
+            others = list(pairs)
+            others.remove((history[place], history[place + 1]))
+            after = [b for a, b in others if a == history[place]]
+            if after:
+                share = torch.tensor([after.count(item) / len(after) for item in range(1, num_items + 1)])
+                p = 0.7 * p + 0.3 * share
+            terms.append((p * (p.log() - log_q)).nan_to_num().sum().item())
+    assert loss.item() == pytest.approx(sum(terms) / len(terms), rel=1e-4)
 
 
 def test_distillation_over_candidates_estimates_the_full_one():
@@ -429,7 +469,7 @@ def test_recipes_fill_in_what_the_flags_left_open_and_help_shows_them(ring, tmp_
     ):  # fmt: skip
         args = parser.parse_args(["--objective", "next", *given])
         settle(args, distill.RECIPES, data)
-        assert args.dropout == dropout and args.near_identity == (data is not log)
+        assert args.dropout == dropout and args.near_identity == (data is few)
     args = parser.parse_args(["--objective", "next", "--no-near-identity"])
     settle(args, distill.RECIPES, few)
     assert args.near_identity is False
@@ -735,6 +775,7 @@ def test_the_released_student_is_evaluated_where_nothing_is_trained(ring, tmp_pa
         (["teacher.py", "--data", "RING", "--seed", "10000000000000"], "--seed from 0"),
         (["distill.py", "--data", "RING"], "train first"),
         (["distill.py", "--data", "RING", "--temperature", "0"], "--temperature"),
+        (["distill.py", "--data", "RING", "--no-kd", "--counts", "0.2"], "--counts"),
         (["distill.py", "--data", "RING", "--no-kd", "--alpha", "0.9"], "--no-kd"),
         (["distill.py", "--data", "RING", "--no-kd", "--item-init", "pca", "--teacher", "a", "b"], "except one"),
         (["evaluate.py", "--data", "RING", "--runs", "nowhere"], "train first"),

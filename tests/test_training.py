@@ -708,16 +708,23 @@ def test_teachers_answers_are_cached_where_that_is_exact_and_fits(ring, tmp_path
         flags = ["--data", ring, "--size", "tiny", *TINY, "--precision", "fp32"]
         inside("distill.py", *flags, "--name", objective, cwd=tmp_path)
         assert read == ["log"] * (objective == "next")
+        if objective == "masked":  # nothing came before what is asked
+            counts = [*flags, "--name", "counts", "--counts", 0.2]
+            assert "--counts needs" in inside("distill.py", *counts, cwd=tmp_path, expect=2)
+    assert "--counts needs" in inside("distill.py", *counts, "--negatives", 9, cwd=tmp_path, expect=2)
     # Nothing is read for a run that is there already, or has ended.
     assert "--overwrite starts again" in inside("distill.py", *flags, "--name", "next", cwd=tmp_path, expect=2)
     assert "has ended" in inside("distill.py", *flags, "--name", "next", "--resume", cwd=tmp_path)
     assert read == ["log"]
     inside("distill.py", *flags, "--name", "live", "--no-cache", cwd=tmp_path)
+    inside("distill.py", *counts, "--no-cache", cwd=tmp_path)
     monkeypatch.setattr(distill, "CACHE_AT_MOST", 100)
     inside("distill.py", *flags, "--name", "large", cwd=tmp_path)
     assert read == ["log"]
     next_, live = (read_safetensors(tmp_path / "runs/ring" / name / "model.safetensors") for name in ("next", "live"))
     assert all(torch.allclose(next_[name], live[name], atol=1e-3) for name in live)
+    other = read_safetensors(tmp_path / "runs/ring/counts/model.safetensors")
+    assert not torch.allclose(other["item_bias"], live["item_bias"], atol=1e-3)
 
 
 def test_bench_reports_every_field(ring, tmp_path, monkeypatch):

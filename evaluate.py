@@ -145,16 +145,16 @@ class Markov:
         self.next = pairs % (num_items + 1) - 1
         self.offsets = torch.searchsorted(pairs, torch.arange(num_items + 2) * (num_items + 1))
 
-    def followers(self, items: Tensor) -> Tensor:
+    def followers(self, items: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """How often every item came right after each of these (B,), (B, I)."""
         rows, places = ragged(self.offsets[items + 1] - self.offsets[items])
         places += self.offsets[items][rows]
-        counts = torch.zeros(len(items), len(self.fallback))  # (B, I)
-        counts[rows, self.next[places]] = self.counts[places].float()
+        counts = torch.zeros(len(items), len(self.fallback), dtype=dtype)  # (B, I)
+        counts[rows, self.next[places]] = self.counts[places].to(dtype)
         return counts
 
     def __call__(self, history: Tensor) -> Tensor:
-        return self.fallback + self.followers(history[:, -1])
+        return self.followers(history[:, -1], torch.float64).add_(self.fallback)
 
 
 # ---------------------------------------------------------------- speed

@@ -56,7 +56,8 @@ from prebert import (
 
 Loss = Callable[[PreBert, Batch], Tensor]
 # Data with fewer interactions per item are sparse: item vectors may start from titles (`default_init`), texts count
-# (`keep_texts`), dropout is sparse_dropout and models start `near_identity` (if users come back to items: halfway, no).
+# (`keep_texts`), dropout is sparse_dropout, and models start `near_identity`. Where users come back to items, dropout
+# is halfway to sparse_dropout, and models do not.
 SPARSE = 100
 TEXT_SIZE = 64  # columns of the item table for texts
 TITLES_TOO, TITLES_ALONE = 0.4, 0.6  # how well titles must predict, as a share of Markov's NDCG@10

@@ -21,12 +21,12 @@ ROOT = Path(__file__).parent.parent
 BEAUTY = Path(os.environ.get("PREBERT_DATA", "data")) / "amazon-beauty/beauty.inter"
 DATA = {  # flags of every script
     "ml-1m": "--data ml-1m",
+    "ml-1m-final": "--data ml-1m --final",  # on validation items too, for the epochs that were best in "ml-1m"
     "steam": "--data steam",
     "yoochoose": "--data yoochoose",
     "beauty": f"--data {shlex.quote(str(BEAUTY))}",
     "sessions": "--data yoochoose --split sessions --min-items 1",
-    # Trained on validation sessions too, as that field does, for the epochs that were best in "sessions".
-    "sessions-final": "--data yoochoose --split sessions --min-items 1 --final",
+    "sessions-final": "--data yoochoose --split sessions --min-items 1 --final",  # as that field trains
 }
 # Name, script and flags; SEED and RUNS are filled in. What stands behind others is trained after them.
 MODELS = {
@@ -65,23 +65,26 @@ STUDIES = {  # by data set, what else the READMEs report: FILE.json and its comm
                "words": WORDS},
 }
 OF_SESSIONS = "--size small --epochs 6 --patience 9"  # students there: most sessions have two or three items
-# Other starts than the default, where there are titles.
-TEXT = {"student-no-kd-text", "student-no-kd-sum", "student-no-kd-random", "student-of-starts"}
-MASKED_ON = {"ml-1m"}  # the masked teacher and its student: where the paper's own objective is repeated
+STARTS_OF = ("student-no-kd-text", "student-no-kd-sum", "student-no-kd-random", "student-of-starts")
+ONLY_ON = {  # data sets of the models that are not trained on all
+    **dict.fromkeys(STARTS_OF, ("ml-1m", "steam", "beauty")),  # where there are titles
+    **dict.fromkeys(("teacher-masked", "student-masked", "student-no-kd-hidden"), ("ml-1m",)),
+    "student-of-counts": ("sessions",),
+}
+FINAL = {"teacher", "student", "student-no-kd", "student-of-counts"}  # also trained with --final
 
 
 def models_of(data: str) -> list[str]:
     """Which models are trained on a data set."""
-    titles, masked = data in ("ml-1m", "steam", "beauty"), data in MASKED_ON
-    names = [name for name in MODELS if (titles or name not in TEXT) and (masked or "-masked" not in name)]
-    return [name for name in names if data.startswith("sessions") or name != "student-of-counts"]
+    split = data.removesuffix("-final")
+    return [name for name in MODELS if split in ONLY_ON.get(name, DATA) and (split == data or name in FINAL)]
 
 
 def folder(data: str, run: str) -> str:
     """The run folder of a model and seed."""
-    if data.startswith("sessions"):
-        return f"runs/yoochoose/sessions-{run}{data.removeprefix('sessions')}"
-    return f"runs/{data}/{run}"
+    split = data.removesuffix("-final")
+    run = f"yoochoose/sessions-{run}" if split == "sessions" else f"{split}/{run}"
+    return f"runs/{run}{data.removeprefix(split)}"
 
 
 def filled_in(command: str, data: str, seed: int = 1) -> str:

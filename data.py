@@ -418,7 +418,7 @@ def build(
     repeats = bool((pairs[1:] == pairs[:-1]).sum() >= REPEATS_FROM * len(pairs))
     taken = {**taken, "interactions": f"{lines}; {len(core):,} kept"}
     tied = np.count_nonzero((np.diff(users) == 0) & (np.diff(clicks.times[core]) == 0)) / len(core)
-    if tied >= 0.01 and clicks.times.min() < clicks.times.max():
+    if tied >= 0.01 and clicks.times.any():  # 0 throughout where the log has no times
         taken["order"] = f"{tied:.0%} have the time of the one before; they stay in the order of lines"
     taken["titles"] = f"{sum(map(titles.__contains__, raw_ids)):,} of {len(kept):,} items; {taken['titles']}"
     shown, texts = map(list, zip(*(titles.get(raw_id, (raw_id, "")) for raw_id in raw_ids), strict=True))
@@ -460,9 +460,10 @@ def read_lines(path: Path) -> Iterator[str]:
             raise InputError(f"{path}: broken gzip file ({error}); download it again") from error
 
 
-COMPACT = re.compile(r"(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])([01]\d|2[0-3])[0-5]\d([0-5]\d)?")  # dates
+COMPACT = re.compile(r"(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])([01]\d|2[0-3])([0-5]\d){0,2}")  # dates
+ZONE = r"( [+-]\d{4}| GMT| UTC)?"
+MAIL = re.compile(rf"(Mon|Tue|Wed|Thu|Fri|Sat|Sun),? [\w ]+ \d\d?:\d\d(:\d\d)?{ZONE}( \d{{4}})?{ZONE}")
 FOREVER = 1e11  # seconds; databases write the year 9999 where there is no date
-WEEKDAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 
 
 def moment(text: str) -> float:
@@ -471,14 +472,16 @@ def moment(text: str) -> float:
     Also 201404071051 and, as in mails and Twitter's, Tue Apr 03 18:00:09 +0000 2012. Seconds, milliseconds and
     nanoseconds order alike, so the unit does not matter, as long as it is one. ValueError for anything else.
     """
+    when = None
     try:
-        if len(text) in (12, 14) and COMPACT.fullmatch(text):
+        if len(text) in (10, 12, 14) and COMPACT.fullmatch(text):
             text = f"{text[:4]}-{text[4:6]}-{text[6:8]}T{text[8:]}"
         if len(text) > 9 and text[4] in "-/":
             when = datetime.fromisoformat(re.sub(r" (?=[+-]\d)", "", text.replace("/", "-").removesuffix(" UTC")))
+        elif text[:1] in "MTWFS" and MAIL.fullmatch(text):
+            when = email.utils.parsedate_to_datetime(text)
+        if when:
             number, most = (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp(), FOREVER
-        elif text[:3] in WEEKDAYS and (parsed := email.utils.parsedate_tz(text)):
-            number, most = email.utils.mktime_tz(parsed), FOREVER
         else:
             number, most = float(text), 2.0**63
     except (ValueError, OverflowError):
@@ -498,7 +501,10 @@ def day_and_clock(day: str, clock: str) -> float:
 
 
 def check_unit(times: np.ndarray, path: Path) -> None:
-    """InputError for times some of which are seconds and others milliseconds or finer: they would not order."""
+    """InputError for times that would not order: some in seconds and others finer, or days such as 31122019."""
+    years = times % 10_000
+    if len(times) and ((times >= 1e6) & (times < 1e8) & (years > 1900) & (years < 2100)).all():
+        raise InputError(f"{path}: its times end in the year, such as {times[0]:08.0f}; write 2019-12-31")
     units = np.digitize(np.abs(times), [1e8, 1e11, 1e14, 1e17])  # 0: none, then s, ms, us, ns
     examples = [f"{times[units == unit][0]:.0f}" for unit in np.unique(units[units > 0])]
     if len(examples) > 1:
@@ -526,18 +532,20 @@ def fields_at(separator: str, width: int, line: str) -> list[str]:
     that gives `width` fields. Raises InputError for a quote that stays open.
     """
     if '"' in line and len(separator) == 1:
-        for escape in (None, "\\"):
-            with suppress(csv.Error):
-                fields, cut = csv_fields(line, separator, escape), line.split(separator)
-                return cut if separator == "\t" and len(fields) < len(cut) == width else fields
+        if fields := csv_fields(line, separator):
+            cut = line.split(separator)
+            return cut if separator == "\t" and len(fields) < len(cut) == width else fields
         if open_quote(line, separator):
             raise InputError(f"a quote is not closed on the line {line[:60]!r}, or only 50 lines later")
     return line.split(separator)
 
 
-def csv_fields(line: str, separator: str, escape: str | None = None) -> list[str]:
-    """Fields of a line; csv.Error where its quotes are not those of CSV."""
-    return next(csv.reader([line], delimiter=separator, escapechar=escape, skipinitialspace=True, strict=True))
+def csv_fields(line: str, separator: str) -> list[str]:
+    """Fields of a line; none where its quotes are not those of CSV, also with backslashes."""
+    for escape in (None, "\\"):
+        with suppress(csv.Error):
+            return next(csv.reader([line], delimiter=separator, escapechar=escape, skipinitialspace=True, strict=True))
+    return []
 
 
 def quotes_belong(line: str, name: str) -> bool:
@@ -568,15 +576,17 @@ def whole_rows(lines: Lines, separator: str, width: int) -> Lines:
                 if separator == "\t" and more.count(separator) == width - 1:
                     break
                 if more.count('"') % 2:
-                    with suppress(csv.Error):
-                        if len(csv_fields(row, separator)) == width:
-                            line, ahead = row, deque(itertools.islice(ahead, place, None))
+                    if len(csv_fields(row, separator)) == width:
+                        line, ahead = row, deque(itertools.islice(ahead, place, None))
                     break
         yield number, line
 
 
-def open_table(path: Path) -> tuple[Lines, Fields, list[str]]:
-    """Lines of a table, what cuts them, names of fields by OFFICIAL or a header; InputError where a name is twice."""
+def open_table(path: Path, example: str) -> tuple[Lines, Fields, list[str]]:
+    """Lines of a table, what cuts them, names of fields by OFFICIAL or a header; InputError where a name is twice.
+
+    example: of a header, for those who have none.
+    """
     lines = enumerate(read_lines(path), 1)
     if path.name in OFFICIAL:
         return lines, *OFFICIAL[path.name]
@@ -586,17 +596,26 @@ def open_table(path: Path) -> tuple[Lines, Fields, list[str]]:
         raise InputError(f"{path} is empty")
     if header.lstrip().startswith(("{", "[", "<")) or header.startswith("version https://git-lfs"):
         raise InputError(f"{path} is JSON, a web page or a placeholder of git; save the log as CSV, with a header")
-    separator = max("\t,;|", key=header.count)
+    separator = max("\t,;|", key=re.sub('"[^"]*"', "", header).count)
     kind = re.compile(r":(token|float)(_seq)?$")  # RecBole writes user_id:token
     names = [kind.sub("", name).strip() for name in fields_at(separator, 0, header)]
     fields_of = partial(fields_at, separator, len(names))
-    if 2 * sum(bool(re.fullmatch(r"[\d\s.,:+/TZ-]+", name)) for name in names) >= len(names):  # numbers and dates
-        raise InputError(f"{path}:1: a header such as user_id,item_id,timestamp must come first; found {header[:60]!r}")
+    values = sum(bool(re.fullmatch(r"[\d\s.,:+/TZ-]+", name)) for name in names)  # numbers and dates
+    if 2 * values >= len(names) and place_of(names, COLUMNS["item"] + " id") is None:
+        raise InputError(f"{path}:1: a header such as {example} must come first; found {header[:60]!r}")
     for name, word in zip(names, plain(names), strict=True):
         if word and plain(names).count(word) > 1:
             raise InputError(f"{path}:1: column {name!r} occurs twice; rename one")
-    rows = whole_rows((line for line in lines if line[1].strip(separator) and line[1] != header), separator, len(names))
-    return rows, fields_of, names
+
+    def own() -> Lines:  # without the headers of files that were joined, which may begin with a byte-order mark
+        for number, line in lines:
+            if len(line) == len(header) and sorted(line.split(separator)) == sorted(header.split(separator)):
+                if line != header:
+                    raise InputError(f"{path}:{number}: here the order of columns changes; found {line[:60]!r}")
+            elif line.strip(separator) and not line.endswith(header):
+                yield number, line
+
+    return whole_rows(own(), separator, len(names)), fields_of, names
 
 
 def rows_of(path: Path, lines: Lines, parse: Callable[[str], Row]) -> Iterator[Row]:
@@ -622,7 +641,8 @@ def rows_of(path: Path, lines: Lines, parse: Callable[[str], Row]) -> Iterator[R
 
 # Common public spellings, in order of preference, without case, blanks and underscores.
 SESSION = "sessionid session usersession visitid sid"
-TIME_OF_DAY = "timeofday time clock hour eventtime ordertime purchasetime clicktime starttime"  # beside a date
+# Of the time of day, beside a date.
+TIME_OF_DAY = "timeofday time clock hour eventtime ordertime purchasetime clicktime starttime uhrzeit hora heure ora"
 EVENTS = "event eventtype behavior behaviortype action actiontype"
 COLUMNS = {
     "user": "userid user uid customerid customer reviewerid visitorid memberid accountid profileid playerid personid "
@@ -679,13 +699,17 @@ def find_columns(
     found = f"found {', '.join(names[:12])}"
     if unknown := [name for name in given.values() if name not in (*names, "none")]:
         raise InputError(f"{path}:1: no column {unknown[0]!r}; {found}")
-    if lists := [name for name in names if name.endswith("_list")]:
+    if len(names) < 2:
+        raise InputError(f"{path}:1: found one column, {names[0][:60]!r}; put commas, semicolons, tabs or | between "
+                         "columns, and no quotes around whole lines")  # fmt: skip
+    if lists := [name for name in names if name.endswith("_list") and place_of([name[:-5]], COLUMNS["item"]) == 0]:
         raise InputError(f"{path}: {lists[0]} holds histories; write one line a click: user_id, item_id, timestamp")
     dated, finer, clocks = dated_columns(names, fields_of, first)
     places = {kind: place_of(names, known) for kind, known in COLUMNS.items()} | {"owner": None}
     days, clock = dated - finer, place_of(names, TIME_OF_DAY)
-    if clock in clocks and len(days) == 1:
-        places |= {"time": min(days), "clock": clock}
+    day = place_of([name if place in days else "" for place, name in enumerate(names)], COLUMNS["time"])
+    if clock in clocks and (day is not None or len(days) == 1):
+        places |= {"time": min(days) if day is None else day, "clock": clock}
     if places["time"] not in days or "time" in given:
         places["clock"] = None
     if places["label"] in dated:  # the day of a purchase
@@ -707,11 +731,16 @@ def find_columns(
 
 
 def check_time(path: Path, names: list[str], places: dict[str, int | None], dated: set[int], finer: set[int]) -> None:
-    """InputError where the column taken as the time says too little and another could be it.
+    """InputError where the column taken as the time says too little and another could be it, or the time of day.
 
     dated, finer: see `dated_columns`. An order of lines is no substitute for a time.
     """
     timed, when = {place for place, name in enumerate(names) if LOOKS_LIKE_TIME.search(name)}, places["time"]
+    clock = place_of([name if place not in dated else "" for place, name in enumerate(names)], TIME_OF_DAY)
+    if when in dated - finer and clock is not None:
+        day = f"--columns time={names[when]}"
+        raise InputError(f"{path}:1: {names[when]} tells the day alone, and {names[clock]} may be the time of day; say "
+                         f"{day},clock={names[clock]} if it is written 9:05 or as a number, or just {day}")
     others = (dated | timed if when is None else dated & timed) - {*places.values()}
     likely = sorted(others, key=lambda place: (place not in dated, place))
     if when in dated - finer:
@@ -720,6 +749,7 @@ def check_time(path: Path, names: list[str], places: dict[str, int | None], date
         what = "no column is known as the time" if when is None else f"{names[when]} does not look like a time"
         what = f"{names[when]} tells the day alone" if when in dated else what  # and histories would be out of order
         way = f"time={names[likely[0]] if likely[0] in dated else 'NAME'}"
+        way += f",clock={names[clock]}" if clock is not None and likely[0] in dated - finer else ""
         could = " or ".join(names[place] for place in likely[:3])
         raise InputError(f"{path}:1: {what}, but {could} could be one; say --columns {shlex.quote(way)}, or "
                          f"time={names[when] if when in dated else 'none if the lines are in the order of time'}")
@@ -737,7 +767,7 @@ def says_yes(label: str) -> bool:
 
 def read_log(path: Path, given: dict[str, str], sessions: bool) -> tuple[Clicks, dict[str, str], str]:
     """A log, what was taken for what, and what it calls its items; `given` and `sessions` as in `find_columns`."""
-    lines, fields_of, names = open_table(path)
+    lines, fields_of, names = open_table(path, "user_id,item_id,timestamp")
     first = list(itertools.islice(lines, 100))
     places = find_columns(path, names, fields_of, [line for _, line in first], given, sessions)
     user, item, when, clock, label, owner = map(places.get, ("user", "item", "time", "clock", "label", "owner"))
@@ -833,7 +863,7 @@ def read_titles(path: Path, item_name: str = "") -> tuple[dict[str, tuple[str, s
     item_name: what the log calls its items, tried first. The text, which BERT reads, is the title and the columns that
     DESCRIBES knows, each after its name.
     """
-    lines, fields_of, names = open_table(path)
+    lines, fields_of, names = open_table(path, "item_id,title")
     item = names.index(item_name) if item_name in names else place_of(names, COLUMNS["item"] + " id")
     title, year = None if item is None else title_place(names, item), place_of(names, "releaseyear")
     others = [place for place, name in enumerate(names) if DESCRIBES.search(name) and place not in (item, title)]
@@ -843,16 +873,16 @@ def read_titles(path: Path, item_name: str = "") -> tuple[dict[str, tuple[str, s
 
     def parse(line: str) -> tuple[str, str, str]:
         """Raw id, title and text."""
-        fields = fields_of(line)
-        if len(fields) > len(names):
+        fields = ["" if field.strip().lower() in MISSING else field.strip() for field in fields_of(line)]
+        if any(fields[len(names) :]):
             raise ValueError(f"expected {len(names)} fields, not {len(fields)}")
         fields += [""] * (len(names) - len(fields))
         shown = CONTROL.sub(" ", fields[title]).strip()
-        when = fields[year] if year is not None else ""
+        when = fields[year].removesuffix(".0") if year is not None else ""  # pandas writes 1995.0
         # MovieLens' own titles end in the year; RecBole cut it off.
         shown = f"{shown} ({when})" if shown and when and "(" + when not in shown else shown
         more = [(names[place], " ".join(LISTED.sub(" ", fields[place]).split())) for place in others]
-        return fields[item].strip(), shown, ". ".join([shown, *(f"{name}: {value}" for name, value in more if value)])
+        return fields[item], shown, ". ".join([shown, *(f"{name}: {value}" for name, value in more if value)])
 
     titles: dict[str, tuple[str, str]] = {}
     twice = 0
@@ -1046,7 +1076,7 @@ def fetch(folder: Path, public: Public) -> None:
 
 TABLE = re.compile(r"\.(inter|item|csv|tsv)(\.gz)?$", re.IGNORECASE)
 CACHE_FROM = 1 << 24  # bytes; smaller logs are read faster than anyone waits
-COPY_VERSION = 12  # of what a parsed copy holds
+COPY_VERSION = 13  # of what a parsed copy holds
 
 
 def dataset_name(name: str) -> str:
@@ -1184,8 +1214,8 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--data", default="ml-1m", help=f"{', '.join(PUBLIC)} or a path to a .inter, .csv or .tsv file")
     add("--root", help="folder of datasets (default: $PREBERT_DATA, else ./data)")
-    add("--columns", type=column_names, default={}, help="of your own file: user=NAME,item=NAME,time=NAME,clock=NAME "
-        "(beside a date),label=NAME")  # fmt: skip
+    add("--columns", type=column_names, action="append", default=[], help="of your own file: user=NAME,item=NAME,"
+        "time=NAME,clock=NAME (beside a date),label=NAME")  # fmt: skip
     add("--titles", metavar="FILE", help="of its items, where they are not in x.item or x.items.csv beside x.inter")
     add("--min-count", type=positive, help="users and items with fewer interactions are left out (default: 5; "
         "student.py: 1)")  # fmt: skip
@@ -1201,6 +1231,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
 
 def load_asked(args: argparse.Namespace) -> Interactions:
     """The dataset that the flags of `add_data_flags` ask for; fills in args.min_items and min_length."""
+    args.columns = {kind: name for given in args.columns for kind, name in given.items()}
     args.min_items = args.min_items or args.min_count or 5
     args.min_length = args.min_length or args.min_count or (2 if args.split == "sessions" else 5)
     data = load_dataset(

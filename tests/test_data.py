@@ -111,6 +111,31 @@ def test_columns_can_be_named(tmp_path):
         atomic(tmp_path, MINE, name="x.csv", item="sku")
 
 
+def test_joined_files_and_columns_of_numbers_and_lists_are_read(tmp_path):
+    head = "user_id,item_id,timestamp,tags_list,0,1,2,3"
+    text = f"{head}\nu,a,1,x y,0,0,0,0\n\ufeff{head}\nu,b,2,z,0,0,0,0\n"
+    assert histories(atomic(tmp_path, text, name="x.csv")) == [["a", "b"]]
+    assert histories(atomic(tmp_path, 'user_id;item_id;"notes, more, all"\nu;a;x\n', name="x.csv")) == [["a"]]
+    spark = 'user_id,item_id,review,timestamp\nu,b,"He said \\"hi\\" and\nleft",2\nu,a,,1\n'
+    assert histories(atomic(tmp_path, spark, name="x.csv")) == [["a", "b"]]
+
+
+def test_titles_that_are_missing_and_years_with_a_fraction(tmp_path):
+    rows = ("1,Heat (1995),1995.0", "2,Jaws,1975.0,", "3,Up,nan", "4,NULL,2009")
+    (tmp_path / "x.items.csv").write_text("\n".join(["item_id,title,release_year", *rows]))
+    log = atomic(tmp_path, "user_id,item_id\n" + "".join(f"u,{n}\n" for n in range(1, 5)), name="x.csv")
+    assert log.titles[1:] == ["Heat (1995)", "Jaws (1975)", "Up", "4"] and log.texts[4] == ""
+    (tmp_path / "x.items.csv").write_text("1,Heat\n2,Up\n")
+    with pytest.raises(InputError, match="a header such as item_id,title must come first"):
+        atomic(tmp_path, "user_id,item_id\nu,1\n", name="x.csv")
+
+
+def test_columns_may_be_named_one_by_one(tmp_path):
+    (tmp_path / "x.csv").write_text(MINE)
+    flags = ["--columns", "user=shopper,item=x", "--columns", "item=sku", "--columns", "time=when"]
+    assert "item = sku, time = when" in inside("data.py", "--data", "x.csv", "--min-count", 1, *flags, cwd=tmp_path)
+
+
 @pytest.mark.parametrize("name", ["when", "visited_at", "addedAt", "TRANSACTION_DT", "Datum", "my_date", "col4"])
 def test_a_time_under_another_name_is_named_not_ignored(tmp_path, name):
     text = f"user_id,item_id,{name}\nu,b,1609459202\nu,a,1609459201\n"
@@ -131,6 +156,17 @@ def test_a_date_and_the_time_of_day_may_be_two_columns(tmp_path):
     of_session = "sessionId;itemId;timeframe;eventdate\n1;c;99000;2016-05-02\n1;a;500;2016-05-02\n1;b;9000;2016-05-02\n"
     log = atomic(tmp_path, of_session, name="x.csv")  # Diginetica
     assert histories(log) == [["a", "b", "c"]] and "time = eventdate, clock = timeframe of" in data.card(log)
+    orders = "user_id,item_id,order_date,order_time,ship_date\nu,b,2020-01-31,13:05,2020-02-03\n"
+    orders += "u,a,2020-01-31,09:00,2020-02-02\n"
+    for header in ("order_date,order_time", "date,time", "date,Uhrzeit"):  # the known name of several dates
+        text = orders.replace("order_date,order_time", header)
+        assert histories(atomic(tmp_path, text, name="x.csv")) == [["a", "b"]]
+    for header, advice in (("date,hour", "date,clock=hour"), ("Datum,hour", "Datum,clock=hour")):
+        hours = f"user_id,item_id,{header}\nu,b,2020-01-31,13\nu,a,2020-01-31,9\n"
+        with pytest.raises(InputError, match=f"--columns time={advice}"):
+            atomic(tmp_path, hours, name="x.csv")
+        columns = dict(part.split("=") for part in f"time={advice}".split(","))
+        assert histories(atomic(tmp_path, hours, name="x.csv", **columns)) == [["a", "b"]]  # the advice works
     for day in ("2020-01-31", "2020-01-31 00:00:00"):
         assert data.day_and_clock(day, "9:05") == data.moment("2020-01-31 09:05")
     for day, clock in (("20160502", "500"), ("2016-05-02", "9:65"), ("2016-05-02", "soon")):
@@ -147,10 +183,14 @@ def test_ids_that_begin_with_a_quote_are_read_as_csv_writes_them(tmp_path):
 def test_times_as_mails_twitter_and_databases_write_them(tmp_path):
     hour = 1491242409  # Mon Apr 3 2017, 18:00:09 UTC
     for text in ("Mon Apr 03 18:00:09 +0000 2017", "Mon, 03 Apr 2017 20:00:09 +0200", "2017-04-03 18:00:09.000 +0000",
-                 "2017-04-03 16:00:09 -02:00", "2017-04-03 18:00:09 UTC"):  # fmt: skip
+                 "2017-04-03 16:00:09 -02:00", "2017-04-03 18:00:09 UTC", "Mon Apr  3 18:00:09 2017",
+                 "Mon, 3 Apr 2017 18:00:09 GMT", "Mon Apr 03 18:00:09 UTC 2017"):  # fmt: skip
         assert data.moment(text) == hour
-    with pytest.raises(ValueError, match="is not a time"):
-        data.moment("Monday")
+    assert data.moment("2017040318") == hour - 9  # Google Analytics
+    for text in ("Monday", "Monday, April 3, 2017 6:00 PM", "Mon Apr 03 2017 20:00:09 GMT+0200 (CEST)",
+                 "Mon Apr 03 20:00:09 CEST 2017", "Moon 3 Apr 2017 18:00:09"):  # fmt: skip
+        with pytest.raises(ValueError, match="is not a time"):
+            data.moment(text)
 
 
 def test_titles_are_found_by_the_log_s_own_name_for_items(tmp_path):
@@ -173,6 +213,10 @@ def test_without_any_time_the_order_of_lines_counts_and_the_card_says_so(tmp_pat
         ("user_id:token\titem_id:token\ttime:float\titem_id:float\nu\ta\t1\tb\n", "'item_id' occurs twice"),
         ("session_id\titem_id_list\titem_id\tnum\ns\ta b\tc\t3\n", "item_id_list holds .*histories"),
         ("user_id,id\nu,a\n", "no column is known as the item; found user_id, id"),
+        ("user_id item_id\nu a\n", "found one column, 'user_id item_id'; put commas"),
+        ('"user_id,item_id"\n"u,a"\n', "no quotes around whole lines"),
+        ("user_id,item_id,date\nu,a,31122019\nu,b,1012020\n", "end in the year, such as 31122019; write 2019-12-31"),
+        ("user_id,item_id\nu,a\nitem_id,user_id\na,v\n", ":3: here the order of columns changes; found 'item_id,user"),
         ('user_id,"item_id\nu,a\n', "a quote is not closed"),
         ('user_id,item_id\nu,"a\n', "a quote is not closed"),
         ("name,item_id\nu,a\n", "--columns user="),
@@ -269,8 +313,10 @@ def test_titles_are_found_by_the_logs_own_name_of_items(tmp_path):
 def test_interactions_of_one_time_are_counted_on_the_card(tmp_path):
     log = atomic(tmp_path, HEAD + "u\tb\t2\nu\ta\t2\nu\tc\t1\nv\tb\t2\n")
     assert histories(log) == [["c", "b", "a"], ["b"]] and "25% have the time of the one before" in data.card(log)
-    for text in (HEAD + "u\tb\t2\nu\ta\t3\n", HEAD + "u\tb\t2\nu\ta\t2\n"):  # none, and no time at all
+    for text in (HEAD + "u\tb\t2\nu\ta\t3\n", "user_id,item_id\nu,b\nu,a\n"):  # none, and no time at all
         assert "have the time" not in data.card(atomic(tmp_path, text))
+    log = atomic(tmp_path, HEAD + "u\tb\t1.58E+12\nu\ta\t1.58E+12\n")  # as Excel rounds them
+    assert "50% have the time of the one before" in data.card(log)
 
 
 def test_times_that_are_not_read_are_on_the_card(tmp_path):

@@ -460,7 +460,7 @@ def read_lines(path: Path) -> Iterator[str]:
             raise InputError(f"{path}: broken gzip file ({error}); download it again") from error
 
 
-COMPACT = re.compile(r"(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])([01]\d|2[0-3])([0-5]\d){0,2}")  # dates
+COMPACT = re.compile(r"\d{4}(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])([01]\d|2[0-3])([0-5]\d){0,2}")  # dates
 ZONE = r"( [+-]\d{4}| GMT| UTC)?"
 MAIL = re.compile(rf"(Mon|Tue|Wed|Thu|Fri|Sat|Sun),? [\w ]+ \d\d?:\d\d(:\d\d)?{ZONE}( \d{{4}})?{ZONE}")
 FOREVER = 1e11  # seconds; databases write the year 9999 where there is no date
@@ -474,7 +474,7 @@ def moment(text: str) -> float:
     """
     when = None
     try:
-        if len(text) in (10, 12, 14) and COMPACT.fullmatch(text):
+        if len(text) in (10, 12, 14) and text[:2] in ("19", "20") and COMPACT.fullmatch(text):
             text = f"{text[:4]}-{text[4:6]}-{text[6:8]}T{text[8:]}"
         if len(text) > 9 and text[4] in "-/":
             when = datetime.fromisoformat(re.sub(r" (?=[+-]\d)", "", text.replace("/", "-").removesuffix(" UTC")))
@@ -612,7 +612,7 @@ def open_table(path: Path, example: str) -> tuple[Lines, Fields, list[str]]:
             if len(line) == len(header) and sorted(line.split(separator)) == sorted(header.split(separator)):
                 if line != header:
                     raise InputError(f"{path}:{number}: here the order of columns changes; found {line[:60]!r}")
-            elif line.strip(separator) and not line.endswith(header):
+            elif not line.endswith(header) and line.strip(separator):
                 yield number, line
 
     return whole_rows(own(), separator, len(names)), fields_of, names
@@ -1101,6 +1101,7 @@ def find_files(name: str, root: str | Path | None, titles: str | None = None) ->
             fetch(folder, PUBLIC[name])
     else:
         what = "no file" if TABLE.search(name) else "unknown dataset"
+        what = "a folder, not a file:" if Path(name).is_dir() else what
         raise InputError(f"{what} {name!r}; --data takes {', '.join(PUBLIC)} or a path to a .inter, .csv or .tsv file")
     # The titles of x.inter, x.csv.gz or x.train.inter are in x.item or x.items.csv.
     stems = [log.name[: dot.start()] for dot in re.finditer(r"\.", log.name)][::-1]

@@ -637,6 +637,9 @@ def test_k_core_repeats_until_stable(tmp_path):
 def test_unknown_names_are_refused(tmp_path):
     with pytest.raises(InputError, match="unknown dataset 'ml-2m'"):
         load_dataset("ml-2m", tmp_path)
+    (tmp_path / "spark.csv").mkdir()
+    with pytest.raises(InputError, match="a folder, not a file"):
+        load_dataset(str(tmp_path / "spark.csv"))
     with pytest.raises(InputError, match="no file"):
         load_dataset(str(tmp_path / "no.inter"))
 

@@ -1023,7 +1023,12 @@ def write_if_possible(write: Callable[..., None], *args: object) -> None:
 
 
 def check_replaceable(path: Path, beginning: str) -> None:
-    """InputError where a file stands that does not begin as what is written there: it may be a log or a model."""
+    """InputError where a file stands that does not begin as what is written there: it may be a log or a model.
+
+    Where the path is that of stdout, all else is printed on stderr from now on.
+    """
+    if (stream := STREAM.fullmatch(str(path))) and "err" not in path.name and stream[1] in (None, "1"):
+        sys.stdout = sys.stderr
     if path.is_dir():
         raise InputError(f"{path}: is a folder; name a file in it")
     if path.is_file() and not STREAM.fullmatch(str(path)):

@@ -27,7 +27,7 @@ from data import (
     PAD, SPLITS, InputError, Interactions, Spans, add_data_flags, at_once, batches, check_replaceable, command_line,
     data_flags, entries_of, item_counts, load_asked, ragged, run_command, write_json,
 )  # fmt: skip
-from prebert import PreBert, check_catalogue, load_run, machine, pick_device, read_metrics, without_seed
+from prebert import PreBert, check_catalogue, load_run, machine, pick_device, read_metrics, read_run, without_seed
 from student import TopK, compile_ahead
 
 Scorer = Callable[[Tensor], Tensor]  # history (B, T), left-padded, newest last -> scores (B, I) of items 1..I
@@ -302,6 +302,8 @@ def find_runs(runs: list[str] | None, data: Interactions) -> dict[Path, tuple[Pr
     def checked(run: Path) -> tuple[PreBert, dict]:
         model, config, catalogue = load_run(run)
         check_catalogue(run, config, catalogue, data)
+        if (run / "metrics.json").exists():
+            read_metrics(run)
         return model, config
 
     if runs:
@@ -318,7 +320,7 @@ def find_runs(runs: list[str] | None, data: Interactions) -> dict[Path, tuple[Pr
     for reason in others:
         print(f"skipped {reason}")
     released = Path(__file__).parent / "results" / data.name / "student"
-    if not found and released.is_dir() and data.split == "last":
+    if not found and released.is_dir() and read_run(released)[0].get("fingerprint") == data.fingerprint:
         print(f"nothing is trained under runs/{data.name} yet: evaluating the released student, {released}")
         return {released: checked(released)}
     return dict(sorted(found.items(), key=lambda pair: not pair[0].name.startswith("teacher")))
@@ -346,7 +348,8 @@ def main() -> None:
     rare = (part.targets > 0) & (item_counts(train, data.num_items)[part.targets - 1] <= RARE)  # (R,)
     loaded: dict[str, tuple[Path, PreBert, dict]] = {}
     for run, (model, config) in find_runs(args.runs, data).items():
-        name = run.name if run.name not in (*loaded, "popularity", "markov") else str(run)
+        names = run.name, str(run), str(run.resolve()), f"{run} ({len(loaded)})"
+        name = next(name for name in names if name not in (*loaded, "popularity", "markov"))
         loaded[name] = run, model.to(device), config
     protocol = "VALIDATION part, for choosing between models; " * args.valid + data.protocol
     print(f"{data.name}: {len(part.targets):,} {'validation' if args.valid else 'test'} targets; {protocol}")
@@ -385,6 +388,7 @@ def main() -> None:
         write_json(args.json, report)
         print(f"written to {args.json}")
     if not loaded:
+        args.final = False  # how long a final run is trained, a run that is validated tells
         print(f"no runs under runs/{data.name} yet; next:", command_line("teacher.py", *data_flags(args)))
 
 

@@ -651,7 +651,8 @@ def load_run(run: str | Path) -> tuple[PreBert, dict, dict]:
     """The model of a run folder with its config and catalogue, see `read_run`; InputError if they do not fit."""
     path = Path(run) / "model.safetensors"
     if not path.exists():
-        raise InputError(f"no model in {run}; train first, with its --data: teacher.py, then distill.py")
+        kind = "".join(f" --{kind}" for kind in ("all", "final") if str(run).endswith(f"-{kind}"))
+        raise InputError(f"no model in {run}; train first, with its --data: teacher.py{kind}, then distill.py{kind}")
     config, catalogue = read_run(path.parent)
     tensors, num_items = read_safetensors(path), len(catalogue["raw_ids"]) - 1
     if num_items < 1 or tensors.get("item_bias", torch.empty(0)).shape != (num_items,):

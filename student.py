@@ -438,7 +438,7 @@ def main() -> None:
     parser.set_defaults(data=None)
     args = parser.parse_args()
     if args.out:
-        check_replaceable(args.out, HEADER)
+        check_replaceable(args.out, f"{HEADER}\n")
         if args.out.suffix == ".gz":
             parser.error(f"--out {args.out}: it would not be packed; name another file, such as out.tsv")
     if (args.out or args.user is not None) and not args.data:

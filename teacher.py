@@ -218,6 +218,8 @@ def train(
     130 or 143 after Ctrl-C or SIGTERM.
     """
     train_part, valid_part, _ = parts
+    if args.start and data.split == "last":  # a user who had two items before was trained on both
+        valid_part = valid_part[(valid_part.sizes > 1).nonzero()[:, 0]]
     has_valid = len(valid_part.targets) > 0  # not with --all and --final, where the last epoch's weights are the best
     windows = draw_windows(model, train_part, seeded(args.seed, "windows", 0))[0]
     if not len(windows) or (data.split in ("last", "sessions") and not has_valid):
@@ -359,7 +361,8 @@ def find_state(run: Path, data: Interactions, args: argparse.Namespace, config: 
 
     InputError where --resume comes with other settings or interactions than the run has; names the first that differs.
     """
-    if args.overwrite or not (run / "config.json").exists() or not (run / "catalogue.json").exists():
+    begun = (run / "config.json").exists() and (run / "catalogue.json").exists()
+    if args.overwrite or not (begun or (run / "model.safetensors").exists()):
         return "fresh", b""
     if not args.resume:
         raise InputError(f"{run} exists; --resume goes on with it, --overwrite starts again, --name makes another")
@@ -368,7 +371,8 @@ def find_state(run: Path, data: Interactions, args: argparse.Namespace, config: 
     beside = ("teachers", "model", "exclude_seen")
     then, now = (c["settings"] | {key: c.get(key) for key in beside} for c in (before, config))
     for key in now:
-        if then.get(key) != now[key] and (key in then or now[key]):  # a flag newer than the run was off then
+        # A flag newer than the run was off then; a run may have been renamed.
+        if then.get(key) != now[key] and (key in then or now[key]) and key != "name":
             was, is_now = str(then.get(key))[:40], str(now[key])[:40]
             raise InputError(f"--resume {run}: {key} was {was}, now {is_now}; use the same, or --overwrite")
     if (run / "train_state.pt").exists():
@@ -709,13 +713,17 @@ def build_teacher(args: argparse.Namespace, data: Interactions, part: Spans, rea
 def first_weights(model: PreBert, args: argparse.Namespace, data: Interactions, vectors: Tensor | None) -> None:
     """Weights of --start, see `start_from`, or near the identity; a checkpoint's, with --resume, come over them.
 
-    Raises InputError for a stricter filter than the run of --start had: it moves what is held out.
+    Raises InputError where the run of --start had a looser filter or items that are gone: what is held out has moved.
     """
     run = Path("runs") / data.name / args.name
     begun = all((run / name).exists() for name in ("config.json", "catalogue.json", "train_state.pt"))
     if args.start and not (args.resume and begun):
         start_from(model, args.start, data, vectors)
-        was = read_run(Path(args.start))[0]["settings"]
+        config, catalogue = read_run(Path(args.start))
+        was, gone = config["settings"], set(catalogue["raw_ids"]) - set(data.raw_ids)
+        if data.split != "none" and gone and args.fraction == 1:
+            raise InputError(f"--start {args.start}: {len(gone):,} of its items are gone, such as {min(gone)!r}, so "
+                             "its log did not just grow, and what it was trained on may be held out here; use --all")
         for key in ("min_items", "min_length", "fraction"):
             if data.split != "none" and type(was.get(key)) is int and getattr(args, key) > was[key]:
                 flag = f"--{key.replace('_', '-')}"
@@ -769,8 +777,12 @@ def main() -> None:
     loss = partial(item_loss, label_smoothing=args.label_smoothing, sampler=sampler)
     train(model, loss, data, parts, run, args, describe(data, model, args))
     keep_texts(run, data, reader, "text" in args.item_init)
-    command = command_line("distill.py", *data_flags(args), "--teacher", str(run))
-    print(f"the best weights are in {run}; next: {command}")
+    commands = [command_line("distill.py", *data_flags(args), "--teacher", str(run))]
+    if (args.all or args.final) and not (run.parent / "student" / "metrics.json").exists():  # which tells how long
+        plain = str(run).removesuffix("-all" * args.all + "-final" * args.final)
+        args.all = args.final = False
+        commands.insert(0, command_line("distill.py", *data_flags(args), "--teacher", plain))
+    print(f"the best weights are in {run}; next: " + "\nthen: ".join(commands))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
-from conftest import HEAD, ROOT, TINY, hand_log, inside, write_ring
+from conftest import HEAD, ROOT, TINY, command, hand_log, inside, write_ring
 
 import teacher
 from data import HELD_OUT, PAD, InputError, SPLITS, load_dataset
@@ -218,6 +218,89 @@ def test_a_run_goes_on_with_a_catalogue_that_has_grown(trained):
     inside("distill.py", "--data", "ring.inter", *flags, "runs/ring/seen-all", "--all", cwd=trained)
     shutil.rmtree(trained / "runs/ring/seen-all")
     shutil.rmtree(trained / "runs/ring/x-all")
+
+
+def test_a_log_that_lost_items_is_not_gone_on_from(trained, tmp_path):
+    lines = (trained / "ring.inter").read_text().splitlines()
+    kept = [line for line in lines if "\t101\t" not in line]  # what is last of a user now was trained on
+    new = [f"v{user}\t{102 + (user + step) % 50}\t3\t{step}" for user in range(20) for step in range(9)]
+    (tmp_path / "less.inter").write_text("\n".join([*kept, *new]))
+    flags = ["--data", "less.inter", *ON_RING, "--epochs", 0, "--start", trained / RUN]
+    assert "1 of its items are gone, such as '101'" in inside("distill.py", *flags, cwd=tmp_path, expect=2)
+    assert "59 items known, 0 new" in inside("distill.py", *flags[:-3], 1, *flags[-2:], "--all", cwd=tmp_path)
+
+
+def test_who_had_two_items_is_not_validated_on_after_a_start(tmp_path, monkeypatch):
+    def log(name, users, sizes):
+        rows = [f"u{user},i{(user + step) % 9},{step}" for user in range(users) for step in range(sizes[user % 2])]
+        (tmp_path / name).write_text("\n".join(["user_id,item_id,time", *rows]))
+
+    log("x.csv", 20, (2, 6))
+    log("y.csv", 20, (3, 7))
+    flags = [*ON_RING, "--min-count", 1]
+    inside("distill.py", "--data", "x.csv", *flags, cwd=tmp_path)
+    seen = []
+    monkeypatch.setattr("teacher.validate", lambda model, valid, *_: seen.append(valid.sizes.tolist()) or (0.0, 0.0))
+    more = ("--start", "runs/x/student-no-kd")
+    inside("distill.py", "--data", "y.csv", *flags, *more, cwd=tmp_path)
+    assert seen and all(sizes == [5] * 10 for sizes in seen)
+
+
+def test_a_run_without_its_config_keeps_its_weights_and_a_renamed_one_goes_on(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "copy")
+    run, flags = tmp_path / "copy" / RUN, ("--data", "ring.inter", *ON_RING)
+    run.rename(run.with_name("other"))
+    words = inside("distill.py", *flags, "--name", "other", "--resume", cwd=tmp_path / "copy")
+    assert "has ended" in words
+    before = (run.with_name("other") / "model.safetensors").read_bytes()
+    for file in ("catalogue.json", "config.json"):
+        (run.with_name("other") / file).unlink()
+        words = inside("distill.py", *flags, "--name", "other", cwd=tmp_path / "copy", expect=2)
+        assert "other exists; --resume goes on with it, --overwrite" in words
+    assert (run.with_name("other") / "model.safetensors").read_bytes() == before
+
+
+def test_what_is_written_to_stdout_is_not_mixed_with_words(trained):
+    words = command("student.py", "--run", RUN, "--data", "ring.inter", "--out", "/dev/stdout", cwd=trained)
+    assert {len(line.split("\t")) for line in words.splitlines()} == {3}
+    assert "data" in json.loads(command("evaluate.py", "--data", "ring.inter", "--json", "/dev/stdout", cwd=trained))
+
+
+def test_a_table_that_begins_like_ours_is_kept(trained, tmp_path):
+    (tmp_path / "log.tsv").write_text("user_id\titem_id\tscore\ttimestamp\nu1\t1\t5\t100\n")
+    flags = ("--run", trained / RUN, "--data", trained / "ring.inter", "--out", tmp_path / "log.tsv")
+    assert "name another file" in inside("student.py", *flags, cwd=tmp_path, expect=2)
+
+
+def test_runs_of_one_name_are_all_evaluated_and_a_broken_one_is_skipped(trained, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "two") / "runs/ring"
+    flags = ("--data", tmp_path / "two/ring.inter", "--json", tmp_path / "x.json", "--runs")
+    inside("evaluate.py", *flags, trained / RUN, "student-no-kd", cwd=folder)
+    rows = [row["name"] for row in json.loads((tmp_path / "x.json").read_text())["rows"]]
+    assert rows == ["popularity", "markov", "student-no-kd", str(folder / "student-no-kd")]
+    shutil.copytree(folder / "student-no-kd", folder / "broken")
+    (folder / "broken/metrics.json").write_text("not json")
+    words = inside("evaluate.py", "--data", "ring.inter", cwd=tmp_path / "two")
+    assert "skipped" in words and "student-no-kd" in words
+
+
+def test_what_is_said_to_be_next_can_be_run(tmp_path):
+    write_ring(tmp_path)
+    words = inside("evaluate.py", "--data", "ring.inter", "--final", cwd=tmp_path)
+    assert "next:" in words and "--final" not in words.rpartition("next:")[2]
+    words = inside("distill.py", "--data", "ring.inter", *TINY[2:], "--final", cwd=tmp_path, expect=2)
+    assert "teacher.py --final, then distill.py --final" in words
+    flags = ("--data", "ring.inter", "--bert", "none", *TINY)
+    inside("teacher.py", *flags, "--epochs", 1, cwd=tmp_path)
+    words = inside("teacher.py", *flags, "--all", cwd=tmp_path).rpartition("next: ")[2].splitlines()
+    lines = [shlex.split(line.removeprefix("then: "))[1:] for line in words]
+    runs = [("--all" in line, line[-1]) for line in lines]
+    assert runs == [(False, "runs/ring/teacher"), (True, "runs/ring/teacher-all")]
+    for script, *rest in lines:
+        tiny = TINY[2:] if "--all" in rest else TINY
+        assert "the best weights are in" in inside(script.rpartition("/")[2], *rest, *tiny, cwd=tmp_path)
+    (tmp_path / "ml-1m.csv").write_text((tmp_path / "ring.inter").read_text())  # not MovieLens, for all its name
+    assert "no runs under runs/ml-1m" in inside("evaluate.py", "--data", "ml-1m.csv", cwd=tmp_path)
 
 
 def test_a_log_is_not_overwritten_and_runs_have_plain_names(trained, tmp_path):

@@ -721,7 +721,7 @@ def first_weights(model: PreBert, args: argparse.Namespace, data: Interactions, 
         start_from(model, args.start, data, vectors)
         config, catalogue = read_run(Path(args.start))
         was, gone = config["settings"], set(catalogue["raw_ids"]) - set(data.raw_ids)
-        if data.split != "none" and gone and args.fraction == 1:
+        if data.split != "none" and gone:
             raise InputError(f"--start {args.start}: {len(gone):,} of its items are gone, such as {min(gone)!r}, so "
                              "its log did not just grow, and what it was trained on may be held out here; use --all")
         for key in ("min_items", "min_length", "fraction"):
@@ -778,8 +778,9 @@ def main() -> None:
     train(model, loss, data, parts, run, args, describe(data, model, args))
     keep_texts(run, data, reader, "text" in args.item_init)
     commands = [command_line("distill.py", *data_flags(args), "--teacher", str(run))]
-    if (args.all or args.final) and not (run.parent / "student" / "metrics.json").exists():  # which tells how long
-        plain = str(run).removesuffix("-all" * args.all + "-final" * args.final)
+    plain, student = str(run).removesuffix("-all" * args.all + "-final" * args.final), run.with_name("student")
+    if plain != str(run) and Path(plain, "metrics.json").exists() and not (student / "metrics.json").exists():
+        # The student's own best epoch tells how long.
         args.all = args.final = False
         commands.insert(0, command_line("distill.py", *data_flags(args), "--teacher", plain))
     print(f"the best weights are in {run}; next: " + "\nthen: ".join(commands))

@@ -228,6 +228,9 @@ def test_a_log_that_lost_items_is_not_gone_on_from(trained, tmp_path):
     flags = ["--data", "less.inter", *ON_RING, "--epochs", 0, "--start", trained / RUN]
     assert "1 of its items are gone, such as '101'" in inside("distill.py", *flags, cwd=tmp_path, expect=2)
     assert "59 items known, 0 new" in inside("distill.py", *flags[:-3], 1, *flags[-2:], "--all", cwd=tmp_path)
+    late = [f"w{user}\t{102 + (user + step) % 40}\t3\t{9000 + step}" for user in range(300) for step in range(9)]
+    (tmp_path / "less.inter").write_text("\n".join([*lines, *late]))  # of the latest half of the users, items are gone
+    assert "of its items are gone" in inside("distill.py", *flags, "--fraction", 2, cwd=tmp_path, expect=2)
 
 
 def test_who_had_two_items_is_not_validated_on_after_a_start(tmp_path, monkeypatch):
@@ -299,6 +302,9 @@ def test_what_is_said_to_be_next_can_be_run(tmp_path):
     for script, *rest in lines:
         tiny = TINY[2:] if "--all" in rest else TINY
         assert "the best weights are in" in inside(script.rpartition("/")[2], *rest, *tiny, cwd=tmp_path)
+    shutil.rmtree(tmp_path / "runs")
+    words = inside("teacher.py", *flags, "--epochs", 1, "--all", cwd=tmp_path)
+    assert "--teacher runs/ring/teacher-all" in words and "then:" not in words  # there is no plain teacher
     (tmp_path / "ml-1m.csv").write_text((tmp_path / "ring.inter").read_text())  # not MovieLens, for all its name
     assert "no runs under runs/ml-1m" in inside("evaluate.py", "--data", "ml-1m.csv", cwd=tmp_path)
 

@@ -609,10 +609,11 @@ def open_table(path: Path, example: str) -> tuple[Lines, Fields, list[str]]:
 
     def own() -> Lines:  # without the headers of files that were joined, which may begin with a byte-order mark
         for number, line in lines:
-            if len(line) == len(header) and sorted(line.split(separator)) == sorted(header.split(separator)):
-                if line != header:
-                    raise InputError(f"{path}:{number}: here the order of columns changes; found {line[:60]!r}")
-            elif not line.endswith(header) and line.strip(separator):
+            bare = line.removeprefix("\ufeff")
+            if len(bare) == len(header) and sorted(bare.split(separator)) == sorted(header.split(separator)):
+                if bare != header:
+                    raise InputError(f"{path}:{number}: here the order of columns changes; found {bare[:60]!r}")
+            elif line.strip(separator):
                 yield number, line
 
     return whole_rows(own(), separator, len(names)), fields_of, names

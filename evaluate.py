@@ -292,23 +292,21 @@ def compare(values: dict[str, list[Tensor]], owners: np.ndarray) -> tuple[list[d
     return pairs, seeds
 
 
-def find_runs(runs: list[str] | None, data: Interactions) -> dict[Path, tuple[PreBert, dict]]:
-    """Model and config of the run folders asked for, else all of this dataset's, teachers first, else the released one.
+def find_runs(runs: list[str] | None, data: Interactions) -> dict[Path, tuple[PreBert, dict, dict]]:
+    """Model, config and `run_row` of the runs asked for, else all of this dataset's, teachers first, else the released.
 
     Those of all that cannot be loaded, were trained on another log or held out something else are skipped, and a line
     says so; where nothing is left, that is an InputError.
     """
 
-    def checked(run: Path) -> tuple[PreBert, dict]:
+    def checked(run: Path) -> tuple[PreBert, dict, dict]:
         model, config, catalogue = load_run(run)
         check_catalogue(run, config, catalogue, data)
-        if (run / "metrics.json").exists():
-            read_metrics(run)
-        return model, config
+        return model, config, run_row(run, model, config)
 
     if runs:
         return {run: checked(run) for run in map(Path, runs)}
-    found: dict[Path, tuple[PreBert, dict]] = {}
+    found: dict[Path, tuple[PreBert, dict, dict]] = {}
     others: list[InputError] = []
     for run in sorted(path.parent for path in (Path("runs") / data.name).glob("*/model.safetensors")):
         try:
@@ -346,11 +344,11 @@ def main() -> None:
         raise InputError(f"{data.name}: no targets: no user has three items, no session two, or --final leaves nothing")
     owners = np.unique(part.starts.numpy(), return_inverse=True)[1]  # (R,)
     rare = (part.targets > 0) & (item_counts(train, data.num_items)[part.targets - 1] <= RARE)  # (R,)
-    loaded: dict[str, tuple[Path, PreBert, dict]] = {}
-    for run, (model, config) in find_runs(args.runs, data).items():
+    loaded: dict[str, tuple[PreBert, dict, dict]] = {}
+    for run, (model, config, row) in find_runs(args.runs, data).items():
         names = run.name, str(run), str(run.resolve()), f"{run} ({len(loaded)})"
         name = next(name for name in names if name not in (*loaded, "popularity", "markov"))
-        loaded[name] = run, model.to(device), config
+        loaded[name] = model.to(device), config, row
     protocol = "VALIDATION part, for choosing between models; " * args.valid + data.protocol
     print(f"{data.name}: {len(part.targets):,} {'validation' if args.valid else 'test'} targets; {protocol}")
     rows: list[dict] = []
@@ -368,8 +366,8 @@ def main() -> None:
     evaluate("markov", Markov(train, data.num_items), 1, "cpu")
     values: dict[str, dict[int, Tensor]] = {}  # {model: {seed: NDCG@10 of each target}}
     first: dict[str, str] = {}  # runs that differ in the seed alone are one model, under the first one's name
-    for name, (run, model, config) in loaded.items():
-        of_targets = evaluate(name, model.score_next, model.max_length, device, **run_row(run, model, config))
+    for name, (model, config, row) in loaded.items():
+        of_targets = evaluate(name, model.score_next, model.max_length, device, **row)
         model_name = first.setdefault(without_seed(config), name)
         if config["seed"] in values.get(model_name, {}):  # the same seed twice: a model of its own
             model_name = name
@@ -382,7 +380,7 @@ def main() -> None:
     if args.bench and loaded:
         if args.json:  # what is known is kept where nothing can be compiled
             write_json(args.json, report)
-        report["bench"] = benchmark({name: model for name, (_, model, _) in loaded.items()}, part.sizes)
+        report["bench"] = benchmark({name: model for name, (model, _, _) in loaded.items()}, part.sizes)
         print_bench(report["bench"])
     if args.json:
         write_json(args.json, report)

@@ -115,6 +115,7 @@ def test_joined_files_and_columns_of_numbers_and_lists_are_read(tmp_path):
     head = "user_id,item_id,timestamp,tags_list,0,1,2,3"
     text = f"{head}\nu,a,1,x y,0,0,0,0\n\ufeff{head}\nu,b,2,z,0,0,0,0\n"
     assert histories(atomic(tmp_path, text, name="x.csv")) == [["a", "b"]]
+    assert histories(atomic(tmp_path, "user,item\nsuperuser,item\n", name="x.csv")) == [["item"]]  # no header
     assert histories(atomic(tmp_path, 'user_id;item_id;"notes, more, all"\nu;a;x\n', name="x.csv")) == [["a"]]
     spark = 'user_id,item_id,review,timestamp\nu,b,"He said \\"hi\\" and\nleft",2\nu,a,,1\n'
     assert histories(atomic(tmp_path, spark, name="x.csv")) == [["a", "b"]]

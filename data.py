@@ -15,6 +15,7 @@ W windows, L log entries, I items.
 
 import argparse
 import ast
+import codecs
 import csv
 import email.utils
 import gzip
@@ -431,29 +432,26 @@ def build(
 # ---------------------------------------------------------------- lines
 
 
-# How packed files, Excel's and databases begin.
-PACKED = (b"PK\3\4", b"PAR1", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"SQLite", b"\xd0\xcf\x11\xe0")
+def as_windows(error: UnicodeError) -> tuple[str, int]:
+    """What stands for bytes that are not UTF-8: Windows-1252, in which five bytes mean nothing."""
+    assert isinstance(error, UnicodeDecodeError)
+    wrong = error.object[error.start : error.end]
+    return wrong.decode("latin-1" if re.search(rb"[\x81\x8d\x8f\x90\x9d]", wrong) else "cp1252"), error.end
+
+
+codecs.register_error("windows", as_windows)
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """Lines of a (gzipped) file: UTF-8, or Windows-1252 where a line is not; InputError for other files."""
+    """Lines of a (gzipped) file: UTF-8, or Windows-1252 where bytes are not; InputError for files that are no text."""
     bar = tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name, leave=False, delay=1)
     with open(path, "rb") as raw, bar:
+        packed = path.suffix.lower() == ".gz"
         try:
-            for number, line in enumerate(gzip.open(raw) if path.suffix.lower() == ".gz" else raw):
-                if not number:
-                    if line.startswith(PACKED):
-                        raise InputError(f"{path} is a zip, Excel, Parquet, SQLite or packed file; save it as CSV")
-                    if b"\0" in line[:200] or line[:2] in (b"\xff\xfe", b"\xfe\xff"):
-                        raise InputError(f"{path} looks like UTF-16; save it as UTF-8")
-                    if b"\r" in line.rstrip(b"\r\n"):
-                        raise InputError(f"{path} ends its lines with \\r alone; save it with \\n")
-                    line = line.removeprefix(b"\xef\xbb\xbf")  # a byte-order mark
-                try:
-                    text = line.decode()
-                except UnicodeDecodeError:  # five bytes mean nothing in Windows-1252
-                    text = line.decode("latin-1" if re.search(rb"[\x81\x8d\x8f\x90\x9d]", line) else "cp1252")
-                yield text.rstrip("\r\n")
+            for number, line in enumerate(io.TextIOWrapper(gzip.open(raw) if packed else raw, "utf-8-sig", "windows")):
+                if not number and "\0" in line[:200]:
+                    raise InputError(f"{path} is UTF-16, Excel, Parquet, SQLite or packed; save it as CSV, UTF-8")
+                yield line.rstrip("\n")
                 if not number & 0x3FFF and raw.seekable():  # a pipe has no place
                     bar.update(raw.tell() - bar.n)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -629,8 +627,6 @@ def rows_of(path: Path, lines: Lines, parse: Callable[[str], Row]) -> Iterator[R
             try:
                 yield parse(line)
             except (ValueError, IndexError, KeyError, SyntaxError) as error:
-                if "\r" in line:
-                    raise InputError(f"{path}:{number}: here lines end with \\r alone; save it with \\n") from error
                 kinds: dict[type, str] = {IndexError: "fields are missing", KeyError: f"no field {error}"}
                 words = kinds.get(type(error), error)
                 skipped.append(f"{path}:{number}: {words}; found {line[:60]!r}" if len(skipped) < 3 else "")

@@ -61,9 +61,10 @@ def test_ties_do_not_move_in_long_logs(tmp_path):
     assert histories(log)[3] == [f"i{n}" for n in range(2000) if n % 7 == 3]
 
 
-def test_crlf_and_byte_order_mark(tmp_path):
-    log = atomic(tmp_path, b"\xef\xbb\xbf" + HEAD.replace("\n", "\r\n").encode() + b"a\tp\t1\r\na\tq\t2\r\n")
-    assert histories(log) == [["p", "q"]]
+@pytest.mark.parametrize("end", ["\r\n", "\r"])
+def test_line_ends_and_byte_order_mark(tmp_path, end):
+    text = (HEAD + "a\tp\t1\na\tq\t2\n").replace("\n", end)
+    assert histories(atomic(tmp_path, b"\xef\xbb\xbf" + text.encode())) == [["p", "q"]]
 
 
 # ---------------------------------------------------------------- which column is what
@@ -225,7 +226,7 @@ def test_without_any_time_the_order_of_lines_counts_and_the_card_says_so(tmp_pat
         ("", "x.inter is empty"),
         ("0\t2010-10-19T23:55:27Z\t30.2\t-97.7\t22847\n", ":1: a header .* must come first"),
         ("1,1,5,978300760\n", ":1: a header .* must come first"),
-        (b"PK\3\4 and so on", "Excel"),
+        (b"PK\3\4\x14\0 and so on", "Excel"),
         ("user_id,item_id,time\nu,a,1/15/2011 8:00\n", ":2: .*write 2020-01-31"),
         ("user_id,item_id,date,time\nu,a,20160508,901\n", "time does not look like a time, but date could be one"),
         ("userId,venueId,timezoneOffset,seenTimestamp\n0,0,-240,2012-04-03 18:00:09\n", "--columns time=seenTimestamp"),
@@ -243,7 +244,6 @@ def test_without_any_time_the_order_of_lines_counts_and_the_card_says_so(tmp_pat
         (HEAD + "a\tp\t1\tx\n", ":2: expected 3 fields, not 4"),
         (HEAD + "NULL\tp\t1\n", ":2: user and item must be there"),
         (HEAD + "a\tp\t02.01.2020\n", ":2: .*write 2020-01-31"),
-        (HEAD.replace("\n", "\r") + "a\tp\t1\r", r"ends its lines with .r alone"),
         (HEAD + "a\tp\tnan\n", ":2: .*nan.* is not a time"),
         (HEAD + "a\tp\tinf\n", ":2: .*inf.* is not a time"),
         (HEAD + "a\t\t1\n", ":2:"),
@@ -251,7 +251,6 @@ def test_without_any_time_the_order_of_lines_counts_and_the_card_says_so(tmp_pat
         (HEAD + "".join(f"u{n}\ti{n}\t{n}\n" for n in range(200)) + "a\tp\0\t1\n" * 9, "NUL"),
         (HEAD + "a\tp\t1\n", "a user needs 5 and an item 5.*Its columns: user = user_id, item = item_id"),
         (HEAD + "".join(f"u\ti{n}\t{1501052698 * 1000 ** (n % 2)}\n" for n in range(9)), "not all in one unit"),
-        (HEAD + "a\tp\t1\n" * 300 + "a\tq\t2\rb\tq\t3\rb\tp\t4\r", ":302: here lines end with .r alone"),
         ("user_id,item_id,viewed\nu,a,\nu,b,2017-10-25 10:41:11\nu,c,2017-10-25 10:41:12\n", "viewed could be one"),
         ("user_id,item_id,created\nu,a,26-JUL-17 07.04.58.000 AM\n", "created could be one"),
         ("user_id,item_id,added\nu,a,Wednesday, July 26 07:04\n", "expected 3 fields"),
@@ -260,7 +259,7 @@ def test_without_any_time_the_order_of_lines_counts_and_the_card_says_so(tmp_pat
         ("<!DOCTYPE html>\n<html>\n", "a web page"),
         ("version https://git-lfs.github.com/spec/v1\noid sha256:12\n", "a placeholder of git"),
         (b"SQLite format 3\0 and so on", "SQLite"),
-        (b"\xfd7zXZ\0 and so on", "packed file"),
+        (b"\xfd7zXZ\0 and so on", "packed"),
         ("alice,book11,2017-07-26\nbob,book12,2017-07-27\n", "write a header first"),
     ],
 )
@@ -445,7 +444,7 @@ def test_utf8_and_latin_1_line_by_line(tmp_path):
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
 def test_utf_16_is_named(tmp_path, encoding):
     for write in (lambda text: atomic(tmp_path, text), lambda text: titled(tmp_path, text)):
-        with pytest.raises(InputError, match="UTF-16; save it as UTF-8"):
+        with pytest.raises(InputError, match="is UTF-16"):
             write((HEAD + "u\tp\t1\n").encode(encoding))
 
 

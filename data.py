@@ -36,14 +36,14 @@ import urllib.request
 import zipfile
 import zlib
 from array import array
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
+from operator import methodcaller
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -451,7 +451,7 @@ def read_lines(path: Path) -> Iterator[str]:
             for number, line in enumerate(io.TextIOWrapper(gzip.open(raw) if packed else raw, "utf-8-sig", "windows")):
                 if not number and "\0" in line[:200]:
                     raise InputError(f"{path} is UTF-16, Excel, Parquet, SQLite or packed; save it as CSV, UTF-8")
-                yield line.rstrip("\n")
+                yield line
                 if not number & 0x3FFF and raw.seekable():  # a pipe has no place
                     bar.update(raw.tell() - bar.n)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -517,123 +517,91 @@ def plain(names: list[str]) -> list[str]:
     return [re.sub(r"[\W_]", "", name).lower() for name in names]
 
 
-csv.field_size_limit(1 << 30)  # descriptions may be long; a line is in memory anyway
-Lines = Iterator[tuple[int, str]]  # number and text
-Fields = Callable[[str], list[str]]  # a line into its fields
+csv.field_size_limit(1 << 20)  # letters: descriptions may be long, but a quote that stays open is not read to the end
 Row = TypeVar("Row")
 
 
-def fields_at(separator: str, width: int, line: str) -> list[str]:
-    """The fields of a line, cut at `separator`; as in CSV, quotes around a whole field are removed, others stay.
+class Table(NamedTuple):
+    """A file of rows that are cut into fields."""
 
-    A quote inside quotes is written twice or, as databases do, behind a backslash. A tab cuts in quotes as well, where
-    that gives `width` fields. Raises InputError for a quote that stays open.
+    path: Path
+    header: list[str]
+    names: list[str]  # of the columns: the header without RecBole's types
+    rows: Any  # those after the header, a csv.reader
+
+
+def open_table(path: Path, example: str) -> Table:
+    """A table with a header, or one of OFFICIAL; InputError where a name is twice.
+
+    Commas, semicolons and | cut as in CSV: not in quotes, and a quote in quotes is written twice. Tabs always cut, and
+    quotes are letters, if the header has none. example: of a header, for those who have none.
     """
-    if '"' in line and len(separator) == 1:
-        if fields := csv_fields(line, separator):
-            cut = line.split(separator)
-            return cut if separator == "\t" and len(fields) < len(cut) == width else fields
-        if open_quote(line, separator):
-            raise InputError(f"a quote is not closed on the line {line[:60]!r}, or only 50 lines later")
-    return line.split(separator)
-
-
-def csv_fields(line: str, separator: str) -> list[str]:
-    """Fields of a line; none where its quotes are not those of CSV, also with backslashes."""
-    for escape in (None, "\\"):
-        with suppress(csv.Error):
-            return next(csv.reader([line], delimiter=separator, escapechar=escape, skipinitialspace=True, strict=True))
-    return []
-
-
-def quotes_belong(line: str, name: str) -> bool:
-    """Whether quotes in a name are part of it: doubled or escaped on the line, or in pairs between tabs."""
-    doubled, escaped = name.replace('"', '""') in line, name.replace('"', '\\"') in line
-    return doubled or escaped or ("\t" in line and name.count('"') % 2 == 0)
-
-
-def open_quote(line: str, separator: str) -> bool:
-    """Whether the last field in quotes goes on after the line's end."""
-    return line.count('"') % 2 > 0 and any(f[:1] == '"' and f.count('"') % 2 for f in line.split(separator))
-
-
-def whole_rows(lines: Lines, separator: str, width: int) -> Lines:
-    """Lines of a table, one a row: what stands in quotes, such as a description, may go over up to 50 lines.
-
-    Lines are joined only where that makes a row of `width` fields, and in a table with tabs, where quotes are rarely
-    meant so, only where none of them could be a row by itself.
-    """
-    ahead: deque[tuple[int, str]] = deque()  # lines that were looked at and belong to nothing yet
-    while ahead or (ahead := deque(itertools.islice(lines, 1))):
-        number, line = ahead.popleft()
-        row = line  # and the lines after it until the one that closes its quote
-        if '"' in line and open_quote(line, separator):
-            ahead.extend(itertools.islice(lines, 50 - len(ahead)))
-            for place, (_, more) in enumerate(ahead, 1):
-                row = f"{row} {more}"
-                if separator == "\t" and more.count(separator) == width - 1:
-                    break
-                if more.count('"') % 2:
-                    if len(csv_fields(row, separator)) == width:
-                        line, ahead = row, deque(itertools.islice(ahead, place, None))
-                    break
-        yield number, line
-
-
-def open_table(path: Path, example: str) -> tuple[Lines, Fields, list[str]]:
-    """Lines of a table, what cuts them, names of fields by OFFICIAL or a header; InputError where a name is twice.
-
-    example: of a header, for those who have none.
-    """
-    lines = enumerate(read_lines(path), 1)
+    lines = read_lines(path)
     if path.name in OFFICIAL:
-        return lines, *OFFICIAL[path.name]
-    # Excel may put a line such as sep=; before the header.
-    _, header = next((line for line in lines if line[1].strip() and not line[1].startswith("sep=")), (1, ""))
-    if not header:
+        line_of, first = OFFICIAL[path.name]
+        lines = map(line_of, lines)
+    else:  # Excel may put a line such as sep=; before the header
+        first = next((line for line in lines if line.strip() and not line.startswith("sep=")), "")
+    if not first:
         raise InputError(f"{path} is empty")
-    if header.lstrip().startswith(("{", "[", "<")) or header.startswith("version https://git-lfs"):
+    if first.lstrip().startswith(("{", "[", "<")) or first.startswith("version https://git-lfs"):
         raise InputError(f"{path} is JSON, a web page or a placeholder of git; save the log as CSV, with a header")
-    separator = max("\t,;|", key=re.sub('"[^"]*"', "", header).count)
-    kind = re.compile(r":(token|float)(_seq)?$")  # RecBole writes user_id:token
-    names = [kind.sub("", name).strip() for name in fields_at(separator, 0, header)]
-    fields_of = partial(fields_at, separator, len(names))
+    separator = max("\t,;|", key=re.sub('"[^"]*"', "", first).count)
+    quoting: Any = csv.QUOTE_NONE if separator == "\t" and '"' not in first else csv.QUOTE_MINIMAL
+    rows = csv.reader(
+        itertools.chain([first], lines), delimiter=separator, quoting=quoting, skipinitialspace=True, strict=True
+    )
+    try:
+        header = next(rows)
+    except csv.Error as error:
+        raise InputError(f"{path}:1: {error}; found {first.strip()[:60]!r}") from error
+    names = [re.sub(":(token|float)(_seq)?$", "", name).strip() for name in header]  # RecBole writes user_id:token
     values = sum(bool(re.fullmatch(r"[\d\s.,:+/TZ-]+", name)) for name in names)  # numbers and dates
     if 2 * values >= len(names) and place_of(names, COLUMNS["item"] + " id") is None:
-        raise InputError(f"{path}:1: a header such as {example} must come first; found {header[:60]!r}")
+        raise InputError(f"{path}:1: a header such as {example} must come first; found {first.strip()[:60]!r}")
     for name, word in zip(names, plain(names), strict=True):
         if word and plain(names).count(word) > 1:
             raise InputError(f"{path}:1: column {name!r} occurs twice; rename one")
-
-    def own() -> Lines:  # without the headers of files that were joined, which may begin with a byte-order mark
-        for number, line in lines:
-            bare = line.removeprefix("\ufeff")
-            if len(bare) == len(header) and sorted(bare.split(separator)) == sorted(header.split(separator)):
-                if bare != header:
-                    raise InputError(f"{path}:{number}: here the order of columns changes; found {bare[:60]!r}")
-            elif line.strip(separator):
-                yield number, line
-
-    return whole_rows(own(), separator, len(names)), fields_of, names
+    return Table(path, header, names, rows)
 
 
-def rows_of(path: Path, lines: Lines, parse: Callable[[str], Row]) -> Iterator[Row]:
-    """What `parse` makes of the lines; those at which it raises are reported, and an InputError if more than 1 %."""
-    skipped: list[str] = []
-    count = 0
-    for number, line in lines:
-        if line:
-            count += 1
-            try:
-                yield parse(line)
-            except (ValueError, IndexError, KeyError, SyntaxError) as error:
-                kinds: dict[type, str] = {IndexError: "fields are missing", KeyError: f"no field {error}"}
-                words = kinds.get(type(error), error)
-                skipped.append(f"{path}:{number}: {words}; found {line[:60]!r}" if len(skipped) < 3 else "")
-    if len(skipped) > 0.01 * count:
-        raise InputError(f"{skipped[0]} ({len(skipped):,} of {count:,} lines are unreadable)")
-    for example in skipped[:3]:
-        print(f"skipped, one of {len(skipped):,}: {example}", file=sys.stderr)
+def rows_of(table: Table, parse: Callable[[list[str]], Row]) -> Iterator[Row]:
+    """What `parse` makes of the rows; those at which it raises are reported, and an InputError if more than 1 %.
+
+    Left out are empty rows and the headers of files that were joined, which may begin with a byte-order mark.
+    """
+    path, header, names, rows = table
+    width, again = len(names), {mark + name for mark in ("", "\ufeff") for name in header}
+    examples: list[str] = []
+    lost = unread = 0  # lines; unread are those that OFFICIAL refused, which the reader does not count
+    while True:
+        before = rows.line_num
+        try:
+            fields = next(rows)
+            if fields and fields[0] in again and {fields[0].lstrip("\ufeff"), *fields[1:]} == {*header}:
+                if fields[1:] != header[1:]:
+                    raise InputError(f"{path}:{before + 1}: here the order of columns changes; found {fields}")
+            elif len(fields) > width and any(fields[width:]):  # which column has a field too many is not known
+                raise ValueError(f"expected {width} fields, not {len(fields)}")
+            elif any(fields):
+                yield parse(fields)
+        except StopIteration:
+            break
+        except InputError:
+            raise
+        except (csv.Error, ValueError, IndexError, KeyError, SyntaxError) as error:
+            kinds = {IndexError: "fields are missing", KeyError: f"no field {error}",
+                     csv.Error: f"a quote is not closed, or not written twice in quotes ({error})"}  # fmt: skip
+            number = before + unread + (path.name not in OFFICIAL)
+            found = "" if rows.line_num == before or isinstance(error, csv.Error) else f"; found {str(fields)[:60]}"
+            examples.append(f"{path}:{number}: {kinds.get(type(error), error)}{found}")
+            unread += rows.line_num == before
+            lost += max(1, rows.line_num - before)
+    count = rows.line_num + unread - 1
+    if lost > 0.01 * count:
+        raise InputError(f"{examples[0]} ({lost:,} of {count:,} lines are unreadable)")
+    for example in examples[:3]:
+        print(f"skipped, one of {lost:,}: {example}", file=sys.stderr)
 
 
 # Common public spellings, in order of preference, without case, blanks and underscores.
@@ -672,13 +640,12 @@ def place_of(names: list[str], known: str) -> int | None:
     return next((plain(names).index(word) for word in known.split() if word in plain(names)), None)
 
 
-def dated_columns(names: list[str], fields_of: Fields, lines: list[str]) -> tuple[set[int], set[int], set[int]]:
+def dated_columns(names: list[str], rows: list[list[str]]) -> tuple[set[int], set[int], set[int]]:
     """Where columns stand most of whose values look like a time, which of them tell more than the day, and clocks."""
     values: list[list[str]] = [[] for _ in names]  # of each column, those that are there
-    for line in lines:
-        with suppress(ValueError, KeyError, SyntaxError):  # an unreadable line, which is reported later
-            for column, value in zip(values, map(str.strip, fields_of(line)), strict=False):
-                column += [value] * (value.lower() not in MISSING)
+    for row in rows:
+        for column, value in zip(values, map(str.strip, row), strict=False):
+            column += [value] * (value.lower() not in MISSING)
     shown = [[value for value in column if DATED.fullmatch(value)] for column in values]
     dated = {place for place in range(len(names)) if 2 * len(shown[place]) > len(values[place])}
     clocks = {place for place, column in enumerate(values) if column and all(map(CLOCK.fullmatch, column))}
@@ -686,9 +653,9 @@ def dated_columns(names: list[str], fields_of: Fields, lines: list[str]) -> tupl
 
 
 def find_columns(
-    path: Path, names: list[str], fields_of: Fields, first: list[str], given: dict[str, str], sessions: bool = False
+    path: Path, names: list[str], first: list[list[str]], given: dict[str, str], sessions: bool = False
 ) -> dict[str, int | None]:
-    """Where {"user", "item", "time", "clock", "label", "owner"} stand in a log whose first lines are `first`.
+    """Where {"user", "item", "time", "clock", "label", "owner"} stand in a log whose first rows are `first`.
 
     given: names that override the known ones, "none" for no such column. sessions: a session, if there is one, is the
     user, and whoever had it the owner. Raises InputError where a column is missing or in doubt.
@@ -701,7 +668,7 @@ def find_columns(
                          "columns, and no quotes around whole lines")  # fmt: skip
     if lists := [name for name in names if name.endswith("_list") and place_of([name[:-5]], COLUMNS["item"]) == 0]:
         raise InputError(f"{path}: {lists[0]} holds histories; write one line a click: user_id, item_id, timestamp")
-    dated, finer, clocks = dated_columns(names, fields_of, first)
+    dated, finer, clocks = dated_columns(names, first)
     places = {kind: place_of(names, known) for kind, known in COLUMNS.items()} | {"owner": None}
     days, clock = dated - finer, place_of(names, TIME_OF_DAY)
     day = place_of([name if place in days else "" for place, name in enumerate(names)], COLUMNS["time"])
@@ -764,9 +731,9 @@ def says_yes(label: str) -> bool:
 
 def read_log(path: Path, given: dict[str, str], sessions: bool) -> tuple[Clicks, dict[str, str], str]:
     """A log, what was taken for what, and what it calls its items; `given` and `sessions` as in `find_columns`."""
-    lines, fields_of, names = open_table(path, "user_id,item_id,timestamp")
-    first = list(itertools.islice(lines, 100))
-    places = find_columns(path, names, fields_of, [line for _, line in first], given, sessions)
+    table, again = (open_table(path, "user_id,item_id,timestamp") for _ in range(2))
+    names, first = table.names, list(itertools.islice(rows_of(again, list), 100))
+    places = find_columns(path, names, first, given, sessions)
     user, item, when, clock, label, owner = map(places.get, ("user", "item", "time", "clock", "label", "owner"))
     session = place_of(names, SESSION)
     other = f"; the session may be: --columns user={names[session]}" if session not in (None, user) else ""
@@ -775,18 +742,13 @@ def read_log(path: Path, given: dict[str, str], sessions: bool) -> tuple[Clicks,
     owners: dict[str, str] = {}  # of sessions
     users, items, times = array("q"), array("q"), array("d")
 
-    def take(line: str) -> bool:
-        """Keep what a line says; False for one that says that nothing was clicked."""
-        fields = fields_of(line)
+    def take(fields: list[str]) -> bool:
+        """Keep what a row says; False for one that says that nothing was clicked."""
         user_id, item_id = fields[user].strip(), fields[item].strip()  # type: ignore[index]
         if (nobody := user_id.lower() in MISSING) or item_id.lower() in MISSING:
             raise ValueError("user and item must be there" + f", and the user is not{other}" * nobody)
         if not (ids := user_id + item_id).isprintable() and CONTROL.search(ids):
             raise ValueError("user and item must be without NUL bytes, tabs and other control characters")
-        if '"' in line and any(name[0] == '"' and not quotes_belong(line, name) for name in (user_id, item_id)):
-            raise ValueError("a quote begins the user or the item, and does not end with it")
-        if any(fields[len(names) :]):  # which column has a field too many is not known
-            raise ValueError(f"expected {len(names)} fields, not {len(fields)}")
         time_of = 0.0
         if when is not None:
             time = fields[when].strip()
@@ -802,7 +764,7 @@ def read_log(path: Path, given: dict[str, str], sessions: bool) -> tuple[Clicks,
         times.append(time_of)
         return True
 
-    left_out = sum(not clicked for clicked in rows_of(path, itertools.chain(first, lines), take))
+    left_out = sum(not clicked for clicked in rows_of(table, take))
     arrays = np.frombuffer(users, np.int64), np.frombuffer(items, np.int64), np.frombuffer(times, np.float64)
     check_unit(arrays[2], path)
     taken = what_was_taken(path, names, places, arrays[2], left_out, sessions and "user" not in given)
@@ -860,7 +822,8 @@ def read_titles(path: Path, item_name: str = "") -> tuple[dict[str, tuple[str, s
     item_name: what the log calls its items, tried first. The text, which BERT reads, is the title and the columns that
     DESCRIBES knows, each after its name.
     """
-    lines, fields_of, names = open_table(path, "item_id,title")
+    table = open_table(path, "item_id,title")
+    names = table.names
     item = names.index(item_name) if item_name in names else place_of(names, COLUMNS["item"] + " id")
     title, year = None if item is None else title_place(names, item), place_of(names, "releaseyear")
     others = [place for place, name in enumerate(names) if DESCRIBES.search(name) and place not in (item, title)]
@@ -868,13 +831,13 @@ def read_titles(path: Path, item_name: str = "") -> tuple[dict[str, tuple[str, s
         what = "items" if item is None else "titles"
         return {}, f"{path.name} has no column of {what}, only {', '.join(names[:9])}; call it item_id or title"
 
-    def parse(line: str) -> tuple[str, str, str]:
+    def parse(fields: list[str]) -> tuple[str, str, str]:
         """Raw id, title and text."""
-        fields = ["" if field.strip().lower() in MISSING else field.strip() for field in fields_of(line)]
-        if any(fields[len(names) :]):
-            raise ValueError(f"expected {len(names)} fields, not {len(fields)}")
+        fields = ["" if field.strip().lower() in MISSING else field.strip() for field in fields]
         fields += [""] * (len(names) - len(fields))
         shown = CONTROL.sub(" ", fields[title]).strip()
+        if shown[:1] == shown[-1:] == '"' and '""' in shown[1:-1]:  # pandas quotes between tabs, too
+            shown = shown[1:-1].replace('""', '"')
         when = fields[year].removesuffix(".0") if year is not None else ""  # pandas writes 1995.0
         # MovieLens' own titles end in the year; RecBole cut it off.
         shown = f"{shown} ({when})" if shown and when and "(" + when not in shown else shown
@@ -883,7 +846,7 @@ def read_titles(path: Path, item_name: str = "") -> tuple[dict[str, tuple[str, s
 
     titles: dict[str, tuple[str, str]] = {}
     twice = 0
-    for raw_id, shown, text in rows_of(path, lines, parse):
+    for raw_id, shown, text in rows_of(table, parse):
         if raw_id and shown:
             twice += titles.get(raw_id, (shown, text)) != (shown, text)
             titles[raw_id] = (shown, text)
@@ -920,24 +883,23 @@ def text_of(literal: str) -> str:
     return literal.lstrip("u")[1:-1] if literal[-1:] in "'\"" else literal
 
 
-def steam_review(line: str) -> list[str]:
+def steam_review(line: str) -> str:
     fields = python2_dict(line)
-    return [text_of(fields["username"]), text_of(fields["product_id"]), text_of(fields["date"])]
+    return "\t".join([text_of(fields["username"]), text_of(fields["product_id"]), text_of(fields["date"])])
 
 
-def steam_game(line: str) -> list[str]:
+def steam_game(line: str) -> str:
     fields = {key: text_of(value) for key, value in python2_dict(line).items()}
     fields["title"] = fields.get("app_name") or fields.get("title", "")
-    return [fields.get(key, "") for key in STEAM_GAME]
+    return "\t".join(fields.get(key, "") for key in ("id", "title", "genres", "tags", "developer"))
 
 
-STEAM_GAME = ["id", "title", "genres", "tags", "developer"]
-OFFICIAL: dict[str, tuple[Fields, list[str]]] = {  # files without a header: what cuts their lines, names of the fields
-    "ratings.dat": (partial(fields_at, "::", 0), ["user_id", "item_id", "rating", "timestamp"]),
-    "movies.dat": (partial(fields_at, "::", 0), ["item_id", "title", "genres"]),
-    "steam_reviews.json.gz": (steam_review, ["username", "product_id", "date"]),
-    "steam_games.json.gz": (steam_game, STEAM_GAME),
-    "yoochoose-clicks.dat": (partial(fields_at, ",", 0), ["session_id", "timestamp", "item_id", "category"]),
+OFFICIAL: dict[str, tuple[Callable[[str], str], str]] = {  # files without a header: what makes their lines fit this one
+    "ratings.dat": (methodcaller("replace", "::", "\t"), "user_id\titem_id\trating\ttimestamp"),
+    "movies.dat": (methodcaller("replace", "::", "\t"), "item_id\ttitle\tgenres"),
+    "steam_reviews.json.gz": (steam_review, "username\tproduct_id\tdate"),
+    "steam_games.json.gz": (steam_game, "id\ttitle\tgenres\ttags\tdeveloper"),
+    "yoochoose-clicks.dat": (str, "session_id,timestamp,item_id,category"),
 }
 
 

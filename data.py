@@ -530,22 +530,18 @@ class Table(NamedTuple):
     rows: Any  # those after the header, a csv.reader
 
 
-def open_table(path: Path, example: str) -> Table:
+def open_table(path: Path) -> Table:
     """A table with a header, or one of OFFICIAL; InputError where a name is twice.
 
     Commas, semicolons and | cut as in CSV: not in quotes, and a quote in quotes is written twice. Tabs always cut, and
-    quotes are letters, if the header has none. example: of a header, for those who have none.
+    quotes are letters, if the header has none.
     """
     lines = read_lines(path)
     if path.name in OFFICIAL:
         line_of, first = OFFICIAL[path.name]
         lines = map(line_of, lines)
-    else:  # Excel may put a line such as sep=; before the header
-        first = next((line for line in lines if line.strip() and not line.startswith("sep=")), "")
-    if not first:
-        raise InputError(f"{path} is empty")
-    if first.lstrip().startswith(("{", "[", "<")) or first.startswith("version https://git-lfs"):
-        raise InputError(f"{path} is JSON, a web page or a placeholder of git; save the log as CSV, with a header")
+    elif not (first := next(lines, "")).strip():
+        raise InputError(f"{path}: its first line is empty; a header such as user_id,item_id,timestamp must be there")
     separator = max("\t,;|", key=re.sub('"[^"]*"', "", first).count)
     quoting: Any = csv.QUOTE_NONE if separator == "\t" and '"' not in first else csv.QUOTE_MINIMAL
     rows = csv.reader(
@@ -554,14 +550,11 @@ def open_table(path: Path, example: str) -> Table:
     try:
         header = next(rows)
     except csv.Error as error:
-        raise InputError(f"{path}:1: {error}; found {first.strip()[:60]!r}") from error
+        raise InputError(f"{path}:1: this is no header of CSV ({error}): {first.strip()[:60]!r}") from error
     names = [re.sub(":(token|float)(_seq)?$", "", name).strip() for name in header]  # RecBole writes user_id:token
-    values = sum(bool(re.fullmatch(r"[\d\s.,:+/TZ-]+", name)) for name in names)  # numbers and dates
-    if 2 * values >= len(names) and place_of(names, COLUMNS["item"] + " id") is None:
-        raise InputError(f"{path}:1: a header such as {example} must come first; found {first.strip()[:60]!r}")
     for name, word in zip(names, plain(names), strict=True):
         if word and plain(names).count(word) > 1:
-            raise InputError(f"{path}:1: column {name!r} occurs twice; rename one")
+            raise InputError(f"{path}:1: column {name!r} occurs twice; rename one, or write a header first")
     return Table(path, header, names, rows)
 
 
@@ -664,8 +657,8 @@ def find_columns(
     if unknown := [name for name in given.values() if name not in (*names, "none")]:
         raise InputError(f"{path}:1: no column {unknown[0]!r}; {found}")
     if len(names) < 2:
-        raise InputError(f"{path}:1: found one column, {names[0][:60]!r}; put commas, semicolons, tabs or | between "
-                         "columns, and no quotes around whole lines")  # fmt: skip
+        raise InputError(f"{path}:1: found one column, {names[0][:60]!r}; save the log as CSV with a header: commas, "
+                         "semicolons, tabs or | between columns, and no quotes around whole lines")  # fmt: skip
     if lists := [name for name in names if name.endswith("_list") and place_of([name[:-5]], COLUMNS["item"]) == 0]:
         raise InputError(f"{path}: {lists[0]} holds histories; write one line a click: user_id, item_id, timestamp")
     dated, finer, clocks = dated_columns(names, first)
@@ -731,7 +724,7 @@ def says_yes(label: str) -> bool:
 
 def read_log(path: Path, given: dict[str, str], sessions: bool) -> tuple[Clicks, dict[str, str], str]:
     """A log, what was taken for what, and what it calls its items; `given` and `sessions` as in `find_columns`."""
-    table, again = (open_table(path, "user_id,item_id,timestamp") for _ in range(2))
+    table, again = (open_table(path) for _ in range(2))
     names, first = table.names, list(itertools.islice(rows_of(again, list), 100))
     places = find_columns(path, names, first, given, sessions)
     user, item, when, clock, label, owner = map(places.get, ("user", "item", "time", "clock", "label", "owner"))
@@ -822,7 +815,7 @@ def read_titles(path: Path, item_name: str = "") -> tuple[dict[str, tuple[str, s
     item_name: what the log calls its items, tried first. The text, which BERT reads, is the title and the columns that
     DESCRIBES knows, each after its name.
     """
-    table = open_table(path, "item_id,title")
+    table = open_table(path)
     names = table.names
     item = names.index(item_name) if item_name in names else place_of(names, COLUMNS["item"] + " id")
     title, year = None if item is None else title_place(names, item), place_of(names, "releaseyear")

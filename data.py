@@ -621,7 +621,6 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # what may move the cursor of a termin
 LOOKS_LIKE_TIME = re.compile(r"(?i:time(?!s|_?spent)|date|stamp|epoch|when|datum|fecha|(^|_)(ts|dt|at|on|day)$)|"
                              r"[a-z](At|On)$")  # fmt: skip
 FINER = re.compile(r"^-?\d{9}|(?<![\d:])(?!00:00(:00)?(?!\d))\d\d?:\d\d")  # tells more than the day
-CLOCK = re.compile(r"\d\d?:\d\d(:\d\d(\.\d+)?)?")  # and nothing of the day
 # The value of what may be a time: seconds and finer, 1.6e9, 20140428, 28.04.2014 10:51, Apr 28 2014, 28-APR-14.
 DATED = re.compile(r"-?\d{9,19}(\.\d+)?|\d\.\d+[eE]\+?\d\d?|(19|20)\d{6}(T.*)?|\d{1,4}[-/.]\d\d?[-/.]\d\d?.*|"
                    r"[A-Z][a-z]{2,8}\.? \d\d?,? .*|\d\d?[- .][A-Za-z]{3,9}[- .,].*\d\d.*|"
@@ -633,16 +632,15 @@ def place_of(names: list[str], known: str) -> int | None:
     return next((plain(names).index(word) for word in known.split() if word in plain(names)), None)
 
 
-def dated_columns(names: list[str], rows: list[list[str]]) -> tuple[set[int], set[int], set[int]]:
-    """Where columns stand most of whose values look like a time, which of them tell more than the day, and clocks."""
-    values: list[list[str]] = [[] for _ in names]  # of each column, those that are there
-    for row in rows:
-        for column, value in zip(values, map(str.strip, row), strict=False):
-            column += [value] * (value.lower() not in MISSING)
-    shown = [[value for value in column if DATED.fullmatch(value)] for column in values]
-    dated = {place for place in range(len(names)) if 2 * len(shown[place]) > len(values[place])}
-    clocks = {place for place, column in enumerate(values) if column and all(map(CLOCK.fullmatch, column))}
-    return dated, {place for place in dated if any(map(FINER.search, shown[place]))}, clocks
+def how_fine(names: list[str], rows: list[list[str]]) -> list[int]:
+    """What most values of each column tell of the time: 2 more than the day, 1 the day, 0 nothing."""
+    levels = []
+    for _, *column in itertools.islice(itertools.zip_longest(names, *rows, fillvalue=""), len(names)):
+        values = [value for value in map(str.strip, column) if value.lower() not in MISSING]
+        dates = [value for value in values if DATED.fullmatch(value)]
+        finer = any(map(FINER.search, dates))
+        levels.append(0 if 2 * len(dates) <= len(values) else 2 if finer else 1)
+    return levels
 
 
 def find_columns(
@@ -661,15 +659,11 @@ def find_columns(
                          "semicolons, tabs or | between columns, and no quotes around whole lines")  # fmt: skip
     if lists := [name for name in names if name.endswith("_list") and place_of([name[:-5]], COLUMNS["item"]) == 0]:
         raise InputError(f"{path}: {lists[0]} holds histories; write one line a click: user_id, item_id, timestamp")
-    dated, finer, clocks = dated_columns(names, first)
+    levels = how_fine(names, first)
     places = {kind: place_of(names, known) for kind, known in COLUMNS.items()} | {"owner": None}
-    days, clock = dated - finer, place_of(names, TIME_OF_DAY)
-    day = place_of([name if place in days else "" for place, name in enumerate(names)], COLUMNS["time"])
-    if clock in clocks and (day is not None or len(days) == 1):
-        places |= {"time": min(days) if day is None else day, "clock": clock}
-    if places["time"] not in days or "time" in given:
+    if places["time"] is None or levels[places["time"]] != 1 or "time" in given:
         places["clock"] = None
-    if places["label"] in dated:  # the day of a purchase
+    if places["label"] is not None and levels[places["label"]]:  # the day of a purchase
         places["label"] = None
     session = place_of(names, SESSION) if sessions and "user" not in given else None
     if session is not None:
@@ -683,33 +677,32 @@ def find_columns(
             raise InputError(f"{path}:1: no column is known as the {kind}; {found}; name it: --columns {kind}=NAME, or "
                              "write a header first, if there is none")  # fmt: skip
     if places["clock"] is None and "time" not in given:
-        check_time(path, names, places, dated, finer)
+        check_time(path, names, places, levels)
     return places
 
 
-def check_time(path: Path, names: list[str], places: dict[str, int | None], dated: set[int], finer: set[int]) -> None:
-    """InputError where the column taken as the time says too little and another could be it, or the time of day.
+def check_time(path: Path, names: list[str], places: dict[str, int | None], levels: list[int]) -> None:
+    """InputError where another column may tell more than the one taken as the time; an order of lines is no substitute.
 
-    dated, finer: see `dated_columns`. An order of lines is no substitute for a time.
+    levels: see `how_fine`.
     """
-    timed, when = {place for place, name in enumerate(names) if LOOKS_LIKE_TIME.search(name)}, places["time"]
-    clock = place_of([name if place not in dated else "" for place, name in enumerate(names)], TIME_OF_DAY)
-    if when in dated - finer and clock is not None:
-        day = f"--columns time={names[when]}"
-        raise InputError(f"{path}:1: {names[when]} tells the day alone, and {names[clock]} may be the time of day; say "
-                         f"{day},clock={names[clock]} if it is written 9:05 or as a number, or just {day}")
-    others = (dated | timed if when is None else dated & timed) - {*places.values()}
-    likely = sorted(others, key=lambda place: (place not in dated, place))
-    if when in dated - finer:
-        likely = [place for place in likely if place in finer]
-    if likely and when not in finer:
-        what = "no column is known as the time" if when is None else f"{names[when]} does not look like a time"
-        what = f"{names[when]} tells the day alone" if when in dated else what  # and histories would be out of order
-        way = f"time={names[likely[0]] if likely[0] in dated else 'NAME'}"
-        way += f",clock={names[clock]}" if clock is not None and likely[0] in dated - finer else ""
-        could = " or ".join(names[place] for place in likely[:3])
-        raise InputError(f"{path}:1: {what}, but {could} could be one; say --columns {shlex.quote(way)}, or "
-                         f"time={names[when] if when in dated else 'none if the lines are in the order of time'}")
+    when = places["time"]
+    clock = place_of(["" if level else name for name, level in zip(names, levels, strict=True)], TIME_OF_DAY)
+    level, taken = (-1, "") if when is None else (levels[when], names[when])
+    likely = [place for place, name in enumerate(names) if place not in places.values() and levels[place] > level
+              and (LOOKS_LIKE_TIME.search(name) or (when is None and levels[place]))]  # fmt: skip
+    likely.sort(key=lambda place: not levels[place])
+    if level == 1 and clock is not None:  # the time of day
+        likely, way = [clock], f"time={taken},clock={names[clock]}"
+    elif likely:
+        way = f"time={names[likely[0]] if levels[likely[0]] else 'NAME'}"
+        way += f",clock={names[clock]}" if clock is not None and levels[likely[0]] == 1 else ""
+    else:
+        return
+    what = ["no column is known as the time", f"{taken} does not look like a time", f"{taken} tells the day alone"]
+    could = " or ".join(names[place] for place in likely[:3])
+    raise InputError(f"{path}:1: {what[level + 1]}, but {could} could be one; say --columns {shlex.quote(way)}, or "
+                     f"time={taken if level == 1 else 'none if the lines are in the order of time'}")  # fmt: skip
 
 
 def says_yes(label: str) -> bool:

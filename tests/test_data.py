@@ -151,7 +151,9 @@ def test_a_time_under_another_name_is_named_not_ignored(tmp_path, name):
 def test_a_date_and_the_time_of_day_may_be_two_columns(tmp_path):
     of_day = "user_id,item_id,Date,Time,length\nu,c,2020-01-02,0:30,1:00\nu,b,2020-01-01,13:05:10,2:00\n"
     of_day += "u,a,2020-01-01,9:05,3:00\n"
-    log = atomic(tmp_path, of_day, name="x.csv")
+    with pytest.raises(InputError, match="--columns time=Date,clock=Time"):
+        atomic(tmp_path, of_day, name="x.csv")
+    log = atomic(tmp_path, of_day, name="x.csv", time="Date", clock="Time")
     assert histories(log) == [["a", "b", "c"]] and "time = Date, clock = Time of" in data.card(log)
     assert histories(atomic(tmp_path, of_day.replace("Time", "Spent"), name="x.csv")) == [["b", "a", "c"]]  # no clock
     assert histories(atomic(tmp_path, of_day.replace("Time", "At"), name="x.csv", clock="At")) == [["a", "b", "c"]]
@@ -162,8 +164,10 @@ def test_a_date_and_the_time_of_day_may_be_two_columns(tmp_path):
     orders = "user_id,item_id,order_date,order_time,ship_date\nu,b,2020-01-31,13:05,2020-02-03\n"
     orders += "u,a,2020-01-31,09:00,2020-02-02\n"
     for header in ("order_date,order_time", "date,time", "date,Uhrzeit"):  # the known name of several dates
-        text = orders.replace("order_date,order_time", header)
-        assert histories(atomic(tmp_path, text, name="x.csv")) == [["a", "b"]]
+        text, (day, clock) = orders.replace("order_date,order_time", header), header.split(",")
+        with pytest.raises(InputError, match=f"--columns time={day},clock={clock}"):
+            atomic(tmp_path, text, name="x.csv")
+        assert histories(atomic(tmp_path, text, name="x.csv", time=day, clock=clock)) == [["a", "b"]]
     for header, advice in (("date,hour", "date,clock=hour"), ("Datum,hour", "Datum,clock=hour")):
         hours = f"user_id,item_id,{header}\nu,b,2020-01-31,13\nu,a,2020-01-31,9\n"
         with pytest.raises(InputError, match=f"--columns time={advice}"):

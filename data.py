@@ -778,27 +778,14 @@ def what_was_taken(
     return taken
 
 
-def title_place(names: list[str], item: int) -> int | None:
-    """The column of titles: `title` or one called as the items are, such as track_name beside track_id.
-
-    Else one with title in its name, else `name`, else one with name in its name.
-    """
-    other = re.compile("category|brand|genre|type|class|user|author|artist|seller|id$|length|lang|album|customer|store|"
-                       "brewery|city|country|review|host|publisher|department|channel")  # fmt: skip
-    stem = re.sub("(id|code|key|number|no)$", "", plain(names)[item])
-    ranked = []
-    for place, name in enumerate(plain(names)):
-        own = bool(stem) and name.startswith(stem)
-        if re.search("title|name", name) and not other.search(name[len(stem) * own :]):
-            ranked.append((not own and name != "title", "title" not in name, name not in ("title", "name"), place))
-    return min(ranked)[3] if ranked else None
-
-
-# Columns, besides the title, that say in words what an item is.
-DESCRIBES = re.compile(
-    r"(?i:(^|[-_ ])(genres?|category|categories|class|tags?|brand|developer|publisher|author|artist|studio|director)s?"
-    r"([-_ ]?names?|_list)?$)|[a-z](Genres?|Category|Categories|Tags?|Brand|Authors?|Artists?)$"
+# Of titles, in order of preference after those called as the items are, such as track_name beside track_id.
+TITLES = (
+    "movietitle booktitle producttitle itemtitle newstitle gametitle videotitle songtitle tracktitle originaltitle "
+    "name productname productdisplayname prodname itemname appname gamename animename bookname moviename trackname"
 )
+# The ends of columns, besides the title, that say in words what an item is.
+DESCRIBES = re.compile("(genre|category|categorie|class|tag|brand|developer|publisher|author|artist|studio|director)s?"
+                       "(names?|list)?$")  # fmt: skip
 LISTED = re.compile(r"(?<!\w)u?['\"]|['\"](?!\w)|[\[\]|]")  # what lists of words are written with
 
 
@@ -811,11 +798,12 @@ def read_titles(path: Path, item_name: str = "") -> tuple[dict[str, tuple[str, s
     table = open_table(path)
     names = table.names
     item = names.index(item_name) if item_name in names else place_of(names, COLUMNS["item"] + " id")
-    title, year = None if item is None else title_place(names, item), place_of(names, "releaseyear")
-    others = [place for place, name in enumerate(names) if DESCRIBES.search(name) and place not in (item, title)]
+    stem = "" if item is None else re.sub("(id|code|key|number|no)$", "", plain(names)[item])
+    title, year = place_of(names, f"title {stem}title {stem}name {TITLES}"), place_of(names, "releaseyear")
     if item is None or title is None:
         what = "items" if item is None else "titles"
         return {}, f"{path.name} has no column of {what}, only {', '.join(names[:9])}; call it item_id or title"
+    others = [place for place, name in enumerate(plain(names)) if DESCRIBES.search(name) and place not in (item, title)]
 
     def parse(fields: list[str]) -> tuple[str, str, str]:
         """Raw id, title and text."""

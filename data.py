@@ -915,22 +915,10 @@ def cache_folder() -> Path:
         raise InputError("there is no home folder to keep files in; set XDG_CACHE_HOME") from None
 
 
-STREAM = re.compile(r"(?:/dev|/proc/self)/(?:fd/(\d+)|stdout|stderr)")  # may be a file that others write to as well
-
-
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write a temporary file, fsync it and rename it to `path`: all of it or nothing.
-
-    A pipe or a device is written to, never replaced. Raises InputError for a file that cannot be written.
-    """
-    if stream := STREAM.fullmatch(str(path)):
-        sys.stdout.flush()
-        with open(int(stream[1] or 1 + ("err" in str(path))), "wb", closefd=False) as file:
-            file.write(content)
-        return
+    """Write a temporary file, fsync it and rename it to `path`: all of it or nothing, and InputError for the latter."""
     if path.exists() and not path.is_file():
-        path.write_bytes(content)
-        return
+        raise InputError(f"cannot write {path}: it is no file")
     path = path.resolve()  # what a link points to is replaced, not the link
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -956,15 +944,10 @@ def write_if_possible(write: Callable[..., None], *args: object) -> None:
 
 
 def check_replaceable(path: Path, beginning: str) -> None:
-    """InputError where a file stands that does not begin as what is written there: it may be a log or a model.
-
-    Where the path is that of stdout, all else is printed on stderr from now on.
-    """
-    if (stream := STREAM.fullmatch(str(path))) and "err" not in path.name and stream[1] in (None, "1"):
-        sys.stdout = sys.stderr
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder; name a file in it")
-    if path.is_file() and not STREAM.fullmatch(str(path)):
+    """InputError where something stands that does not begin as what is written there: it may be a log or a model."""
+    if path.exists() and (not path.is_file() or re.match("/dev/|/proc/", str(path))):
+        raise InputError(f"{path}: is no file that can be replaced; name another")
+    if path.exists():
         with open(path, "rb") as file:
             if not beginning.encode().startswith(found := file.read(len(beginning))):
                 raise InputError(f"{path} is there and begins with {found[:20]!r}; name another file, to keep it")

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
-from conftest import HEAD, ROOT, TINY, command, hand_log, inside, write_ring
+from conftest import HEAD, ROOT, TINY, hand_log, inside, write_ring
 
 import teacher
 from data import HELD_OUT, PAD, InputError, SPLITS, load_dataset
@@ -261,12 +261,6 @@ def test_a_run_without_its_config_keeps_its_weights_and_a_renamed_one_goes_on(tr
         words = inside("distill.py", *flags, "--name", "other", cwd=tmp_path / "copy", expect=2)
         assert "other exists; --resume goes on with it, --overwrite" in words
     assert (run.with_name("other") / "model.safetensors").read_bytes() == before
-
-
-def test_what_is_written_to_stdout_is_not_mixed_with_words(trained):
-    words = command("student.py", "--run", RUN, "--data", "ring.inter", "--out", "/dev/stdout", cwd=trained)
-    assert {len(line.split("\t")) for line in words.splitlines()} == {3}
-    assert "data" in json.loads(command("evaluate.py", "--data", "ring.inter", "--json", "/dev/stdout", cwd=trained))
 
 
 def test_a_table_that_begins_like_ours_is_kept(trained, tmp_path):

@@ -614,7 +614,7 @@ COLUMNS = {
     "clock": "timeframe",  # milliseconds in a session
     "label": "label click clicked isclick isclicked purchased bought liked",
 }
-YES, NO = {"true", "t", "yes", "y"}, {"false", "f", "no", "n"}  # labels besides numbers; no: shown, but not clicked
+YES, NO = {"true", "t", "yes", "y"}, {"false", "f", "no", "n"}  # besides numbers; no: shown, but not clicked
 # How databases, pandas and R write what is not there.
 MISSING = {"", "null", "(null)", "none", "nan", "na", "<na>", "n/a", "#n/a", "undefined", "\\n"}
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # what may move the cursor of a terminal
@@ -708,11 +708,10 @@ def check_time(path: Path, names: list[str], places: dict[str, int | None], leve
 def says_yes(label: str) -> bool:
     """Whether a label says that an item was clicked, not just shown; ValueError for one that says neither."""
     label = label.strip().lower()
-    if label in YES or label in NO or label in MISSING:
-        return label in YES
-    with suppress(ValueError):
-        return float(label) > 0
-    raise ValueError(f"{label!r} is neither yes nor no; --columns label=none takes every line")
+    try:
+        return label in YES or (label not in NO | MISSING and float(label) > 0)
+    except ValueError:
+        raise ValueError(f"{label!r} is neither yes nor no; --columns label=none takes every line") from None
 
 
 def read_log(path: Path, given: dict[str, str], sessions: bool) -> tuple[Clicks, dict[str, str], str]:

@@ -406,7 +406,7 @@ def build(
     keep = keep[np.lexsort((clicks.times[keep], clicks.users[keep]))]  # stable: ties stay in file order
     keep = without_repeats(clicks, keep, once)
     core = keep[core_filter(clicks.users[keep], clicks.items[keep], min_items, min_length)]
-    older = f" or of users before the latest 1/{fraction}" * (fraction > 1)
+    older = f" or of users before the latest 1/{fraction}" if fraction > 1 else ""
     lines = f"{read:,} read, {read - len(keep):,} repeated{older}, {len(keep) - len(core):,} of rare users or items"
     lines += f", {taken['left out']}" if "left out" in taken else ""
     if not len(core):
@@ -730,8 +730,8 @@ def read_log(path: Path, given: dict[str, str], sessions: bool) -> tuple[Clicks,
     def take(fields: list[str]) -> bool:
         """Keep what a row says; False for one that says that nothing was clicked."""
         user_id, item_id = fields[user].strip(), fields[item].strip()  # type: ignore[index]
-        if (nobody := user_id.lower() in MISSING) or item_id.lower() in MISSING:
-            raise ValueError("user and item must be there" + f", and the user is not{other}" * nobody)
+        if user_id.lower() in MISSING or item_id.lower() in MISSING:
+            raise ValueError(f"user and item must be there{other}")
         if not (ids := user_id + item_id).isprintable() and CONTROL.search(ids):
             raise ValueError("user and item must be without NUL bytes, tabs and other control characters")
         time_of = 0.0
@@ -763,8 +763,9 @@ def what_was_taken(
     named = {kind: names[place] for kind, place in places.items() if place is not None}
     columns = ", ".join(f"{kind} = {name}" for kind, name in named.items())
     unread = [name for name in names if LOOKS_LIKE_TIME.search(name) and name not in named.values()]
-    taken = {"columns": f"{columns} of {path.name}" + "; no time: lines are in its order" * ("time" not in named)
-             + f"; not read: {', '.join(unread)}" * bool(unread)}  # fmt: skip
+    no_time = "" if "time" in named else "; no time: lines are in its order"
+    not_read = f"; not read: {', '.join(unread)}" if unread else ""
+    taken = {"columns": f"{columns} of {path.name}{no_time}{not_read}"}
     if "label" in named:
         taken["left out"] = f"{left_out:,} lines whose {named['label']} says no"
     kinds = [names[place] for known in (EVENTS, "rating stars score") if (place := place_of(names, known)) is not None]
@@ -824,7 +825,7 @@ def read_titles(path: Path, item_name: str = "") -> tuple[dict[str, tuple[str, s
             twice += titles.get(raw_id, (shown, text)) != (shown, text)
             titles[raw_id] = (shown, text)
     texts = " and ".join(names[place] for place in (title, *others))
-    more = f"; {twice:,} lines describe an item anew, the last counts" * (twice > 0)
+    more = f"; {twice:,} lines describe an item anew, the last counts" if twice else ""
     return titles, f"from {texts} of {path.name}, by {names[item]}{more}"
 
 
@@ -1088,19 +1089,21 @@ def card(data: Interactions) -> str:
     sizes = np.diff(data.offsets)
     train, valid, test = SPLITS[data.split](data)
     history = data.items[data.offsets[0] : data.offsets[1]]
-    day = f"{datetime.fromtimestamp(in_seconds(data.begins).max(), UTC):%Y-%m-%d}" if "sessions" in data.split else ""
+    repeats, day = ", repeats too" if data.repeats else "", ""
+    if "sessions" in data.split:
+        day = f", those of {datetime.fromtimestamp(in_seconds(data.begins).max(), UTC):%Y-%m-%d}"
     quantiles = ", ".join(f"{q:.0%} {np.quantile(sizes, q):.0f}" for q in (0, 0.25, 0.5, 0.75, 0.95, 1))
     return "\n".join([
         f"{data.name}: {data.num_users:,} users, {data.num_items:,} items, {len(data.items):,} interactions",
         *(f"  {what:<17} {words}" for what, words in data.taken.items()),
-        f"  density           {len(data.items) / data.num_users / data.num_items:.2%}" + ", repeats too" * data.repeats,
+        f"  density           {len(data.items) / data.num_users / data.num_items:.2%}{repeats}",
         f"  history length    {quantiles}; mean {sizes.mean():.1f}",
         f"  split             {len(train.sizes):,} histories to train on, {len(valid.targets):,} validation and "
-        f"{len(test.targets):,} test targets" + f", those of {day}" * bool(day),
+        f"{len(test.targets):,} test targets{day}",
         f"  protocol          {data.protocol}",
         f"  the first user's {len(history)} items, oldest first:",
         *(f"    {position:>3}  {data.titles[item]}" for position, item in enumerate(history[:10], 1)),
-        *["    ..."] * (len(history) > 10),
+        *(["    ..."] if len(history) > 10 else []),
     ])  # fmt: skip
 
 
@@ -1112,8 +1115,8 @@ def number(least: float, most: float = math.inf, above: bool = False, kind: type
             value = kind(text)
             if least <= value <= most and not (above and value == least) and value < 2**63:
                 return value
-        limits = f"{'above' if above else 'at least'} {least:g}" + f" and at most {most:g}" * (most < math.inf)
-        raise argparse.ArgumentTypeError(f"{text!r} must be a {'whole ' * (kind is int)}number {limits}")
+        limits = f"{'above' if above else 'at least'} {least:g}" + (f" and at most {most:g}" if most < math.inf else "")
+        raise argparse.ArgumentTypeError(f"{text!r} must be a {'whole ' if kind is int else ''}number {limits}")
 
     return parse
 
@@ -1160,7 +1163,8 @@ def load_asked(args: argparse.Namespace) -> Interactions:
         sessions=args.split == "sessions",
     )
     exclude_seen = data.exclude_seen if args.seen == "auto" else args.seen == "exclude"
-    return replace(data, exclude_seen=exclude_seen, split="none" if args.all else args.split + "-final" * args.final)
+    held_out = args.split + "-final" if args.final else args.split
+    return replace(data, exclude_seen=exclude_seen, split="none" if args.all else held_out)
 
 
 def data_flags(args: argparse.Namespace) -> list[str]:
@@ -1171,7 +1175,7 @@ def data_flags(args: argparse.Namespace) -> list[str]:
     if args.columns:
         given["columns"] = ",".join(f"{kind}={name}" for kind, name in args.columns.items())
     flags = [word for key, value in given.items() for word in (f"--{key.replace('_', '-')}", str(value))]
-    return [*flags, *["--final"] * args.final, *["--all"] * args.all]
+    return flags + [f"--{key}" for key in ("final", "all") if getattr(args, key)]
 
 
 def command_line(script: str, *words: str) -> str:
@@ -1197,7 +1201,7 @@ def run_command(main: Callable[[], None]) -> None:
         if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
             raise
         short = isinstance(error, MemoryError | RuntimeError)
-        code, words = 2, f"error: {'not enough memory, ask for less: ' * short}{error}\n"
+        code, words = 2, f"error: {'not enough memory, ask for less: ' if short else ''}{error}\n"
     with suppress(OSError):
         sys.stdout.flush()  # what was printed before comes first
     with suppress(OSError):

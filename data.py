@@ -377,16 +377,6 @@ def latest_users(clicks: Clicks, fraction: int) -> np.ndarray:
     return np.flatnonzero(np.isin(clicks.users, recent))
 
 
-def numbered(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The codes that occur, by first appearance, and each entry's number among them; np.unique would sort them all."""
-    first = np.full(codes.max() + 1, len(codes))
-    first[codes[::-1]] = np.arange(len(codes))[::-1]  # the last to write is the first to appear
-    order = np.argsort(first, kind="stable")[: np.count_nonzero(first < len(codes))]
-    number = np.empty_like(first)
-    number[order] = np.arange(len(order))
-    return order, number[codes]
-
-
 REPEATS_FROM = 0.01  # of a log's interactions; fewer are accidents
 
 
@@ -412,7 +402,11 @@ def build(
     if not len(core):
         least = f"where a user needs {min_length} and an item {min_items}; try a smaller --min-count"
         raise InputError(f"{name}: none is left of {lines}, {least}. Its columns: {taken['columns']}")
-    users, (kept, items) = clicks.users[core], numbered(clicks.items[core])
+    users, items = clicks.users[core], clicks.items[core]
+    kept = list(dict.fromkeys(items.data))  # by first appearance
+    numbers = np.empty(len(clicks.raw_items), np.int64)
+    numbers[kept] = np.arange(len(kept))
+    items = numbers[items]
     starts = np.flatnonzero(np.diff(users, prepend=-1))  # (U,) where the next user begins
     raw_ids = ["", *(clicks.raw_items[item] for item in kept)]
     pairs = np.sort(users * len(kept) + items)

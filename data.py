@@ -355,16 +355,11 @@ def without_repeats(clicks: Clicks, keep: np.ndarray, once: bool) -> np.ndarray:
     if not once and clicks.times.min() == clicks.times.max():
         return keep
 
-    def as_before(column: np.ndarray) -> np.ndarray:  # whether an entry is as the one before, (len(keep),)
-        values = column[keep]
-        return np.append(False, values[1:] == values[:-1])
-
-    same = as_before(clicks.users)
+    moments = np.diff(clicks.users[keep], prepend=-1) != 0  # where another user begins, or, unless once, another time
     if not once:
-        same &= as_before(clicks.times)
-    some = np.flatnonzero(same | np.append(same[1:], False))  # most moments have one entry, and none to compare
-    keys = np.cumsum(~same)[some] * len(clicks.raw_items) + clicks.items[keep[some]]
-    return np.delete(keep, np.delete(some, np.unique(keys, return_index=True)[1]))
+        moments |= np.diff(clicks.times[keep], prepend=-np.inf) != 0
+    keys = np.cumsum(moments) * len(clicks.raw_items) + clicks.items[keep]
+    return keep[np.sort(np.unique(keys, return_index=True)[1])]
 
 
 def latest_users(clicks: Clicks, fraction: int) -> np.ndarray:

@@ -21,8 +21,6 @@ import platform
 import re
 import resource
 import sys
-import urllib.error
-import urllib.request
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -405,14 +403,8 @@ def download_bert(repository: str) -> Path:
     """The folder of a model of the Hugging Face hub, its weights in one file or in shards; else InputError."""
     from huggingface_hub import constants, snapshot_download  # a slow import that only a first run needs
 
-    offline = False
-    try:  # ask once whether anything answers: the hub's client would retry for half a minute
-        urllib.request.urlopen(constants.ENDPOINT, timeout=10).close()
-    except (OSError, ValueError) as error:  # ValueError: an endpoint that is no address
-        offline = not isinstance(error, urllib.error.HTTPError)  # an unfriendly answer is one
-    try:
-        wanted = [*BERT_FILES, "model-*.safetensors"]
-        return Path(snapshot_download(repository, allow_patterns=wanted, local_files_only=offline))
+    try:  # without a network, what was downloaded before
+        return Path(snapshot_download(repository, allow_patterns=[*BERT_FILES, "model-*.safetensors"]))
     except Exception as error:  # the client's errors have no class in common
         words = f"no {repository} from {constants.ENDPOINT} ({type(error).__name__})"
         where = f"download {', '.join(BERT_FILES)} of https://huggingface.co/{repository} elsewhere"

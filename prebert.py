@@ -310,21 +310,15 @@ class Bert(nn.Module):
 # Names of an encoder's weights, after any prefix such as `bert.`, `module.`, `_orig_mod.`, `0.auto_model.`.
 ENCODER = re.compile(r"^(?:.*?\.)?(embeddings\.(?:word|position|token_type)_embeddings.*|embeddings\.LayerNorm.*|"
                      r"encoder\.layer\.\d+\..*)$")  # fmt: skip
-RENAMES = (  # Hugging Face's name -> ours, applied in this order
-    (r"LayerNorm\.gamma$", "LayerNorm.weight"),  # TensorFlow's words, in files converted before 2019
-    (r"LayerNorm\.beta$", "LayerNorm.bias"),
-    (r"^embeddings\.word_embeddings", "word_embedding"),
-    (r"^embeddings\.position_embeddings", "position_embedding"),
-    (r"^embeddings\.token_type_embeddings", "segment_embedding"),
-    (r"^embeddings\.LayerNorm", "encoder.norm"),
-    (r"^encoder\.layer\.", "encoder.layers."),
-    (r"attention\.self\.", "attention."),  # query, key and value are joined into qkv afterwards
-    (r"attention\.output\.dense", "attention.output"),
-    (r"attention\.output\.LayerNorm", "attention_norm"),
-    (r"intermediate\.dense", "feed_forward.up"),
-    (r"(\d)\.output\.dense", r"\1.feed_forward.down"),
-    (r"(\d)\.output\.LayerNorm", r"\1.feed_forward_norm"),
-)
+RENAMES = {  # Hugging Face's words -> ours, replaced in this order
+    ".gamma": ".weight", ".beta": ".bias",  # TensorFlow's, in files converted before 2019
+    "embeddings.LayerNorm": "encoder.norm", "embeddings.word_embeddings": "word_embedding",
+    "embeddings.position_embeddings": "position_embedding", "embeddings.token_type_embeddings": "segment_embedding",
+    "encoder.layer.": "encoder.layers.", "attention.self.": "attention.",  # its three are joined into qkv afterwards
+    "attention.output.dense": "attention.output", "attention.output.LayerNorm": "attention_norm",
+    "intermediate.dense": "feed_forward.up",
+    "output.dense": "feed_forward.down", "output.LayerNorm": "feed_forward_norm",
+}  # fmt: skip
 
 
 def rename_bert_weights(tensors: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], list[str]]:
@@ -336,8 +330,8 @@ def rename_bert_weights(tensors: dict[str, Tensor], path: Path) -> tuple[dict[st
             ignored.append(name)
             continue
         ours_name = inside[1]
-        for pattern, replacement in RENAMES:
-            ours_name = re.sub(pattern, replacement, ours_name)
+        for theirs, our_word in RENAMES.items():
+            ours_name = ours_name.replace(theirs, our_word)
         if ours_name in ours:
             raise InputError(f"{path}: holds more than one encoder, see {name}; keep the weights of one")
         ours[ours_name] = tensor.float()

@@ -518,55 +518,42 @@ DTYPES = {
 MAX_HEADER = 100_000_000  # bytes, the limit of the reference implementation
 
 
-def check(good: bool, words: str) -> None:
-    if not good:
-        raise ValueError(words)
-
-
 def unique_names(pairs: list[tuple[str, object]]) -> dict:
-    check(len(dict(pairs)) == len(pairs), "a key of the header occurs twice")
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key of the header occurs twice")
     return dict(pairs)
-
-
-def entry_of(name: str, entry: object) -> tuple[int, int, str, torch.dtype, list[int]]:
-    """Where a tensor's bytes begin and end, its name, dtype and shape; ValueError unless all are there and agree."""
-    match entry:
-        case {"dtype": str(kind), "shape": [*shape], "data_offsets": [begin, end], **more} if kind in DTYPES:
-            whole = all(type(n) is int and 0 <= n < 2**63 for n in (begin, end, *shape)) and len(shape) <= 16
-            if whole and not more and math.prod(shape) * DTYPES[kind].itemsize == end - begin:
-                return begin, end, name, DTYPES[kind], shape
-    raise ValueError(f"tensor {name[:80]!r}: needs a known dtype, and shape and data_offsets that agree, no more")
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file, on the CPU, {name: tensor}. Format: github.com/huggingface/safetensors.
 
     Raises InputError (a ValueError) of one sentence for anything that the format does not allow. Memory is bounded by
-    the file's size, since everything is checked before a tensor is made.
+    the file's size, since a tensor's place is checked before it is made.
     """
+    tensors, begin = {}, 0
     try:
         with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size - 8
-            length = int.from_bytes(file.read(8), "little")
-            check(length <= min(MAX_HEADER, size), "the header does not fit; truncated, or not safetensors")
+            length, size = int.from_bytes(file.read(8), "little"), os.fstat(file.fileno()).st_size - 8
+            if length > min(MAX_HEADER, size):
+                raise ValueError("the header does not fit")
             header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=unique_names)
-            check(isinstance(header, dict), "the header is not a JSON object")
-            metadata = header.pop("__metadata__", {})
-            strings = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
-            check(strings, "__metadata__ must map strings to strings")
-            entries = sorted(entry_of(name, entry) for name, entry in header.items())
-            begins, ends = [begin for begin, *_ in entries], [end for _, end, *_ in entries]
-            gapless = [*begins, size - length] == [0, *ends]
-            check(gapless, "tensors overlap, leave a hole, or do not end where the file does")
-            tensors = {}
-            for begin, end, name, dtype, shape in entries:
+            if not all(isinstance(value, str) for value in header.pop("__metadata__", {}).values()):
+                raise ValueError("__metadata__ must map strings to strings")
+            for name, entry in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"]):
+                dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+                end = begin + math.prod(shape) * dtype.itemsize
+                exact = entry == {"dtype": entry["dtype"], "shape": shape, "data_offsets": [begin, end]}
+                if not exact or end > size - length or any(type(n) is not int or n < 0 for n in shape):
+                    raise ValueError(f"tensor {name!r} does not begin where the one before ends, or is not of its size")
                 raw = np.frombuffer(bytearray(file.read(end - begin)), dtype=np.uint8)
-                tensors[name] = torch.from_numpy(raw).view(dtype).reshape(shape)
-            return tensors
+                tensors[name], begin = torch.from_numpy(raw).view(dtype).reshape(shape), end
+        if begin != size - length:
+            raise ValueError("the tensors do not end where the file does")
     except FileNotFoundError:
         raise InputError(f"no {path}") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: {error}") from error
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, RuntimeError) as error:
+        raise InputError(f"{path}: broken, or not safetensors: {' '.join(str(error).split())[:200]}") from error
+    return tensors
 
 
 def write_safetensors(path: str | Path, tensors: dict[str, Tensor]) -> None:

@@ -754,12 +754,10 @@ def cooccurrence_vectors(train: Spans, num_items: int, size: int, window: int = 
     `window` steps apart in a training history; rows of U sqrt(S) (Levy & Goldberg 2014, section 3).
     """
     owner, entries = entries_of(train)
-    user = np.full(len(train.items), -1)  # held-out items stay at -1: they belong to nobody here
-    user[entries] = owner
-    items = train.items.numpy() - 1
+    user, items = owner.numpy(), train.items[entries].numpy() - 1  # held-out items belong to nobody here
     found = []
     for step in range(1, window + 1):  # counted step by step: a step's keys are as many as the log's entries
-        same = (user[step:] == user[:-step]) & (user[step:] >= 0)
+        same = user[step:] == user[:-step]
         left, right = items[:-step][same], items[step:][same]
         found += [np.unique(a * num_items + b, return_counts=True) for a, b in ((left, right), (right, left))]
     pairs, inverse = np.unique(np.concatenate([keys for keys, _ in found]), return_inverse=True)

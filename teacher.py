@@ -601,45 +601,44 @@ def default_init(data: Interactions, split: str, reader: Reader | None) -> str:
     return kind
 
 
+def fill_in(args: argparse.Namespace, **usual: object) -> None:
+    """What no flag has set is set to these."""
+    for key, value in usual.items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+
+
 def settle(args: argparse.Namespace, recipes: dict[str, dict], data: Interactions) -> None:
     """Fill in what the flags left open, so that config.json tells all, and end the run's name in -all or -final.
 
     Raises InputError for what makes no sense.
     """
-    recipe = recipes[args.objective]
+    recipe, suffix = recipes[args.objective], "-all" if args.all else "-final" if args.final else ""
+    fill_in(args, max_length=200, negatives=NEGATIVES if data.num_items > FULL_SOFTMAX else None)
     if Path(args.name).name != args.name or args.name in ("", ".."):
         raise InputError(f"--name {args.name!r}: must be a name, of a folder in runs/{data.name}")
-    args.max_length = args.max_length or 200
     if args.max_length < 3 or not 0 <= args.seed < 2**32:
         raise InputError("--max-length must be 3 or more, --seed from 0 to 2^32 - 1")
-    if args.negatives is None and data.num_items > FULL_SOFTMAX:
-        args.negatives = NEGATIVES
-    if args.negatives:
-        if args.label_smoothing:
-            raise InputError("--label-smoothing needs the full softmax; --negatives and large catalogues do without it")
-        args.label_smoothing = 0.0
-    suffix = "-all" * args.all + "-final" * args.final
+    if args.negatives and args.label_smoothing:
+        raise InputError("--label-smoothing needs the full softmax; --negatives and large catalogues do without it")
     if args.epochs == 0 and (suffix or not args.start):
         raise InputError("--epochs 0 trains nothing; it is for --start RUN without --all and --final")
     smaller = max(1.0, 1e6 / len(data.items))  # small data: smaller batches, so that an epoch has as many steps
-    args.tokens = args.tokens or max(recipe["least_tokens"], recipe["tokens"] // 2 ** round(math.log2(smaller)))
-    for key in ("lr", "body_lr"):  # a step of fewer questions says less, and may change less
-        if getattr(args, key) is None:
-            setattr(args, key, recipe[key] * min(1.0, args.tokens / recipe["tokens"]) ** 0.5)
     halfway = (recipe["dropout"] + recipe["sparse_dropout"]) / 2
     dropout = recipe["dropout"] if not sparse(data) else halfway if data.repeats else recipe["sparse_dropout"]
-    usual = {"dropout": dropout, "label_smoothing": recipe["label_smoothing"]}
-    usual["near_identity"] = sparse(data) and not data.repeats
-    for key, value in usual.items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
+    fill_in(
+        args, tokens=max(recipe["least_tokens"], recipe["tokens"] // 2 ** round(math.log2(smaller))), dropout=dropout,
+        label_smoothing=0.0 if args.negatives else recipe["label_smoothing"],
+        near_identity=sparse(data) and not data.repeats,
+    )  # fmt: skip
+    less = min(1.0, args.tokens / recipe["tokens"]) ** 0.5  # a step of fewer questions says less, and may change less
+    fill_in(args, lr=recipe["lr"] * less, body_lr=recipe["body_lr"] * less)
     if args.epochs is None and suffix and not (args.minutes or args.start):
         args.epochs = best_epoch(args, replace(data, split=args.split), suffix)
-    if args.epochs is None:  # a hundredth of the data gets three times the passes
-        args.epochs = round(recipe["epochs"] * smaller**0.25)
-        args.epochs = max(1, args.epochs // 5) if args.start else args.epochs
+    epochs = round(recipe["epochs"] * smaller**0.25)  # a hundredth of the data gets three times the passes
+    fill_in(args, epochs=max(1, epochs // 5) if args.start else epochs)
+    fill_in(args, patience=max(5, args.epochs // 3))
     args.name = f"{args.name}{suffix}"
-    args.patience = args.patience or max(5, args.epochs // 3)
 
 
 def best_epoch(args: argparse.Namespace, data: Interactions, suffix: str) -> int:

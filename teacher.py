@@ -24,7 +24,6 @@ import math
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -178,24 +177,6 @@ def validate(model: PreBert, valid: Spans, exclude_seen: bool, count: int) -> tu
     return quality / len(chosen), hits / len(chosen)
 
 
-@contextmanager
-def signals_caught() -> Iterator[list[int]]:
-    """A list into which Ctrl-C and SIGTERM are written, so that training ends between two steps; two of them end it."""
-    caught: list[int] = []
-
-    def handle(received: int, _frame: object) -> None:
-        if caught:
-            sys.exit(128 + received)
-        caught.append(received)
-
-    before = {wanted: signal.signal(wanted, handle) for wanted in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for wanted, handler in before.items():
-            signal.signal(wanted, handler)
-
-
 class ModelWithLoss(nn.Module):
     """Model and loss as one module, so that PyTorch's DDP sees one forward pass a step."""
 
@@ -213,9 +194,9 @@ def train(
     """Train until the budget (--epochs or --minutes) or the patience is used up; leaves a run folder.
 
     The best weights by validation NDCG@10 are in model.safetensors at any time; from train_state.pt --resume goes on
-    bit for bit (with --minutes the clock decides), since every random draw is a function of the seed and its step or
-    epoch. Raises InputError when there is nothing to ask, the folder is taken, or the loss is not finite; exits with
-    130 or 143 after Ctrl-C or SIGTERM.
+    with the epoch that was interrupted, bit for bit (with --minutes the clock decides), since every random draw is a
+    function of the seed and its step or epoch. Raises InputError when there is nothing to ask, the folder is taken, or
+    the loss is not finite.
     """
     train_part, valid_part, _ = parts
     if args.start and data.split == "last":  # a user who had two items before was trained on both
@@ -230,13 +211,12 @@ def train(
     dtype = autocast_dtype(device, args.precision)
     model.item_dropout = args.item_dropout
     optimizer = make_optimizer(model.train().to(device), args.lr, args.body_lr, args.weight_decay)
-    with locked(run), signals_caught() as caught:
+    with locked(run):
         state = open_run(run, model, optimizer, data, train_part, args, config)
         if state is None:
             return
         with_loss: nn.Module = ModelWithLoss(model, loss_of)
         with_loss = DistributedDataParallel(with_loss) if processes > 1 else with_loss
-        now = saved = time.perf_counter()  # saved: when the last checkpoint was written
         if args.start and state["step"] == 0:
             if process == 0:
                 write_safetensors(run / "model.safetensors", model.state_dict())
@@ -244,7 +224,7 @@ def train(
                 state["best"], hits = validate(model, valid_part, data.exclude_seen, args.eval_users)
                 print(f"before training: validation NDCG@10 {state['best']:.4f}  HR@10 {hits:.4f}", flush=True)
         # When training would have begun, had it not been interrupted.
-        began, began_cpu = now - state["seconds"], time.process_time() - state["cpu_seconds"]
+        began, began_cpu = time.perf_counter() - state["seconds"], time.process_time() - state["cpu_seconds"]
 
         def spent(of_epoch: float = 0.0) -> float:
             """Share of the budget used up; of_epoch: of the current epoch, which the clock does not need."""
@@ -252,19 +232,16 @@ def train(
                 return state["seconds"] / (60 * args.minutes)
             return (state["epoch"] + of_epoch) / args.epochs if args.epochs else 1.0
 
-        # An epoch that was begun is validated and logged, also where the minutes were over as it was interrupted.
-        while (spent() < 1 or state["batch"]) and state["waited"] < args.patience:
+        while spent() < 1 and state["waited"] < args.patience:
             # An epoch: fresh windows, fresh batches of similar length, fresh questions.
             epoch = state["epoch"]
             starts, ends, last_only = draw_windows(model, train_part, seeded(seed, "windows", epoch))
             sizes = ends - starts  # (W,)
             plan = batches(sizes, args.tokens, generator=seeded(seed, "batches", epoch))
-            done = sum(int(sizes[rows].sum()) for rows in plan[: state["batch"]])
-            bar = tqdm(total=int(sizes.sum()), initial=done, desc=f"epoch {epoch + 1}", unit=" items",
-                       leave=False, unit_scale=True, mininterval=0.5 if sys.stderr.isatty() else 30,
-                       disable=process > 0)  # fmt: skip
-            for rows in plan[state["batch"] :]:
-                rate = schedule(spent((state["batch"] + 0.5) / len(plan)), args.warmup)  # of the middle of a step
+            bar = tqdm(total=int(sizes.sum()), desc=f"epoch {epoch + 1}", unit=" items", leave=False, unit_scale=True,
+                       mininterval=0.5 if sys.stderr.isatty() else 30, disable=process > 0)  # fmt: skip
+            for place, rows in enumerate(plan):
+                rate = schedule(spent((place + 0.5) / len(plan)), args.warmup)  # of the middle of a step
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * rate
                 generator = seeded(seed, "masks", state["step"])
@@ -276,33 +253,25 @@ def train(
                 optimizer.zero_grad()
                 loss.backward()
                 norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
-                # The clock and Ctrl-C are shared, so that all processes stop together.
-                facts = [loss.item(), time.perf_counter() - began, max(caught, default=0)]
-                losses, seconds, signals = gathered(facts, device).T.tolist()
-                value, state["seconds"], stop = sum(losses) / processes, seconds[0], int(max(signals))
+                # The clock is shared, so that all processes stop together.
+                losses, seconds = gathered([loss.item(), time.perf_counter() - began], device).T.tolist()
+                value, state["seconds"] = sum(losses) / processes, seconds[0]
                 check_finite({"the loss": value, "the gradient's norm": norm}, run, state["step"])
                 optimizer.step()
                 state["loss"] = value if state["step"] == 0 else 0.99 * state["loss"] + 0.01 * value
-                state["step"], state["batch"] = state["step"] + 1, state["batch"] + 1
+                state["step"] += 1
                 bar.set_postfix_str(f"loss {state['loss']:.3f}", refresh=False)
                 bar.update(int(sizes[rows].sum()))
-                if stop or time.perf_counter() - saved > 600:
-                    state["cpu_seconds"], saved = time.process_time() - began_cpu, time.perf_counter()
-                    save_state(run, model, optimizer, state)
-                if stop:
-                    if process == 0:
-                        print(f"\nstopped at step {state['step']}; --resume goes on", file=sys.stderr)
-                    sys.exit(128 + stop)
                 if args.minutes and spent() >= 1:
                     break
             bar.close()
             check_finite({name: p.detach().sum().item() for name, p in model.named_parameters()}, run, state["step"])
             # Evaluate on validation users, keep the weights if they are the best so far, log, checkpoint.
-            state["epoch"], state["batch"] = epoch + 1, 0
+            state["epoch"] += 1
             quality, hits = validate(model, valid_part, data.exclude_seen, args.eval_users) if has_valid else (0.0, 0.0)
             best = not has_valid or quality > state["best"]
             state["best"], state["waited"] = max(quality, state["best"]), 0 if best else state["waited"] + 1
-            state["cpu_seconds"], saved = time.process_time() - began_cpu, time.perf_counter()
+            state["cpu_seconds"] = time.process_time() - began_cpu
             minutes, loss_now = state["seconds"] / 60, state["loss"]
             state["log"] += f"{state['step']},{epoch + 1},{minutes:.3f},{loss_now:.5f},{quality:.8f},{hits:.5f}\n"
             if best and process == 0:
@@ -327,7 +296,7 @@ def check_finite(numbers: dict[str, float], run: Path, step: int) -> None:
 # ---------------------------------------------------------------- checkpoints
 
 FRESH: dict = {
-    "epoch": 0, "batch": 0, "step": 0, "waited": 0, "seconds": 0.0, "cpu_seconds": 0.0, "loss": 0.0, "best": -1.0,
+    "epoch": 0, "step": 0, "waited": 0, "seconds": 0.0, "cpu_seconds": 0.0, "loss": 0.0, "best": -1.0,
     "log": "step,epoch,minutes,loss,valid_NDCG@10,valid_HR@10\n",
 }  # fmt: skip
 
@@ -348,6 +317,8 @@ def load_state(content: bytes, run: Path, model: PreBert, optimizer: torch.optim
     """
     try:
         checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        if checkpoint["state"].get("batch"):
+            raise ValueError("of older code, from the middle of an epoch")
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         return {key: type(value)(checkpoint["state"][key]) for key, value in FRESH.items()}

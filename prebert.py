@@ -355,9 +355,7 @@ def config_of(tensors: dict[str, Tensor], raw: dict, path: Path) -> BertConfig:
     if not hidden or not ups or {*ups} != {(*ups[0][:1], hidden)} or qkvs != len(ups) * [(3 * hidden, hidden)]:
         raise InputError(f"{path}: these weights are not those of a BERT encoder")
     names = ("num_attention_heads", "hidden_act", "hidden_dropout_prob", "layer_norm_eps", "causal")
-    for name in names[:2]:
-        if name not in raw:
-            raise InputError(f"{path.parent / 'config.json'}: {name} is missing; the weights alone do not tell it")
+    raw = {**dict.fromkeys(names[:2]), **raw}  # these have no default
     config = BertConfig(
         hidden_size=hidden, num_hidden_layers=len(ups), intermediate_size=ups[0][0], max_position_embeddings=len(table),
         **{name: raw[name] for name in names if name in raw},

@@ -27,7 +27,7 @@ from data import (
     PAD, SPLITS, InputError, Interactions, Spans, add_data_flags, at_once, batches, check_replaceable, command_line,
     data_flags, entries_of, item_counts, load_asked, ragged, run_command, write_json,
 )  # fmt: skip
-from prebert import PreBert, check_catalogue, load_run, machine, pick_device, read_metrics, read_run, without_seed
+from prebert import PreBert, check_catalogue, load_run, machine, pick_device, read_json, read_run, without_seed
 from student import TopK, compile_ahead
 
 Scorer = Callable[[Tensor], Tensor]  # history (B, T), left-padded, newest last -> scores (B, I) of items 1..I
@@ -235,7 +235,7 @@ def print_bench(rows: list[dict]) -> None:
 
 def run_row(run: Path, model: PreBert, config: dict) -> dict:
     """What is known of a run before it is evaluated: its size, how it was made, and what that has cost."""
-    made = read_metrics(run) if (run / "metrics.json").exists() else {}
+    made = read_json(run / "metrics.json") if (run / "metrics.json").exists() else {}
     params = sum(parameter.numel() for parameter in model.parameters())
     row: dict = {"params": params, "body_params": params - model.item_embedding.weight.numel()}
     row["mb"] = (run / "model.safetensors").stat().st_size / 1e6

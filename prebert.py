@@ -24,7 +24,6 @@ import sys
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import NoneType
 from typing import TypeVar
 
 import numpy as np
@@ -608,14 +607,6 @@ def read_run(run: Path) -> tuple[dict, dict]:
     if not all(0 <= count < 2**53 for count in catalogue["counts"]):
         raise InputError(f"{run / 'catalogue.json'}: counts must be from 0 to 2^53")
     return config, catalogue
-
-
-def read_metrics(run: Path) -> dict:
-    """metrics.json of an ended training, its score None where nothing was held out; InputError for any other score."""
-    ended = read_json(run / "metrics.json")
-    if type(ended.get("valid_NDCG@10", "missing")) not in (float, int, NoneType):
-        raise InputError(f"{run / 'metrics.json'}: valid_NDCG@10 must be a number")
-    return ended
 
 
 def load_run(run: str | Path) -> tuple[PreBert, dict, dict]:

@@ -49,7 +49,7 @@ from data import (
 from evaluate import Markov, Scorer, hit_rate, ndcg, rank_targets
 from prebert import (
     ITEM_INITS, NEVER, VERSION, BertConfig, PreBert, Reader, centred, check_catalogue, item_vectors, load_bert,
-    load_run, machine, near_identity, peak_memory_gb, pick_device, prebert_from_bert, read_metrics, read_run,
+    load_run, machine, near_identity, peak_memory_gb, pick_device, prebert_from_bert, read_json, read_run,
     set_item_table, start_from, text_columns, text_vectors, with_text_columns, write_safetensors,
 )  # fmt: skip
 
@@ -620,7 +620,7 @@ def best_epoch(args: argparse.Namespace, data: Interactions, suffix: str) -> int
     run = Path("runs") / data.name / args.name
     if args.resume and (Path(f"{run}{suffix}") / "config.json").exists():
         return read_run(Path(f"{run}{suffix}"))[0]["settings"]["epochs"]
-    ended = read_metrics(run) if (run / "metrics.json").exists() else {}
+    ended = read_json(run / "metrics.json") if (run / "metrics.json").exists() else {}
     if ended.get("valid_NDCG@10") is None:
         advice = "train without --all and --final first, or give --epochs N"
         raise InputError(f"{run} does not tell the best epoch; {advice}")

@@ -249,7 +249,7 @@ def main() -> None:
     if args.no_kd and not args.item_init:
         reader = load_bert(args.bert or "minilm") if titles and sparse(data) else None
     args.item_init = args.item_init or (default_init(data, args.split, reader) if args.no_kd else "pca")
-    usual = f"runs/{data.name}/teacher" + "-all" * args.all + "-final" * args.final
+    usual = f"runs/{data.name}/teacher{'-all' if args.all else '-final' if args.final else ''}"
     args.teacher = [str(Path(run)) for run in args.teacher or [usual]]
     teachers, made_by, texts_count = load_teachers(args, data)
     args.teacher = args.teacher if teachers else None

@@ -63,8 +63,7 @@ ACTIVATIONS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"} 
 class Dropout(nn.Module):
     """Zero a share `p` of the entries, in steps of 1 / 256, and scale up the rest.
 
-    nn.Dropout draws one random number per entry, which on a CPU takes a tenth of a training step;
-    here each random 64-bit integer decides for eight entries.
+    On a CPU a random 64-bit integer decides for eight entries: nn.Dropout's number for each takes a tenth of a step.
     """
 
     def __init__(self, p: float):
@@ -492,9 +491,8 @@ def near_identity(model: PreBert) -> None:
     """Let body and head hand on almost what they read, at first: a state begins near the row of its item.
 
     What attention and feed-forward add starts at a fifth of its size, the head's linear map near the identity (as in
-    ReZero, Bachlechner et al. 2021, and LayerScale, Touvron et al. 2021). The output is tied to the item table, so
-    items whose rows are alike are recommended after each other from the first step on, and sparse data need not teach
-    the way back from BERT's states to the rows.
+    ReZero, Bachlechner et al. 2021, and LayerScale, Touvron et al. 2021). So items whose rows are alike are recommended
+    after each other from the first step on, and sparse data need not teach the way from states back to rows.
     """
     with torch.no_grad():
         for name, parameter in model.encoder.named_parameters():

@@ -276,8 +276,10 @@ def train(
             state["log"] += f"{state['step']},{epoch + 1},{minutes:.3f},{loss_now:.5f},{quality:.8f},{hits:.5f}\n"
             if best and process == 0:
                 write_safetensors(run / "model.safetensors", model.state_dict())
-            scores = f"  validation NDCG@10 {quality:.4f}  HR@10 {hits:.4f}{'  best' * best}" if has_valid else ""
-            print(f"epoch {epoch + 1:>3}  {minutes:6.1f} min  loss {loss_now:.3f}{scores}", flush=True)
+            line = f"epoch {epoch + 1:>3}  {minutes:6.1f} min  loss {loss_now:.3f}"
+            if has_valid:
+                line += f"  validation NDCG@10 {quality:.4f}  HR@10 {hits:.4f}{'  best' if best else ''}"
+            print(line, flush=True)
             save_state(run, model, optimizer, state)
         if process == 0:
             costs = {"minutes": (time.perf_counter() - began) / 60, "cpu_minutes": state["cpu_seconds"] / 60}
@@ -374,8 +376,7 @@ def open_run(
             (run / name).unlink(missing_ok=True)
         if not args.start:  # a run may be its own start, whose weights are replaced, never missing
             (run / "model.safetensors").unlink(missing_ok=True)
-        # A run has a checkpoint from its start to its end; without one, its weights would pass for trained. It is
-        # written first, since what comes after does not fit the weights of a run that is its own start.
+        # Weights without a checkpoint would pass for trained; first, since what follows does not fit those of --start.
         save_state(run, model, optimizer, state)
         counts = [0, *item_counts(part, data.num_items).tolist()]
         write_json(run / "config.json", config)
@@ -383,7 +384,7 @@ def open_run(
     params = sum(parameter.numel() for parameter in model.parameters())
     where = f"{autocast_dtype(model.item_bias.device, args.precision)} on {model.item_bias.device}"
     where += f" x {processes}" if processes > 1 else ""
-    start = ", begins near the identity" * (args.near_identity and not args.start)
+    start = ", begins near the identity" if args.near_identity and not args.start else ""
     print(f"training {run}: {params:,} parameters, dropout {args.dropout:g}{start}, {where}", flush=True)
     return state
 
@@ -503,7 +504,6 @@ def add_training_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict]
     def by_recipe(key: str) -> str:
         return f"(default: {', '.join(f'{recipe[key]:g} {kind}' for kind, recipe in recipes.items())})"
 
-    least, most = (recipes["next"][key] for key in ("least_tokens", "tokens"))
     add("--name", help="run folder runs/<data>/<name> (default: teacher, student or student-no-kd)")
     add("--start", metavar="RUN", help="begin from the weights of a run on an older log, in a fifth of the epochs")
     add("--objective", choices=tuple(recipes), help="predict each next item, or fill in blanks, the paper's own")
@@ -511,8 +511,8 @@ def add_training_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict]
     budget.add_argument("--epochs", type=number(0, kind=int), help=f"passes, more on small data {by_recipe('epochs')}; "
         "a fifth with --start; 0: its weights with today's catalogue")  # fmt: skip
     budget.add_argument("--minutes", type=number(0, above=True), help="budget by the clock instead of --epochs")
-    add("--tokens", type=positive, help=f"positions in a batch, over all processes {by_recipe('tokens')}"
-        + f"; fewer on small data, at least {least}" * (least < most))  # fmt: skip
+    add("--tokens", type=positive, help=f"positions in a batch, over all processes {by_recipe('tokens')}; "
+        f"on small data as few as {recipes['next']['least_tokens']}")  # fmt: skip
     add("--lr", type=number(0, above=True), help=f"peak learning rate; less with fewer --tokens {by_recipe('lr')}")
     add("--body-lr", type=number(0, above=True), help=f"the same for encoder and positions {by_recipe('body_lr')}")
     add("--dropout", type=number(0, 0.9), help=f"share of activations zeroed {by_recipe('dropout')}; with fewer than "
@@ -646,7 +646,7 @@ def describe(data: Interactions, model: PreBert, args: argparse.Namespace, teach
     """
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    # Not part of the settings: what does not decide what is learnt, and flags whose outcome stands beside them.
+    # No settings: what does not decide what is learnt, and flags whose outcome stands beside them.
     hidden = ("resume", "overwrite", "device", "root", "data", "columns", "titles", "no_cache", "final", "seen",
               "min_count")  # fmt: skip
     settings = {key: value for key, value in vars(args).items() if key not in hidden}

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import (
-    TABLE, InputError, Interactions, Spans, add_data_flags, at_once, batches, cache_folder, check_replaceable,
+    PAD, TABLE, InputError, Interactions, add_data_flags, at_once, batches, cache_folder, check_replaceable,
     load_asked, positive, read_lines, read_titles, run_command, write_atomic,
 )  # fmt: skip
 from prebert import BertConfig, PreBert, load_run, machine, pick_device, with_new_items
@@ -190,7 +190,7 @@ class Recommender:
             if not self.allowed.any():
                 raise InputError("none of the items allowed is a raw id or title of the catalogue")
         for _ in range(3):  # the first calls pay for memory and threads
-            self.rank(torch.ones(model.max_length, dtype=torch.long), torch.tensor([model.max_length]), self.allowed)
+            self.rank([[1] * model.max_length], self.allowed)
         self.warm_up_s = time.perf_counter() - began
 
     def serve(self, model: PreBert, raw_ids: list[str], titles: list[str], counts: list[int]) -> TopK:
@@ -228,28 +228,25 @@ class Recommender:
         self.allowed = torch.cat([self.allowed[:-1], self.allowed.new_ones(len(new) + 1)])
 
     @torch.inference_mode()
-    def rank(self, items: Tensor, sizes: Tensor, allowed: Tensor, title: str = "") -> tuple[Tensor, Tensor]:
-        """Scores and internal ids, (U, k) each, of the k best of the `allowed` (V,) for each user.
-
-        The histories, of `sizes` (U,) items, stand one after the other in `items`. Scores are -inf where nothing is
-        left. An empty history gets the most popular items, with their counts as scores.
-        """
-        scores, best = torch.zeros(len(sizes), self.k), torch.zeros(len(sizes), self.k, dtype=torch.long)
-        if not sizes.all():
-            scores[:], best[:] = self.counts.masked_fill(~allowed[:-1], -torch.inf).topk(self.k)
-        ends, allowed = sizes.cumsum(0), allowed.to(self.device)
-        users, present = Spans(items, ends - sizes, ends, items[:0]), sizes.nonzero()[:, 0]
+    def rank(self, people: list[list[int]], allowed: Tensor) -> list[list[tuple[str, str, float]]]:
+        """What calling it returns, for histories of internal ids, from the items `allowed`, (V,)."""
+        popular = [] if all(people) else self.named(*self.counts.masked_fill(~allowed[:-1], -torch.inf).topk(self.k))
+        answers, asked = [popular[:] for _ in people], [row for row, history in enumerate(people) if history]
+        sizes = torch.tensor([min(len(people[row]), self.model.max_length) for row in asked])
         groups = [torch.arange(1)]  # one user, as of a live service, waits for no grouping
-        if len(present) != 1:
-            limits = at_once(self.device, self.model.num_items)
-            groups = batches(sizes[present].clamp(max=self.model.max_length), *limits)
-        for group in tqdm(groups, desc=title, leave=False, disable=not title):
-            rows = present[group]
-            history = users.histories(rows, self.device)  # (B, S)
+        if len(asked) != 1:
+            groups = batches(sizes, *at_once(self.device, self.model.num_items))
+        allowed = allowed.to(self.device)
+        for group in groups:
+            rows = [asked[place] for place in group.tolist()]
+            width = max(2, *(len(people[row]) for row in rows))  # compiled graphs need two
+            padded = [[PAD] * (width - len(people[row])) + people[row] for row in rows]
+            history = torch.tensor(padded, device=self.device)  # (B, S)
             excluded = history if self.exclude_seen else torch.zeros_like(history[:, :2])  # PAD alone, (B, 2)
-            found = self.graph(self.model.question(history), excluded, allowed)
-            scores[rows], best[rows] = found[0].cpu(), found[1].cpu()
-        return scores, best
+            found = (each.cpu() for each in self.graph(self.model.question(history), excluded, allowed))
+            for row, *best in zip(rows, *found, strict=True):
+                answers[row] = self.named(*best)
+        return answers
 
     def matches(self, name: str) -> list[int]:
         """Internal ids of the items with this raw id or title; exact spelling wins over another case."""
@@ -298,9 +295,7 @@ class Recommender:
         known = [[self.item(name) for name in history] for history in people]
         allowed = self.allowed.clone()
         allowed[self.items(without)] = False
-        items = torch.tensor([item for history in known for item in history], dtype=torch.long)
-        sizes = torch.tensor([len(history) for history in known], dtype=torch.long)
-        return [self.named(*row) for row in zip(*self.rank(items, sizes, allowed), strict=True)]
+        return self.rank(known, allowed)
 
     def named(self, scores: Tensor, items: Tensor) -> list[tuple[str, str, float]]:
         """[(raw id, title, score), ...] of scores and internal ids, (k,) each."""
@@ -371,16 +366,15 @@ def add_new_items(recommender: Recommender, names: list[str]) -> None:
     recommender.add_items({raw_id: text for raw_id, (_, text) in found.items()}, titles)
 
 
-def histories(recommender: Recommender, data: Interactions) -> tuple[Tensor, Tensor]:
-    """Items (L,) of every user of a log, by the run's ids, and how many each has, (U,); unknown ones are left out."""
-    items = torch.tensor([recommender.by_id.get(raw_id, 0) for raw_id in data.raw_ids])[torch.from_numpy(data.items)]
-    users = torch.repeat_interleave(torch.arange(data.num_users), torch.from_numpy(np.diff(data.offsets)))
-    sizes = torch.bincount(users[items > 0], minlength=data.num_users)
-    if not sizes.any():
+def histories(recommender: Recommender, data: Interactions) -> list[list[int]]:
+    """The items of every user of a log, by the run's ids; those that the run does not know are left out."""
+    items = np.array([recommender.by_id.get(raw_id, 0) for raw_id in data.raw_ids])[data.items]  # (L,)
+    people = [own[own > 0].tolist() for own in np.split(items, data.offsets[1:-1])]
+    if not any(people):
         raise InputError(f"{recommender.run} knows none of the items of {data.name}; is this the log that it is for?")
-    known = f"{int((items > 0).sum()):,} of {len(items):,} interactions with items that the run knows"
-    print(f"{data.name}: {data.num_users:,} users, {known}; {int((sizes == 0).sum()):,} users get the most popular")
-    return items[items > 0], sizes
+    known = f"{np.count_nonzero(items):,} of {len(items):,} interactions with items that the run knows"
+    print(f"{data.name}: {data.num_users:,} users, {known}; {people.count([]):,} users get the most popular")
+    return people
 
 
 HEADER = "user_id\titem_id\tscore"
@@ -388,17 +382,17 @@ HEADER = "user_id\titem_id\tscore"
 
 def recommend_all(recommender: Recommender, data: Interactions, path: Path) -> None:
     """Write the k best items of every user of a log: user_id, item_id, score, a line each, separated by tabs."""
-    items, sizes = histories(recommender, data)
-    began = time.perf_counter()
-    scores, best = recommender.rank(items, sizes, recommender.allowed, title="recommending")
-    rate = len(sizes) / (time.perf_counter() - began)
+    people, began = histories(recommender, data), time.perf_counter()
     lines, served = [HEADER], 0
-    for user, *ranked in zip(data.user_ids, scores, best, strict=True):
-        named = recommender.named(*ranked)
-        lines += [f"{user}\t{raw_id}\t{score:.5g}" for raw_id, _, score in named]
-        served += len(named) > 0
+    for begin in tqdm(range(0, len(people), 1000), desc="recommending, 1000 users", leave=False):
+        some = slice(begin, begin + 1000)
+        answers = recommender.rank(people[some], recommender.allowed)
+        for user, ranked in zip(data.user_ids[some], answers, strict=True):
+            lines += [f"{user}\t{raw_id}\t{score:.5g}" for raw_id, _, score in ranked]
+            served += len(ranked) > 0
+    rate = len(people) / (time.perf_counter() - began)
     write_atomic(path, ("\n".join(lines) + "\n").encode())
-    print(f"{len(lines) - 1:,} recommendations for {served:,} of {len(sizes):,} users in {path}; {rate:,.0f} users/s")
+    print(f"{len(lines) - 1:,} recommendations for {served:,} of {len(people):,} users in {path}; {rate:,.0f} users/s")
 
 
 def user_items(recommender: Recommender, data: Interactions, user: str) -> list[int]:
@@ -408,8 +402,7 @@ def user_items(recommender: Recommender, data: Interactions, user: str) -> list[
         hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
         what = f"no user {user!r} in {data.name}, which has {data.num_users:,}"
         raise InputError(f"{what}{hint}; its columns: {data.taken['columns']}")
-    items, sizes = histories(recommender, data)
-    return items.split(sizes.tolist())[data.user_ids.index(user)].tolist()
+    return histories(recommender, data)[data.user_ids.index(user)]
 
 
 def print_ranked(ranked: list[tuple[str, str, float]]) -> None:
@@ -475,13 +468,12 @@ def main() -> None:
     else:
         items = known_items(recommender, args.items)
     began = time.perf_counter()
-    sizes = torch.tensor([len(items)])
-    scores, best = recommender.rank(torch.tensor(items, dtype=torch.long), sizes, recommender.allowed)
+    (ranked,) = recommender.rank([items], recommender.allowed)
     milliseconds = 1000 * (time.perf_counter() - began)
     watched = ", ".join(recommender.titles[item] for item in items[-20:])
     more = f"{len(items) - 20} items and " * (len(items) > 20)
     print(f"after {more}{watched}:" if items else "most popular, by interactions:")
-    print_ranked(recommender.named(scores[0], best[0]))
+    print_ranked(ranked)
     kind = "compiled" if recommender.compiled else "eager" + ", --compile makes it faster" * (not args.new_items)
     print(f"{milliseconds:.1f} ms, {kind}, on {recommender.device}; ready to answer in {recommender.warm_up_s:.2f} s")
 

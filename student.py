@@ -173,8 +173,7 @@ class Recommender:
         # Internal ids are places in these lists; place 0 is PAD's.
         self.raw_ids, self.titles, self.counts = [""], [""], torch.tensor([-math.inf], dtype=torch.float64)
         self.by_id: dict[str, int] = {}
-        self.by_title: dict[str, list[int]] = {}
-        self.by_title_in_any_case: dict[str, list[int]] = {}
+        self.by_title: dict[str, list[int]] = {}  # by what `normal` makes of it
         graph = self.serve(model, *(catalogue[key][1:] for key in ("raw_ids", "titles", "counts")))
         compiled = None
         try:
@@ -196,10 +195,8 @@ class Recommender:
     def serve(self, model: PreBert, raw_ids: list[str], titles: list[str], counts: list[int]) -> TopK:
         """Serve with a model that has these items behind those known so far; returns its graph."""
         for item, (raw_id, title) in enumerate(zip(raw_ids, titles, strict=True), len(self.raw_ids)):
-            self.by_id.setdefault(normal(raw_id), item)
             self.by_id[raw_id] = item
             self.by_title.setdefault(normal(title), []).append(item)
-            self.by_title_in_any_case.setdefault(normal(title).casefold(), []).append(item)
         self.raw_ids, self.titles = self.raw_ids + raw_ids, self.titles + titles
         self.counts = torch.cat([self.counts, torch.tensor(counts, dtype=torch.float64)])  # (num_items + 1,)
         self.model = model.requires_grad_(False)
@@ -249,37 +246,28 @@ class Recommender:
         return answers
 
     def matches(self, name: str) -> list[int]:
-        """Internal ids of the items with this raw id or title; exact spelling wins over another case."""
-        text = normal(name)
-        for raw_id in (name[3:], text[3:]):
-            if text.startswith("id:") and raw_id in self.by_id:
-                return [self.by_id[raw_id]]
-        ids = [self.by_id[key] for key in (name, text) if key in self.by_id][:1]
-        return sorted({*ids, *self.by_title.get(text, [])}) or self.by_title_in_any_case.get(text.casefold(), [])
+        """Internal ids: of the item with this raw id, also behind `id:`, else of those with this title."""
+        ids = [self.by_id[raw_id] for raw_id in (name, name.removeprefix("id:")) if raw_id in self.by_id]
+        return ids[:1] or self.by_title.get(normal(name), [])
 
     def items(self, names: Iterable[object]) -> list[int]:
-        """Internal ids of all with these raw ids or, where that is none, these titles; unknown names are left out."""
-        if isinstance(names, str):
+        """Internal ids of all with these names; unknown names are left out."""
+        if isinstance(names, str) or not isinstance(names, Iterable):
             raise InputError(f"items are given as a list of names, not as {names!r}")
-        texts = [str(name) for name in names]
-        return [item for text in texts for item in ([self.by_id[text]] if text in self.by_id else self.matches(text))]
+        return [item for name in names for item in self.matches(str(name))]
 
     def item(self, name: object) -> int:
-        """The internal id of an item given as raw id or title, text or number; `id:RAW` is a raw id for certain.
-
-        Raises InputError for an unknown or ambiguous name.
-        """
-        name = str(name)
-        text, found = normal(name), self.matches(name)
+        """The internal id of an item given as raw id or title, text or number; InputError unless it is one item."""
+        text, found = str(name), self.matches(str(name))
         if len(found) == 1:
             return found[0]
         if found:
             which = ", ".join(f"id:{self.raw_ids[item]}" for item in found)
-            raise InputError(f"{name!r} is the name of {len(found)} items; say which: {which}")
-        inside = [title for title in self.by_title if text.casefold() in title.casefold()][:3]
-        close = inside or difflib.get_close_matches(text, list(self.by_title)[:SEARCHED], 3, 0.5)
+            raise InputError(f"{text!r} is the name of {len(found)} items; say which: {which}")
+        inside = [title for title in self.titles[1:] if normal(text) in normal(title)][:3]
+        close = inside or difflib.get_close_matches(text, self.titles[1:SEARCHED], 3, 0.5)
         hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
-        raise InputError(f"no item {name!r} in the catalogue{hint}")
+        raise InputError(f"no item {text!r} in the catalogue{hint}")
 
     def __call__(
         self, people: Sequence[Sequence[object]], without: Iterable[object] = ()
@@ -312,9 +300,9 @@ class Recommender:
         return self.named(*cosines.topk(self.k))
 
 
-def normal(name: str) -> str:
-    """Accents in one spelling: an e with an accent is one character or two, as keyboards and files differ."""
-    return unicodedata.normalize("NFC", name)
+def normal(title: str) -> str:
+    """A title as it is compared: in any case, and an e with an accent, which is one character or two, as one."""
+    return unicodedata.normalize("NFC", title).casefold()
 
 
 # ---------------------------------------------------------------- the command

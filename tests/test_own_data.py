@@ -733,7 +733,8 @@ def test_raw_ids_in_lists_mean_that_item_alone(tmp_path):
     everything = Recommender(run, compile=False)
     assert {raw_id for raw_id, _, _ in everything([["id:9"]], without=["1984"])[0]} == {"7"}
     assert len(everything(history for history in [["id:9"]])) == 1
-    for call in (lambda: everything([["id:9"]], without="1984"), lambda: everything.add_items("abc")):
+    wrong = (lambda: everything([["id:9"]], without="1984"), lambda: everything([], without=5))
+    for call in (*wrong, lambda: everything.add_items("abc")):
         with pytest.raises(InputError, match="are given as"):
             call()
 

@@ -262,13 +262,12 @@ def test_spelling(tmp_path):
     recommender = Recommender(write_run(tmp_path, raw_ids, titles, True), compile=False)
     for name, item in (
         (nfc, 1), (nfd, 1), (nfc.upper(), 1),  # one letter or two
-        ("Alien", 2), ("ALIEN", 3),  # exact spelling wins
-        ("\u00e9", 4), ("e\u0301", 4), ("\u00c9", 5), ("E\u0301", 5),  # ids, too
-        ("id:1", 1), ("id:x", 6), ("sOLO", 8), ("same", 10), ("SAME", 9), ("Straße", 7),
+        ("\u00e9", 4), ("E\u0301", 5), ("1", 1), ("same", 10), ("Straße", 7),  # raw ids, which come first
+        ("id:1", 1), ("id:x", 6), ("sOLO", 8), ("SAME", 9),
     ):  # fmt: skip
         assert recommender.item(name) == item, name
-    for name, which in (("alien", "id:2, id:3"), ("1", "id:1, id:x")):
-        with pytest.raises(InputError, match=f"name of 2 items; say which: {which}"):
+    for name in ("alien", "Alien", "ALIEN"):
+        with pytest.raises(InputError, match="name of 2 items; say which: id:2, id:3"):
             recommender.item(name)
     with pytest.raises(InputError) as caught:
         recommender.item("amelie")

@@ -308,19 +308,6 @@ def normal(title: str) -> str:
 # ---------------------------------------------------------------- the command
 
 
-def known_items(recommender: Recommender, names: Sequence[str]) -> list[int]:
-    """Internal ids of the items that are known; the others are reported. InputError if there are only others."""
-    items: list[int] = []
-    for place, name in enumerate(names, 1):
-        try:
-            items.append(recommender.item(name))
-        except InputError as error:
-            if place == len(names) and not items:
-                raise
-            print(f"skipped: {error}", file=sys.stderr)
-    return items
-
-
 def items_in(recommender: Recommender, path: str, needed: bool) -> list[int]:
     """Internal ids of the items a file names, a raw id or title per line; InputError if `needed` and none is known."""
     names = [line.strip() for line in read_lines(Path(path)) if line.strip()]
@@ -454,7 +441,7 @@ def main() -> None:
             return
         items = user_items(recommender, data, args.user)
     else:
-        items = known_items(recommender, args.items)
+        items = [recommender.item(name) for name in args.items]
     began = time.perf_counter()
     (ranked,) = recommender.rank([items], recommender.allowed)
     milliseconds = 1000 * (time.perf_counter() - began)

@@ -272,14 +272,13 @@ def test_spelling(tmp_path):
     with pytest.raises(InputError) as caught:
         recommender.item("amelie")
     assert caught.value.args[0].count("did you mean") == 1 and "any case" not in caught.value.args[0]
-    # On the command line an unknown item is reported and skipped, unless it is the only one.
-    line = [sys.executable, ROOT / "student.py", "--run", tmp_path, "-k", "2", "zzz", nfc]
+    # On the command line, too, an unknown item is an error.
+    for names in (["zzz"], [nfc, "zzz"], ["alien"]):
+        said = inside("student.py", "--run", tmp_path, *names, cwd=tmp_path, expect=2)
+        assert re.search("no item 'zzz'|say which", said)
+    line = [sys.executable, ROOT / "student.py", "--run", tmp_path, "-k", "2", nfc]
     result = subprocess.run(line, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "utf-8"})
-    assert result.returncode == 0 and result.stderr.startswith("skipped: no item 'zzz'")
-    assert "after " + nfd in result.stdout and "zzz" not in result.stdout
-    for unknown in (["zzz"], ["zzz", "yyy"], ["alien"]):
-        said = inside("student.py", "--run", tmp_path, *unknown, cwd=tmp_path, expect=2)
-        assert re.search("no item '(zzz|yyy)'|say which", said)
+    assert result.returncode == 0 and "after " + nfd in result.stdout
 
 
 def test_presets_are_a_tenth_of_the_teacher():

@@ -15,7 +15,6 @@ import argparse
 import difflib
 import hashlib
 import math
-import re
 import sys
 import tempfile
 import time
@@ -320,25 +319,17 @@ def items_in(recommender: Recommender, path: str, needed: bool) -> list[int]:
     return recommender.items(names)
 
 
-def add_new_items(recommender: Recommender, names: list[str]) -> None:
-    """Items by their texts, or those of a table that the run does not know; InputError for a file without items."""
-    found: dict[str, tuple[str, str]] = {}
-    for name in names:
-        if TABLE.search(name):
-            read, where = read_titles(Path(name))
-            if not read:
-                raise InputError(f"{name}: no items with titles: {where}")
-            new = {raw_id: both for raw_id, both in read.items() if raw_id not in recommender.by_id}
-            print(f"{name}: {len(new):,} new items, {len(read) - len(new):,} known; titles {where}")
-            found |= new
-        elif re.search(r"^\s*$|\.(json|xlsx?|txt|parquet)$", name) or (len(name) < 64 and Path(name).exists()):
-            raise InputError(f"{name!r}: new items are texts, or a .csv, .tsv or .item file with a header")
-        elif recommender.matches(name):
-            raise InputError(f"item {name!r} is in the catalogue already")
-        else:
-            found[name] = (name, name)
-    titles = {raw_id: title for raw_id, (title, _) in found.items()}
-    recommender.add_items({raw_id: text for raw_id, (_, text) in found.items()}, titles)
+def add_new_items(recommender: Recommender, path: str) -> None:
+    """The items of a table of titles that the run does not know; InputError for a file without items."""
+    if not TABLE.search(path):
+        raise InputError(f"--new-items {path}: it takes a .csv, .tsv or .item file with a header")
+    read, where = read_titles(Path(path))
+    if not read:
+        raise InputError(f"{path}: no items with titles: {where}")
+    new = {raw_id: both for raw_id, both in read.items() if raw_id not in recommender.by_id}
+    print(f"{path}: {len(new):,} new items, {len(read) - len(new):,} known; titles {where}")
+    titles = {raw_id: title for raw_id, (title, _) in new.items()}
+    recommender.add_items({raw_id: text for raw_id, (_, text) in new.items()}, titles)
 
 
 def histories(recommender: Recommender, data: Interactions) -> list[list[int]]:
@@ -396,12 +387,12 @@ def main() -> None:
     ways.add_argument("--out", type=Path, metavar="FILE", help="for every user of the log --data, into a file")
     ways.add_argument("--user", metavar="ID", help="for this user of the log --data (--user=-x for -x)")
     ways.add_argument("--similar", metavar="ITEM", help="the items most like this one instead")
-    parser.add_argument("--new-items", nargs="+", metavar="TEXT", default=[], help="items that the run does not know: "
-        "their texts, or a file with a column of ids and one of titles")  # fmt: skip
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument("--compile", action="store_true", help="compile first, for this and later calls with this -k")
+    one.add_argument("--new-items", metavar="FILE", help="a table of items that the run does not know, with titles")
     parser.add_argument("--only", metavar="FILE", help="recommend only these items, a raw id or title per line")
     parser.add_argument("--without", metavar="FILE", help="do not recommend these")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    parser.add_argument("--compile", action="store_true", help="compile first, for this and later calls with this -k")
     add_data_flags(parser)
     parser.set_defaults(data=None)
     args = parser.parse_args()
@@ -411,15 +402,13 @@ def main() -> None:
             parser.error(f"--out {args.out}: it would not be packed; name another file, such as out.tsv")
     if (args.out or args.user is not None) and not args.data:
         parser.error("--out and --user are about the users of a log: give its --data")
-    if args.compile and args.new_items:
-        parser.error("--compile is for a run's own items; with --new-items it serves eagerly")
     if args.data and not args.out and args.user is None:
         parser.error("--data is the log of --out and --user; items are recommended by the run alone")
     recommender = Recommender(
         args.run, args.k, args.device, compile=True if args.compile else None,  # None: if it was compiled before
         fallback=not args.compile, exclude_seen=None if args.seen == "auto" else args.seen == "exclude",
     )  # fmt: skip
-    if args.new_items:
+    if args.new_items is not None:
         add_new_items(recommender, args.new_items)
     if args.only:
         recommender.allowed = torch.zeros_like(recommender.allowed)

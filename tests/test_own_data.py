@@ -605,7 +605,7 @@ def test_new_items_are_recommended_by_their_texts_and_change_no_other_score(trai
     assert f"{tmp_path / 'new.csv'}: 1 new items, 1 known; titles from title and brand of new.csv, by item_id" in text
     for wrong in (tmp_path, ""):
         words = inside("student.py", "id:103", "--run", run, "--new-items", wrong, cwd=trained, expect=2)
-        assert "new items are texts, or a .csv" in words
+        assert "it takes a .csv, .tsv or .item file" in words
     (tmp_path / "new.csv").write_text("item_id,brand\n900,Acme\n")
     words = "no items with titles: new.csv has no column of titles, only"
     assert words in inside("student.py", "id:103", *flags, cwd=trained, expect=2)
@@ -949,5 +949,7 @@ def test_texts_are_read_once_and_a_wrong_bert_is_noticed_before_training(ring, t
         assert kept.read_bytes() == whole
     inside("distill.py", *flags, "--size", "tiny", "--bert", "none", cwd=tmp_path)  # no texts are kept
     assert not (tmp_path / "runs/ring/student/texts.safetensors").exists()
-    words = inside("student.py", "id:103", "--run", "runs/ring/student", "--new-items", "Film", cwd=tmp_path, expect=2)
+    (tmp_path / "new.csv").write_text("item_id,title\nf,Film\n")
+    flags = ("id:103", "--run", "runs/ring/student", "--new-items", "new.csv")
+    words = inside("student.py", *flags, cwd=tmp_path, expect=2)
     assert "has no texts.safetensors" in words

@@ -773,7 +773,7 @@ def test_the_released_student_is_evaluated_where_nothing_is_trained(ring, tmp_pa
         (["evaluate.py", "--data", "RING", "--runs", "nowhere"], "train first"),
         (["evaluate.py", "--data", "RING", "--sampled", "uniform"], "unrecognized"),
         (["student.py", "--run", "nowhere", "Film 1 (1951)"], "train first"),
-        (["student.py", "--run", "nowhere", "--compile", "--new-items", "A film"], "serves eagerly"),
+        (["student.py", "--run", "nowhere", "--compile", "--new-items", "x.csv"], "not allowed with"),
     ],
 )
 def test_bad_input_gets_one_clear_line_and_code_2(ring, tmp_path, arguments, words):

@@ -92,7 +92,7 @@ def load_package(package: Path) -> Callable:
     try:  # what torch._inductor.aoti_load_package wraps; that imports the compiler, and parses at every call
         loader = torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, 1, -1)
     except RuntimeError as error:
-        raise InputError(f"the compiled copy {package} cannot be loaded: {str(error).splitlines()[0][:120]}") from error
+        raise InputError(f"the compiled copy {package} cannot be loaded: {str(error)[:120]!r}; delete it") from error
     return lambda *inputs: loader.boxed_run(list(inputs))
 
 
@@ -134,12 +134,7 @@ def native(run: Path, graph: TopK, compile: bool) -> Callable | None:
     content = b"".join(file.read_bytes() for file in files) + repr(facts).encode()
     package = cache_folder() / "serving" / f"{hashlib.sha256(content).hexdigest()[:32]}.pt2"
     if package.exists():
-        try:
-            return load_package(package)
-        except InputError:
-            if not compile:
-                raise
-            package.unlink()  # a broken copy
+        return load_package(package)
     return compile_ahead(graph, package) if compile else None
 
 
@@ -152,16 +147,15 @@ class Recommender:
     """Histories of raw ids or titles in, the k best items out, through a graph that scores and ranks in one piece.
 
     compile: True runs it as native code, compiled first where that was not done before; None, only where it was;
-    False never. Where that fails, the graph runs as it is and a note on stderr says so, or, with fallback=False,
-    InputError is raised. allowed: raw ids or titles of the only items to recommend, beside those of `add_items`;
-    some may be unknown. exclude_seen: leave out a history's own items; None as the run was evaluated. `compiled` tells
-    how it runs, `warm_up_s` what getting ready cost. May be called from several threads. Raises InputError for a broken
-    run folder.
+    False never. Where that fails, the graph runs as it is and a note on stderr says so. allowed: raw ids or titles of
+    the only items to recommend, beside those of `add_items`; some may be unknown. exclude_seen: leave out a history's
+    own items; None as the run was evaluated. `compiled` tells how it runs, `warm_up_s` what getting ready cost. May be
+    called from several threads. Raises InputError for a broken run folder.
     """
 
     def __init__(
         self, run_dir: str | Path, k: int = 10, device: str = "auto", compile: bool | None = True,
-        fallback: bool = True, allowed: Iterable[object] | None = None, exclude_seen: bool | None = None,
+        allowed: Iterable[object] | None = None, exclude_seen: bool | None = None,
     ):  # fmt: skip
         began = time.perf_counter()
         if not isinstance(k, int | np.integer) or k < 1:
@@ -178,8 +172,6 @@ class Recommender:
         try:
             compiled = None if compile is False else native(self.run, graph, bool(compile))
         except InputError as error:
-            if not fallback:
-                raise
             print(f"note: {error}; serving without it", file=sys.stderr)
         self.compiled, self.graph = compiled is not None, compiled or graph
         self.allowed = torch.full((len(self.raw_ids) + 1,), allowed is None)  # (V,)
@@ -405,8 +397,8 @@ def main() -> None:
     if args.data and not args.out and args.user is None:
         parser.error("--data is the log of --out and --user; items are recommended by the run alone")
     recommender = Recommender(
-        args.run, args.k, args.device, compile=True if args.compile else None,  # None: if it was compiled before
-        fallback=not args.compile, exclude_seen=None if args.seen == "auto" else args.seen == "exclude",
+        args.run, args.k, args.device, compile=args.compile or None,  # None: if it was compiled before
+        exclude_seen=None if args.seen == "auto" else args.seen == "exclude",
     )  # fmt: skip
     if args.new_items is not None:
         add_new_items(recommender, args.new_items)

@@ -299,13 +299,10 @@ def normal(title: str) -> str:
 # ---------------------------------------------------------------- the command
 
 
-def items_in(recommender: Recommender, path: str, needed: bool) -> list[int]:
-    """Internal ids of the items a file names, a raw id or title per line; InputError if `needed` and none is known."""
+def items_in(recommender: Recommender, path: str) -> list[int]:
+    """Internal ids of the items that a file names, a raw id or title per line; says how many are unknown."""
     names = [line.strip() for line in read_lines(Path(path)) if line.strip()]
-    unknown = [name for name in names if not recommender.matches(name)]
-    if needed and len(unknown) == len(names):
-        raise InputError(f"{path}: none of its {len(names):,} lines is a raw id or title of the catalogue")
-    if unknown:
+    if unknown := [name for name in names if not recommender.matches(name)]:
         words = f"{len(unknown):,} of {len(names):,} are not in the catalogue, such as {unknown[0]!r}"
         print(f"{path}: {words}", file=sys.stderr)
     return recommender.items(names)
@@ -404,9 +401,9 @@ def main() -> None:
         add_new_items(recommender, args.new_items)
     if args.only:
         recommender.allowed = torch.zeros_like(recommender.allowed)
-        recommender.allowed[items_in(recommender, args.only, needed=True)] = True
+        recommender.allowed[items_in(recommender, args.only)] = True
     if args.without:
-        recommender.allowed[items_in(recommender, args.without, needed=False)] = False
+        recommender.allowed[items_in(recommender, args.without)] = False
     if not recommender.allowed[1 : len(recommender.raw_ids)].any():
         raise InputError("--only and --without leave nothing to recommend")
     if args.similar is not None:

@@ -335,29 +335,19 @@ def histories(recommender: Recommender, data: Interactions) -> list[list[int]]:
 HEADER = "user_id\titem_id\tscore"
 
 
-def recommend_all(recommender: Recommender, data: Interactions, path: Path) -> None:
-    """Write the k best items of every user of a log: user_id, item_id, score, a line each, separated by tabs."""
-    people, began = histories(recommender, data), time.perf_counter()
+def recommend_all(recommender: Recommender, users: list[str], people: list[list[int]], path: Path) -> None:
+    """Write the k best items of all users: user_id, item_id, score, a line each, separated by tabs."""
+    began = time.perf_counter()
     lines, served = [HEADER], 0
     for begin in tqdm(range(0, len(people), 1000), desc="recommending, 1000 users", leave=False):
         some = slice(begin, begin + 1000)
         answers = recommender.rank(people[some], recommender.allowed)
-        for user, ranked in zip(data.user_ids[some], answers, strict=True):
+        for user, ranked in zip(users[some], answers, strict=True):
             lines += [f"{user}\t{raw_id}\t{score:.5g}" for raw_id, _, score in ranked]
             served += len(ranked) > 0
     rate = len(people) / (time.perf_counter() - began)
     write_atomic(path, ("\n".join(lines) + "\n").encode())
     print(f"{len(lines) - 1:,} recommendations for {served:,} of {len(people):,} users in {path}; {rate:,.0f} users/s")
-
-
-def user_items(recommender: Recommender, data: Interactions, user: str) -> list[int]:
-    """One user's history by the run's ids; InputError for a user that is not in the log."""
-    if user not in data.user_ids:
-        close = difflib.get_close_matches(user, data.user_ids[:SEARCHED], 3)
-        hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
-        what = f"no user {user!r} in {data.name}, which has {data.num_users:,}"
-        raise InputError(f"{what}{hint}; its columns: {data.taken['columns']}")
-    return histories(recommender, data)[data.user_ids.index(user)]
 
 
 def print_ranked(ranked: list[tuple[str, str, float]]) -> None:
@@ -389,10 +379,8 @@ def main() -> None:
         check_replaceable(args.out, f"{HEADER}\n")
         if args.out.suffix == ".gz":
             parser.error(f"--out {args.out}: it would not be packed; name another file, such as out.tsv")
-    if (args.out or args.user is not None) and not args.data:
-        parser.error("--out and --user are about the users of a log: give its --data")
-    if args.data and not args.out and args.user is None:
-        parser.error("--data is the log of --out and --user; items are recommended by the run alone")
+    if (args.out is not None or args.user is not None) != (args.data is not None):
+        parser.error("--data is the log of --out or --user: it goes with one of them, and they with it")
     recommender = Recommender(
         args.run, args.k, args.device, compile=args.compile or None,  # None: if it was compiled before
         exclude_seen=None if args.seen == "auto" else args.seen == "exclude",
@@ -409,15 +397,19 @@ def main() -> None:
     if args.similar is not None:
         print_ranked(recommender.similar(args.similar))
         return
-    if args.out or args.user is not None:
+    if args.data:
         args.min_count = args.min_count or 1  # whoever is in the log, with whatever history
         if recommender.config["settings"].get("split") == "sessions":
             args.split = "sessions"  # what the run knows as a user
         data = load_asked(args)
+        if args.user is not None and args.user not in data.user_ids:
+            what = f"no user {args.user!r} in {data.name}, which has {data.num_users:,}"
+            raise InputError(f"{what}; its columns: {data.taken['columns']}")
+        people = histories(recommender, data)
         if args.out:
-            recommend_all(recommender, data, args.out)
+            recommend_all(recommender, data.user_ids, people, args.out)
             return
-        items = user_items(recommender, data, args.user)
+        items = people[data.user_ids.index(args.user)]
     else:
         items = [recommender.item(name) for name in args.items]
     began = time.perf_counter()

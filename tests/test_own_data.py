@@ -87,7 +87,7 @@ def test_one_user_and_one_that_is_not_in_the_log(trained):
     have_not = len({line.split("\t")[0] for line in (trained / "only.tsv").read_text().splitlines()[1:]})
     assert 0 < have_not < 50 and f"for {have_not} of 50 users in only.tsv" in text
     words = inside("student.py", *on, "--user", "u77", cwd=trained, expect=2)
-    assert "no user 'u77' in ring, which has 50" in words and "'u7'" in words
+    assert "no user 'u77' in ring, which has 50" in words
     assert "not allowed with" in inside("student.py", *on, "--user", "u7", "--out", "x", cwd=trained, expect=2)
 
 
@@ -742,9 +742,9 @@ def test_raw_ids_in_lists_mean_that_item_alone(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--out", "x.tsv"], "give its --data"),
-        (["--user", "1"], "give its --data"),
-        (["id:103", "--data", "ring.inter"], "--data is the log of"),
+        (["--out", "x.tsv"], "--data is the log of --out or --user"),
+        (["--user", "1"], "--data is the log of --out or --user"),
+        (["id:103", "--data", "ring.inter"], "--data is the log of --out or --user"),
         (["--out", "x.tsv", "--data", "other.inter"], "knows none of the items"),
         (["--device", "meta", "id:103"], "--device meta"),
         (["--only", "empty.txt", "id:103"], "leave nothing"),

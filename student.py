@@ -180,7 +180,7 @@ class Recommender:
             if not self.allowed.any():
                 raise InputError("none of the items allowed is a raw id or title of the catalogue")
         for _ in range(3):  # the first calls pay for memory and threads
-            self.rank([[1] * model.max_length], self.allowed)
+            self([self.raw_ids[1:2] * model.max_length])
         self.warm_up_s = time.perf_counter() - began
 
     def serve(self, model: PreBert, raw_ids: list[str], titles: list[str], counts: list[int]) -> TopK:
@@ -215,27 +215,6 @@ class Recommender:
         self.compiled = False
         self.allowed = torch.cat([self.allowed[:-1], self.allowed.new_ones(len(new) + 1)])
 
-    @torch.inference_mode()
-    def rank(self, people: list[list[int]], allowed: Tensor) -> list[list[tuple[str, str, float]]]:
-        """What calling it returns, for histories of internal ids, from the items `allowed`, (V,)."""
-        popular = [] if all(people) else self.named(*self.counts.masked_fill(~allowed[:-1], -torch.inf).topk(self.k))
-        answers, asked = [popular[:] for _ in people], [row for row, history in enumerate(people) if history]
-        sizes = torch.tensor([min(len(people[row]), self.model.max_length) for row in asked])
-        groups = [torch.arange(1)]  # one user, as of a live service, waits for no grouping
-        if len(asked) != 1:
-            groups = batches(sizes, *at_once(self.device, self.model.num_items))
-        allowed = allowed.to(self.device)
-        for group in groups:
-            rows = [asked[place] for place in group.tolist()]
-            width = max(2, *(len(people[row]) for row in rows))  # compiled graphs need two
-            padded = [[PAD] * (width - len(people[row])) + people[row] for row in rows]
-            history = torch.tensor(padded, device=self.device)  # (B, S)
-            excluded = history if self.exclude_seen else torch.zeros_like(history[:, :2])  # PAD alone, (B, 2)
-            found = (each.cpu() for each in self.graph(self.model.question(history), excluded, allowed))
-            for row, *best in zip(rows, *found, strict=True):
-                answers[row] = self.named(*best)
-        return answers
-
     def matches(self, name: str) -> list[int]:
         """Internal ids: of the item with this raw id, also behind `id:`, else of those with this title."""
         ids = [self.by_id[raw_id] for raw_id in (name, name.removeprefix("id:")) if raw_id in self.by_id]
@@ -260,8 +239,9 @@ class Recommender:
         hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
         raise InputError(f"no item {text!r} in the catalogue{hint}")
 
+    @torch.inference_mode()
     def __call__(
-        self, people: Sequence[Sequence[object]], without: Iterable[object] = ()
+        self, people: Iterable[Sequence[object]], without: Iterable[object] = ()
     ) -> list[list[tuple[str, str, float]]]:
         """For each history, oldest item first: [(raw id, title, score), ...], best first, at most k, none of `without`.
 
@@ -274,7 +254,23 @@ class Recommender:
         known = [[self.item(name) for name in history] for history in people]
         allowed = self.allowed.clone()
         allowed[self.items(without)] = False
-        return self.rank(known, allowed)
+        popular = [] if all(known) else self.named(*self.counts.masked_fill(~allowed[:-1], -torch.inf).topk(self.k))
+        answers, asked = [popular[:] for _ in known], [row for row, history in enumerate(known) if history]
+        sizes = torch.tensor([min(len(known[row]), self.model.max_length) for row in asked])
+        groups = [torch.arange(1)]  # one user, as of a live service, waits for no grouping
+        if len(asked) != 1:
+            groups = batches(sizes, *at_once(self.device, self.model.num_items))
+        allowed = allowed.to(self.device)
+        for group in groups:
+            rows = [asked[place] for place in group.tolist()]
+            width = max(2, *(len(known[row]) for row in rows))  # compiled graphs need two
+            padded = [[PAD] * (width - len(known[row])) + known[row] for row in rows]
+            history = torch.tensor(padded, device=self.device)  # (B, S)
+            excluded = history if self.exclude_seen else torch.zeros_like(history[:, :2])  # PAD alone, (B, 2)
+            found = (each.cpu() for each in self.graph(self.model.question(history), excluded, allowed))
+            for row, *best in zip(rows, *found, strict=True):
+                answers[row] = self.named(*best)
+        return answers
 
     def named(self, scores: Tensor, items: Tensor) -> list[tuple[str, str, float]]:
         """[(raw id, title, score), ...] of scores and internal ids, (k,) each."""
@@ -321,28 +317,28 @@ def add_new_items(recommender: Recommender, path: str) -> None:
     recommender.add_items({raw_id: text for raw_id, (_, text) in new.items()}, titles)
 
 
-def histories(recommender: Recommender, data: Interactions) -> list[list[int]]:
-    """The items of every user of a log, by the run's ids; those that the run does not know are left out."""
-    items = np.array([recommender.by_id.get(raw_id, 0) for raw_id in data.raw_ids])[data.items]  # (L,)
-    people = [own[own > 0].tolist() for own in np.split(items, data.offsets[1:-1])]
+def histories(recommender: Recommender, data: Interactions) -> list[list[str]]:
+    """The raw ids of every user's items in a log; those that the run does not know are left out."""
+    known = np.array([raw_id in recommender.by_id for raw_id in data.raw_ids])[data.items]  # (L,)
+    everyone = zip(np.split(data.items, data.offsets[1:-1]), np.split(known, data.offsets[1:-1]), strict=True)
+    people = [[data.raw_ids[item] for item in items[own]] for items, own in everyone]
     if not any(people):
         raise InputError(f"{recommender.run} knows none of the items of {data.name}; is this the log that it is for?")
-    known = f"{np.count_nonzero(items):,} of {len(items):,} interactions with items that the run knows"
-    print(f"{data.name}: {data.num_users:,} users, {known}; {people.count([]):,} users get the most popular")
+    words = f"{known.sum():,} of {len(known):,} interactions with items that the run knows"
+    print(f"{data.name}: {data.num_users:,} users, {words}; {people.count([]):,} users get the most popular")
     return people
 
 
 HEADER = "user_id\titem_id\tscore"
 
 
-def recommend_all(recommender: Recommender, users: list[str], people: list[list[int]], path: Path) -> None:
+def recommend_all(recommender: Recommender, users: list[str], people: list[list[str]], path: Path) -> None:
     """Write the k best items of all users: user_id, item_id, score, a line each, separated by tabs."""
     began = time.perf_counter()
     lines, served = [HEADER], 0
     for begin in tqdm(range(0, len(people), 1000), desc="recommending, 1000 users", leave=False):
         some = slice(begin, begin + 1000)
-        answers = recommender.rank(people[some], recommender.allowed)
-        for user, ranked in zip(users[some], answers, strict=True):
+        for user, ranked in zip(users[some], recommender(people[some]), strict=True):
             lines += [f"{user}\t{raw_id}\t{score:.5g}" for raw_id, _, score in ranked]
             served += len(ranked) > 0
     rate = len(people) / (time.perf_counter() - began)
@@ -354,7 +350,7 @@ def print_ranked(ranked: list[tuple[str, str, float]]) -> None:
     if not ranked:
         print("nothing is left to recommend: the rest is seen or not allowed")
     for place, (raw_id, title, score) in enumerate(ranked, 1):
-        print(f"{place:>4}  {score:7.2f}  {title}" + f"  (id:{raw_id})" * (title != raw_id))
+        print(f"{place:>4}  {score:7.2f}  {title}{'' if title == raw_id else f'  (id:{raw_id})'}")
 
 
 def main() -> None:
@@ -409,17 +405,16 @@ def main() -> None:
         if args.out:
             recommend_all(recommender, data.user_ids, people, args.out)
             return
-        items = people[data.user_ids.index(args.user)]
-    else:
-        items = [recommender.item(name) for name in args.items]
+        args.items = people[data.user_ids.index(args.user)]
     began = time.perf_counter()
-    (ranked,) = recommender.rank([items], recommender.allowed)
+    (ranked,) = recommender([args.items])
     milliseconds = 1000 * (time.perf_counter() - began)
-    watched = ", ".join(recommender.titles[item] for item in items[-20:])
-    more = f"{len(items) - 20} items and " * (len(items) > 20)
-    print(f"after {more}{watched}:" if items else "most popular, by interactions:")
+    watched = ", ".join(recommender.titles[recommender.item(name)] for name in args.items[-20:])
+    more = f"{len(args.items) - 20} items and " if len(args.items) > 20 else ""
+    print(f"after {more}{watched}:" if args.items else "most popular, by interactions:")
     print_ranked(ranked)
-    kind = "compiled" if recommender.compiled else "eager" + ", --compile makes it faster" * (not args.new_items)
+    eager = "eager" if args.new_items else "eager, --compile makes it faster"
+    kind = "compiled" if recommender.compiled else eager
     print(f"{milliseconds:.1f} ms, {kind}, on {recommender.device}; ready to answer in {recommender.warm_up_s:.2f} s")
 
 

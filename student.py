@@ -35,6 +35,7 @@ from data import (
 )  # fmt: skip
 from prebert import BertConfig, PreBert, load_run, machine, pick_device, with_new_items
 
+Ranked = list[tuple[str, str, float]]  # (raw id, title, score), best first
 STUDENTS = {  # hidden size, layers, heads; the feed-forward is four times as wide, as in BERT
     "tiny": (64, 2, 2),
     "small": (128, 2, 4),
@@ -240,10 +241,8 @@ class Recommender:
         raise InputError(f"no item {text!r} in the catalogue{hint}")
 
     @torch.inference_mode()
-    def __call__(
-        self, people: Iterable[Sequence[object]], without: Iterable[object] = ()
-    ) -> list[list[tuple[str, str, float]]]:
-        """For each history, oldest item first: [(raw id, title, score), ...], best first, at most k, none of `without`.
+    def __call__(self, people: Iterable[Sequence[object]], without: Iterable[object] = ()) -> list[Ranked]:
+        """The k best items, or what is left, for each history, oldest item first; none of the items `without`.
 
         An empty history gets the most popular items, with their counts. Raises InputError for an unknown item of a
         history; what is unknown in `without` is not recommended anyway.
@@ -272,13 +271,13 @@ class Recommender:
                 answers[row] = self.named(*best)
         return answers
 
-    def named(self, scores: Tensor, items: Tensor) -> list[tuple[str, str, float]]:
-        """[(raw id, title, score), ...] of scores and internal ids, (k,) each."""
+    def named(self, scores: Tensor, items: Tensor) -> Ranked:
+        """Raw ids, titles and scores of scores and internal ids, (k,) each."""
         ranked = zip(scores.tolist(), items.tolist(), strict=True)
         return [(self.raw_ids[item], self.titles[item], score) for score, item in ranked if score > -math.inf]
 
-    def similar(self, name: object) -> list[tuple[str, str, float]]:
-        """The k items whose vectors point most nearly where this one's does: [(raw id, title, cosine), ...]."""
+    def similar(self, name: object) -> Ranked:
+        """The k items whose vectors point most nearly where this one's does, with the cosines as scores."""
         rows = self.model.item_embedding.weight[:-1, : self.model.config.hidden_size]  # without text columns
         vectors = F.normalize(rows, dim=1).cpu()  # (num_items + 1, D)
         cosines = vectors @ vectors[self.item(name)]
@@ -346,7 +345,7 @@ def recommend_all(recommender: Recommender, users: list[str], people: list[list[
     print(f"{len(lines) - 1:,} recommendations for {served:,} of {len(people):,} users in {path}; {rate:,.0f} users/s")
 
 
-def print_ranked(ranked: list[tuple[str, str, float]]) -> None:
+def print_ranked(ranked: Ranked) -> None:
     if not ranked:
         print("nothing is left to recommend: the rest is seen or not allowed")
     for place, (raw_id, title, score) in enumerate(ranked, 1):

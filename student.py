@@ -154,6 +154,8 @@ class Recommender:
     called from several threads. Raises InputError for a broken run folder.
     """
 
+    graph: Callable  # `TopK`, or the same compiled
+
     def __init__(
         self, run_dir: str | Path, k: int = 10, device: str = "auto", compile: bool | None = True,
         allowed: Iterable[object] | None = None, exclude_seen: bool | None = None,
@@ -161,21 +163,17 @@ class Recommender:
         began = time.perf_counter()
         if not isinstance(k, int | np.integer) or k < 1:
             raise InputError(f"k is {k!r}; it must be a whole number above 0")
-        self.device, self.run, self.wanted_k = pick_device(device), Path(run_dir), k
+        self.device, self.run, self.k = pick_device(device), Path(run_dir), k
         model, self.config, catalogue = load_run(run_dir)
         self.exclude_seen = self.config["exclude_seen"] if exclude_seen is None else exclude_seen
-        # Internal ids are places in these lists; place 0 is PAD's.
-        self.raw_ids, self.titles, self.counts = [""], [""], torch.tensor([-math.inf], dtype=torch.float64)
-        self.by_id: dict[str, int] = {}
-        self.by_title: dict[str, list[int]] = {}  # by what `normal` makes of it
-        graph = self.serve(model, *(catalogue[key][1:] for key in ("raw_ids", "titles", "counts")))
-        compiled = None
+        self.serve(model, *(catalogue[key] for key in ("raw_ids", "titles", "counts")))
         try:
-            compiled = None if compile is False else native(self.run, graph, bool(compile))
+            if compile is not False and (compiled := native(self.run, self.graph, bool(compile))):
+                self.graph, self.compiled = compiled, True
         except InputError as error:
             print(f"note: {error}; serving without it", file=sys.stderr)
-        self.compiled, self.graph = compiled is not None, compiled or graph
-        self.allowed = torch.full((len(self.raw_ids) + 1,), allowed is None)  # (V,)
+        self.allowed = torch.full((model.num_items + 2,), allowed is None)  # (V,)
+        self.allowed[[PAD, model.mask_id]] = False
         if allowed is not None:
             self.allowed[self.items(allowed)] = True
             if not self.allowed.any():
@@ -184,17 +182,15 @@ class Recommender:
             self([self.raw_ids[1:2] * model.max_length])
         self.warm_up_s = time.perf_counter() - began
 
-    def serve(self, model: PreBert, raw_ids: list[str], titles: list[str], counts: list[int]) -> TopK:
-        """Serve with a model that has these items behind those known so far; returns its graph."""
-        for item, (raw_id, title) in enumerate(zip(raw_ids, titles, strict=True), len(self.raw_ids)):
-            self.by_id[raw_id] = item
+    def serve(self, model: PreBert, raw_ids: list[str], titles: list[str], counts: list[int]) -> None:
+        """Serve with a model of these items, whose internal ids are their places in the lists; place 0 is PAD's."""
+        self.model, self.raw_ids, self.titles, self.counts = model.requires_grad_(False), raw_ids, titles, counts
+        self.by_id = {raw_id: item for item, raw_id in enumerate(raw_ids) if item != PAD}
+        self.by_title: dict[str, list[int]] = {}  # by what `normal` makes of it
+        for item, title in enumerate(titles[1:], 1):
             self.by_title.setdefault(normal(title), []).append(item)
-        self.raw_ids, self.titles = self.raw_ids + raw_ids, self.titles + titles
-        self.counts = torch.cat([self.counts, torch.tensor(counts, dtype=torch.float64)])  # (num_items + 1,)
-        self.model = model.requires_grad_(False)
-        graph = TopK(model, self.wanted_k).to(self.device).eval()
-        self.k = graph.k
-        return graph
+        self.graph = TopK(model, self.k).to(self.device).eval()
+        self.compiled = False
 
     def add_items(self, texts: Mapping, titles: Mapping | None = None) -> None:
         """Items that training never saw, {raw id: text}; their vectors come from what BERT reads in the texts.
@@ -212,9 +208,9 @@ class Recommender:
         bert = str(self.config["settings"].get("bert", "minilm"))
         larger = with_new_items(self.model, self.run, bert, [*new.values()])
         shown = new | {str(raw_id): title for raw_id, title in (titles or {}).items()}
-        self.graph = self.serve(larger, [*new], [shown[raw_id] for raw_id in new], [0] * len(new))
-        self.compiled = False
-        self.allowed = torch.cat([self.allowed[:-1], self.allowed.new_ones(len(new) + 1)])
+        names = [shown[raw_id] for raw_id in new]
+        self.serve(larger, [*self.raw_ids, *new], [*self.titles, *names], self.counts + [0] * len(new))
+        self.allowed = torch.cat([self.allowed[:-1], torch.tensor([True] * len(new) + [False])])
 
     def matches(self, name: str) -> list[int]:
         """Internal ids: of the item with this raw id, also behind `id:`, else of those with this title."""
@@ -253,7 +249,7 @@ class Recommender:
         known = [[self.item(name) for name in history] for history in people]
         allowed = self.allowed.clone()
         allowed[self.items(without)] = False
-        popular = [] if all(known) else self.named(*self.counts.masked_fill(~allowed[:-1], -torch.inf).topk(self.k))
+        popular = [] if all(known) else self.best(torch.tensor(self.counts, dtype=torch.float64), allowed)
         answers, asked = [popular[:] for _ in known], [row for row, history in enumerate(known) if history]
         sizes = torch.tensor([min(len(known[row]), self.model.max_length) for row in asked])
         groups = [torch.arange(1)]  # one user, as of a live service, waits for no grouping
@@ -271,6 +267,10 @@ class Recommender:
                 answers[row] = self.named(*best)
         return answers
 
+    def best(self, scores: Tensor, allowed: Tensor) -> Ranked:
+        """The k best by scores (num_items + 1,) of the items `allowed` (V,)."""
+        return self.named(*scores.masked_fill(~allowed[:-1], -torch.inf).topk(min(self.k, self.model.num_items)))
+
     def named(self, scores: Tensor, items: Tensor) -> Ranked:
         """Raw ids, titles and scores of scores and internal ids, (k,) each."""
         ranked = zip(scores.tolist(), items.tolist(), strict=True)
@@ -281,9 +281,8 @@ class Recommender:
         rows = self.model.item_embedding.weight[:-1, : self.model.config.hidden_size]  # without text columns
         vectors = F.normalize(rows, dim=1).cpu()  # (num_items + 1, D)
         cosines = vectors @ vectors[self.item(name)]
-        cosines[[0, self.item(name)]] = -torch.inf
-        cosines[~self.allowed[:-1]] = -torch.inf
-        return self.named(*cosines.topk(self.k))
+        cosines[self.item(name)] = -torch.inf
+        return self.best(cosines, self.allowed)
 
 
 def normal(title: str) -> str:
@@ -387,7 +386,7 @@ def main() -> None:
         recommender.allowed[items_in(recommender, args.only)] = True
     if args.without:
         recommender.allowed[items_in(recommender, args.without)] = False
-    if not recommender.allowed[1 : len(recommender.raw_ids)].any():
+    if not recommender.allowed.any():
         raise InputError("--only and --without leave nothing to recommend")
     if args.similar is not None:
         print_ranked(recommender.similar(args.similar))

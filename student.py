@@ -166,9 +166,9 @@ class Recommender:
         self.device, self.run, self.k = pick_device(device), Path(run_dir), k
         model, self.config, catalogue = load_run(run_dir)
         self.exclude_seen = self.config["exclude_seen"] if exclude_seen is None else exclude_seen
-        self.serve(model, *(catalogue[key] for key in ("raw_ids", "titles", "counts")))
+        graph = self.serve(model, *(catalogue[key] for key in ("raw_ids", "titles", "counts")))
         try:
-            if compile is not False and (compiled := native(self.run, self.graph, bool(compile))):
+            if compile is not False and (compiled := native(self.run, graph, bool(compile))):
                 self.graph, self.compiled = compiled, True
         except InputError as error:
             print(f"note: {error}; serving without it", file=sys.stderr)
@@ -182,15 +182,16 @@ class Recommender:
             self([self.raw_ids[1:2] * model.max_length])
         self.warm_up_s = time.perf_counter() - began
 
-    def serve(self, model: PreBert, raw_ids: list[str], titles: list[str], counts: list[int]) -> None:
-        """Serve with a model of these items, whose internal ids are their places in the lists; place 0 is PAD's."""
+    def serve(self, model: PreBert, raw_ids: list[str], titles: list[str], counts: list[int]) -> TopK:
+        """Serve with a model of these items, whose places in the lists are their internal ids; returns its graph."""
         self.model, self.raw_ids, self.titles, self.counts = model.requires_grad_(False), raw_ids, titles, counts
         self.by_id = {raw_id: item for item, raw_id in enumerate(raw_ids) if item != PAD}
         self.by_title: dict[str, list[int]] = {}  # by what `normal` makes of it
         for item, title in enumerate(titles[1:], 1):
             self.by_title.setdefault(normal(title), []).append(item)
-        self.graph = TopK(model, self.k).to(self.device).eval()
-        self.compiled = False
+        graph = TopK(model, self.k).to(self.device).eval()
+        self.graph, self.compiled = graph, False
+        return graph
 
     def add_items(self, texts: Mapping, titles: Mapping | None = None) -> None:
         """Items that training never saw, {raw id: text}; their vectors come from what BERT reads in the texts.

@@ -233,16 +233,6 @@ def print_bench(rows: list[dict]) -> None:
 # ---------------------------------------------------------------- the table
 
 
-def run_row(run: Path, model: PreBert, config: dict) -> dict:
-    """What is known of a run before it is evaluated: its size, how it was made, and what that has cost."""
-    made = read_json(run / "metrics.json") if (run / "metrics.json").exists() else {}
-    params = sum(parameter.numel() for parameter in model.parameters())
-    row: dict = {"params": params, "body_params": params - model.item_embedding.weight.numel()}
-    row["mb"] = (run / "model.safetensors").stat().st_size / 1e6
-    row |= {key: config[key] for key in ("command", "seed", "commit", "machine") if key in config}
-    return row | {key: made[key] for key in ("minutes", "cpu_minutes", "peak_memory_gb", "steps") if key in made}
-
-
 RARE = 2  # clicks in the training part at most: targets like that are rare, and reported apart as well
 
 # What the table shows of each split; the interval and the gain over the better baseline are those of NDCG@10.
@@ -293,35 +283,36 @@ def compare(values: dict[str, list[Tensor]], owners: np.ndarray) -> tuple[list[d
 
 
 def find_runs(runs: list[str] | None, data: Interactions) -> dict[Path, tuple[PreBert, dict, dict]]:
-    """Model, config and `run_row` of the runs asked for, else all of this dataset's, teachers first, else the released.
+    """Model, config and what is known of the runs asked for, else all of this dataset's, else the released one.
 
-    Those of all that cannot be loaded, were trained on another log or held out something else are skipped, and a line
-    says so; where nothing is left, that is an InputError.
+    Of all those, teachers first, what cannot be loaded, was trained on another log or held out something else is
+    skipped, and a line says so; where nothing is left, that is an InputError.
     """
-
-    def checked(run: Path) -> tuple[PreBert, dict, dict]:
-        model, config, catalogue = load_run(run)
-        check_catalogue(run, config, catalogue, data)
-        return model, config, run_row(run, model, config)
-
-    if runs:
-        return {run: checked(run) for run in map(Path, runs)}
-    found: dict[Path, tuple[PreBert, dict, dict]] = {}
-    others: list[InputError] = []
-    for run in sorted(path.parent for path in (Path("runs") / data.name).glob("*/model.safetensors")):
-        try:
-            found[run] = checked(run)
-        except InputError as error:
-            others.append(error)
-    if others and not found:
-        raise others[0]
-    for reason in others:
-        print(f"skipped {reason}")
+    trained = [path.parent for path in Path("runs", data.name).glob("*/model.safetensors")]
+    trained.sort(key=lambda run: (not run.name.startswith("teacher"), run))
+    paths = [Path(run) for run in runs or trained]
     released = Path(__file__).parent / "results" / data.name / "student"
-    if not found and released.is_dir() and read_run(released)[0].get("fingerprint") == data.fingerprint:
+    if not paths and released.is_dir() and read_run(released)[0].get("fingerprint") == data.fingerprint:
         print(f"nothing is trained under runs/{data.name} yet: evaluating the released student, {released}")
-        return {released: checked(released)}
-    return dict(sorted(found.items(), key=lambda pair: not pair[0].name.startswith("teacher")))
+        paths = [released]
+    found: dict[Path, tuple[PreBert, dict, dict]] = {}
+    for run in paths:
+        try:
+            model, config, catalogue = load_run(run)
+            check_catalogue(run, config, catalogue, data)
+            made = read_json(run) if (run / "metrics.json").exists() else {}
+        except InputError as error:
+            if runs or (run == paths[-1] and not found):
+                raise
+            print(f"skipped {error}")
+            continue
+        params = sum(parameter.numel() for parameter in model.parameters())
+        row: dict = {"params": params, "body_params": params - model.item_embedding.weight.numel()}
+        row["mb"] = (run / "model.safetensors").stat().st_size / 1e6
+        row |= {key: config[key] for key in ("command", "seed", "commit", "machine") if key in config}
+        row |= {key: made[key] for key in ("minutes", "cpu_minutes", "peak_memory_gb", "steps") if key in made}
+        found[run] = model, config, row
+    return found
 
 
 def main() -> None:

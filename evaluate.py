@@ -337,8 +337,7 @@ def main() -> None:
     rare = (part.targets > 0) & (item_counts(train, data.num_items)[part.targets - 1] <= RARE)  # (R,)
     loaded: dict[str, tuple[PreBert, dict, dict]] = {}
     for run, (model, config, row) in find_runs(args.runs, data).items():
-        names = run.name, str(run), str(run.resolve()), f"{run} ({len(loaded)})"
-        name = next(name for name in names if name not in (*loaded, "popularity", "markov"))
+        name = run.name if run.name not in (*loaded, "popularity", "markov") else str(run.resolve())
         loaded[name] = model.to(device), config, row
     protocol = "VALIDATION part, for choosing between models; " * args.valid + data.protocol
     print(f"{data.name}: {len(part.targets):,} {'validation' if args.valid else 'test'} targets; {protocol}")

@@ -122,22 +122,18 @@ def two_sided(differences: np.ndarray) -> float:
 # ---------------------------------------------------------------- baselines
 
 
-class Popularity:
+def popularity(train: Spans, num_items: int) -> Scorer:
     """Score = how often an item occurs in the training part, whoever asks."""
-
-    def __init__(self, train: Spans, num_items: int):
-        self.counts = item_counts(train, num_items).double()  # (I,)
-
-    def __call__(self, history: Tensor) -> Tensor:
-        return self.counts.expand(len(history), -1)
+    counts = item_counts(train, num_items).double()  # (I,)
+    return lambda history: counts.expand(len(history), -1)
 
 
 class Markov:
     """Score = how often an item came right after the newest one in the training part; popularity breaks ties."""
 
     def __init__(self, train: Spans, num_items: int):
-        popularity = item_counts(train, num_items).double()
-        self.fallback = popularity / (popularity.sum() + 1)  # (I,) below one transition
+        counts = item_counts(train, num_items).double()
+        self.fallback = counts / (counts.sum() + 1)  # (I,) below one transition
         rows, places = entries_of(train)
         before = places[:-1][rows[1:] == rows[:-1]]  # a history's first item follows nothing
         pairs = train.items[before] * (num_items + 1) + train.items[before + 1]
@@ -352,7 +348,7 @@ def main() -> None:
         rows.append({"name": name, **row, **metrics(ranks), "ci95": interval, **apart})
         return of_targets
 
-    evaluate("popularity", Popularity(train, data.num_items), 1, "cpu")
+    evaluate("popularity", popularity(train, data.num_items), 1, "cpu")
     evaluate("markov", Markov(train, data.num_items), 1, "cpu")
     values: dict[str, dict[int, Tensor]] = {}  # {model: {seed: NDCG@10 of each target}}
     first: dict[str, str] = {}  # runs that differ in the seed alone are one model, under the first one's name

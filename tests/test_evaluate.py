@@ -9,7 +9,7 @@ from conftest import hand_log
 
 from data import SPLITS, Spans, leave_one_out, pad_left
 from evaluate import (
-    DRAWS, Markov, Popularity, compare, hit_rate, metrics, ndcg, rank_targets, resampled, target_ranks, two_sided,
+    DRAWS, Markov, compare, hit_rate, metrics, ndcg, popularity, rank_targets, resampled, target_ranks, two_sided,
 )  # fmt: skip
 
 
@@ -68,7 +68,7 @@ def test_popularity_and_transitions_by_hand():
     train, _, _ = leave_one_out(hand_log([1, 2, 1, 2, 3, 9, 9], [2, 3, 9, 9], [4, 2], [5]))
     # training part: 1 2 1 2 3 | 2 3 | 4 2 | 5
     history = torch.tensor([[0, 2], [0, 9], [2, 1]])
-    assert Popularity(train, 9)(history)[0].tolist() == [2, 4, 2, 1, 1, 0, 0, 0, 0]
+    assert popularity(train, 9)(history)[0].tolist() == [2, 4, 2, 1, 1, 0, 0, 0, 0]
     scores = Markov(train, 9)(history)
     assert scores.long().tolist() == [[1, 0, 2, 0, 0, 0, 0, 0, 0], [0] * 9, [0, 2, 0, 0, 0, 0, 0, 0, 0]]
     assert scores[1].argmax() == 1  # 9 was held out and has no successor: popularity decides

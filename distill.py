@@ -36,7 +36,7 @@ from prebert import (
 )  # fmt: skip
 from student import STUDENTS, MiniBert
 from teacher import (
-    Sampler, add_training_flags, autocast_dtype, candidate_logits, default_init, describe, draw_candidates, find_state,
+    Sampler, add_training_flags, autocast_dtype, candidate_logits, default_init, describe, draw_candidates,
     first_weights, item_loss, join_processes, keep_texts, make_sampler, settle, sparse, train, world,
 )  # fmt: skip
 
@@ -159,12 +159,13 @@ def teacher_states(teachers: list[PreBert], part: Spans, dtype: torch.dtype, cac
     """
     size = sum(len(part.items) * teacher.config.hidden_size * dtype.itemsize for teacher in teachers)
     cache = cache and size <= CACHE_AT_MOST and all(teacher.config.causal for teacher in teachers)
-    memory = [states_of(teacher, part, dtype) for teacher in teachers] if cache else []
+    memory: list[Tensor] = []
 
     @torch.no_grad()
     def states_at(batch: Batch) -> list[Tensor]:
         is_asked = batch.labels != PAD  # (B, M)
-        if memory:
+        if cache:
+            memory.extend(states_of(teacher, part, dtype) for teacher in teachers[len(memory) :])  # at the first step
             return [states[batch.entries[is_asked].cpu()].to(is_asked.device) for states in memory]
         return [teacher(batch.tokens, batch.positions)[is_asked] for teacher in teachers]
 
@@ -264,17 +265,16 @@ def main() -> None:
         reader = reader or load_bert(args.bert)
     model = build_student(args, data, parts[0], teachers[0] if teachers else None, reader)
     sampler = make_sampler(args, parts[0], data.num_items)
-    run, config = Path("runs") / data.name / args.name, describe(data, model, args, made_by)
-    ended = world()[0] == 0 and find_state(run, data, args, config)[0] == "ended"  # raises for a taken folder
     if args.no_kd:
         loss = partial(item_loss, label_smoothing=args.label_smoothing, sampler=sampler)
     else:
         dtype = autocast_dtype(pick_device(args.device), args.precision)
-        states_at = teacher_states(teachers, parts[0], dtype, cache=not (args.no_cache or ended))
+        states_at = teacher_states(teachers, parts[0], dtype, cache=not args.no_cache)
         markov = Markov(parts[0], data.num_items) if args.counts else None
         loss = partial(student_loss, teachers=teachers, states_at=states_at, temperature=args.temperature,
                        alpha=args.alpha, sampler=sampler, markov=markov, share=args.counts)  # fmt: skip
-    train(model, loss, data, parts, run, args, config)
+    run = Path("runs") / data.name / args.name
+    train(model, loss, data, parts, run, args, describe(data, model, args, made_by))
     keep_texts(run, data, reader, "text" in args.item_init or (args.item_init == "pca" and texts_count))
     serve = command_line("student.py", "--run", str(run), f"id:{data.raw_ids[1]}")
     check = command_line("evaluate.py", *data_flags(args))

@@ -182,7 +182,7 @@ def build_student(
     torch.manual_seed(args.seed)
     model = MiniBert(args.size, data.num_items, args.max_length, args.objective == "next", args.dropout)
     size = model.config.hidden_size
-    if teacher is not None and args.item_init == "pca":
+    if teacher and args.item_init == "pca":
         vectors: Tensor | None = principal_components(teacher.item_embedding.weight[1:-1].detach().cpu(), size)
     else:
         vectors = item_vectors(args.item_init, data, part, size, reader)
@@ -199,8 +199,7 @@ def load_teachers(args: argparse.Namespace, data: Interactions) -> tuple[list[Pr
     Raises InputError if one was trained on other data or another kind of question.
     """
     teachers, made_by, texts_count = [], [], False
-    needed = not args.no_kd or args.item_init == "pca"
-    for run in args.teacher if needed else []:
+    for run in [] if args.no_kd else args.teacher:
         teacher, config, catalogue = load_run(run)
         check_catalogue(Path(run), config, catalogue, data)
         objective = "next" if teacher.config.causal else "masked"
@@ -236,10 +235,9 @@ def main() -> None:
     add("--bert", help="reads titles, for --item-init text and new items, see teacher.py (default: as the teacher's)")
     add_training_flags(parser, RECIPES)
     args = parser.parse_args()
-    if args.no_kd and (args.no_cache or args.counts or args.temperature != 1 or args.alpha != 0.5):
-        parser.error("--temperature, --alpha, --counts and --no-cache say nothing with --no-kd")
-    if args.no_kd and args.teacher and (args.item_init != "pca" or len(args.teacher) > 1):
-        parser.error("--teacher says nothing with --no-kd, except one for --item-init pca")
+    flags = args.teacher or args.no_cache or args.counts or args.temperature != 1 or args.alpha != 0.5
+    if args.no_kd and (flags or args.item_init == "pca"):
+        parser.error("--no-kd is without --teacher, --temperature, --alpha, --counts, --no-cache and --item-init pca")
     if not args.no_kd and args.label_smoothing:
         parser.error("--label-smoothing is for --no-kd: the teacher's answers are smooth already")
     if args.name is None:

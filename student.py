@@ -124,14 +124,14 @@ def compile_ahead(graph: TopK, package: Path) -> Callable:
 def native(run: Path, graph: TopK, compile: bool) -> Callable | None:
     """The compiled graph of a run, or None where nobody compiled it; with `compile`, made where there is none.
 
-    Its place is the user's own cache and not the run folder, which may come from a stranger. It is named after weights,
-    k, this code, PyTorch and the processor. Raises InputError where there is no cache, or it cannot be made or loaded.
+    It is kept in the user's own cache, as the run folder may come from a stranger, and named after all that it depends
+    on. Raises InputError where there is no cache, or it cannot be made or loaded.
     """
     facts = [graph.k, str(graph.model.item_bias.device), machine(), torch.get_num_threads()]
     if Path("/proc/cpuinfo").exists():  # native code of one processor may not run on another
         facts += [line for line in open("/proc/cpuinfo") if line.startswith("flags")][:1]
-    code = [Path(__file__).with_name(name) for name in ("prebert.py", "student.py")]
-    files = (run / "config.json", run / "model.safetensors", *code)
+    code = Path(__file__)
+    files = (run / "config.json", run / "model.safetensors", code, code.with_name("prebert.py"))
     content = b"".join(file.read_bytes() for file in files) + repr(facts).encode()
     package = cache_folder() / "serving" / f"{hashlib.sha256(content).hexdigest()[:32]}.pt2"
     if package.exists():
@@ -145,13 +145,12 @@ SEARCHED = 5000  # names that a misspelt one is compared with; more take over a 
 
 
 class Recommender:
-    """Histories of raw ids or titles in, the k best items out, through a graph that scores and ranks in one piece.
+    """Histories of raw ids or titles in, the k best items out. May be called from several threads.
 
-    compile: True runs it as native code, compiled first where that was not done before; None, only where it was;
-    False never. Where that fails, the graph runs as it is and a note on stderr says so. allowed: raw ids or titles of
-    the only items to recommend, beside those of `add_items`; some may be unknown. exclude_seen: leave out a history's
-    own items; None as the run was evaluated. `compiled` tells how it runs, `warm_up_s` what getting ready cost. May be
-    called from several threads. Raises InputError for a broken run folder.
+    compile: True runs native code, compiled now unless it was before; None, only if it was; False never. Where that
+    fails, PyTorch serves, and a note on stderr says why; `compiled` tells. allowed: raw ids or titles of the only items
+    to recommend, beside those of `add_items`; unknown ones are skipped. exclude_seen: leave out a history's own items;
+    None as the run was evaluated. Raises InputError for a broken run folder.
     """
 
     graph: Callable  # `TopK`, or the same compiled
@@ -194,10 +193,10 @@ class Recommender:
         return graph
 
     def add_items(self, texts: Mapping, titles: Mapping | None = None) -> None:
-        """Items that training never saw, {raw id: text}; their vectors come from what BERT reads in the texts.
+        """Recommend and accept items that training never saw, {raw id: text}, by what BERT reads in the texts.
 
-        titles: {raw id: title} where that is not the text. They are recommended and accepted in histories from now on,
-        by a graph that is not compiled. Raises InputError for a run without titles and for an item that is known.
+        titles: {raw id: title} where that is not the text. From now on no compiled graph serves. Raises InputError for
+        a run without titles and for an item that is known.
         """
         if not isinstance(texts, Mapping):
             raise InputError("new items are given as {raw id: text}")

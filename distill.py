@@ -42,11 +42,8 @@ from teacher import (
 
 States = Callable[[Batch], list[Tensor]]  # every teacher's states where a batch asks, (Q, D) each
 TEACHER_TOP = 64  # items that the teachers find likeliest, looked at whatever is sampled besides
-RECIPES: dict[str, dict] = {
-    objective: dict(epochs=epochs, lr=3e-3, body_lr=3e-3, tokens=4096, least_tokens=512, dropout=0.1,
-        sparse_dropout=0.5, label_smoothing=0.0)
-    for objective, epochs in (("next", 8), ("masked", 20))
-}
+BOTH = dict(lr=3e-3, body_lr=3e-3, tokens=4096, least_tokens=512, dropout=0.1, sparse_dropout=0.5, label_smoothing=0.0)
+RECIPES: dict[str, dict] = {"next": {"epochs": 8, **BOTH}, "masked": {"epochs": 20, **BOTH}}
 CACHE_AT_MOST = 2**32  # bytes of teachers' states
 
 
@@ -152,10 +149,10 @@ def states_of(teacher: PreBert, part: Spans, dtype: torch.dtype) -> Tensor:
 
 
 def teacher_states(teachers: list[PreBert], part: Spans, dtype: torch.dtype, cache: bool) -> States:
-    """How to have every teacher's states where a batch asks: asked on the batch, or computed once for the whole log.
+    """How to have every teacher's states where a batch asks: of the batch, or kept of the whole log.
 
-    What a causal teacher says after an item depends on no question, so with `cache` its states are kept, where they
-    take at most CACHE_AT_MOST: L x D numbers per teacher.
+    What a causal teacher says after an item depends on no question, so with `cache` its states are computed once, where
+    they take at most CACHE_AT_MOST: L x D numbers per teacher.
     """
     size = sum(len(part.items) * teacher.config.hidden_size * dtype.itemsize for teacher in teachers)
     cache = cache and size <= CACHE_AT_MOST and all(teacher.config.causal for teacher in teachers)
@@ -276,7 +273,7 @@ def main() -> None:
     keep_texts(run, data, reader, "text" in args.item_init or (args.item_init == "pca" and texts_count))
     serve = command_line("student.py", "--run", str(run), f"id:{data.raw_ids[1]}")
     check = command_line("evaluate.py", *data_flags(args))
-    print(f"the best weights are in {run}; next: " + "\nthen: ".join([serve] if args.all else [check, serve]))
+    print(f"the best weights are in {run}; next: " + (serve if args.all else f"{check}\nthen: {serve}"))
 
 
 if __name__ == "__main__":

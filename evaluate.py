@@ -100,9 +100,9 @@ DRAWS = 2000
 def resampled(values: Tensor, owners: np.ndarray, stream: int = 0) -> np.ndarray:
     """Means of values (E, R) over DRAWS resamples of the users, and of the seeds where there are several, (N,).
 
-    How far a mean would move with other users and other seeds. owners (R,): the user, from 0, of each value; a session
-    with several questions is drawn as one. Calls with the same owners draw the same users each time, so that two
-    models are compared on the same ones; their seeds are drawn apart, by the number `stream`.
+    owners (R,): the user, from 0, of each value; a session with several questions is drawn as one. Calls with the same
+    owners draw the same users, so that two models are compared on the same ones; their seeds are drawn apart, by the
+    number `stream`.
     """
     users, seeds = np.random.default_rng(0), np.random.default_rng([stream, 1])
     table, means, count = values.numpy(), np.empty(DRAWS), owners.max() + 1
@@ -176,10 +176,9 @@ def bench_inputs(model: PreBert, real: Tensor, size: int) -> list[list[tuple[Ten
 def benchmark(models: dict[str, PreBert], real: Tensor, rounds: int = 6) -> list[dict]:
     """Time the top 10 of each model on its device, eager and compiled, by batch size and history length; a row each.
 
-    Histories of 20 items, of 200, and with the lengths `real` (R,). What is compared is interleaved, round after
-    round, so that a noisy machine disturbs all alike; the first round is the warm-up. p50 is the median over rounds of
-    the rounds' medians, p95 and p99 are of all calls (and p50 at least), and users per second come from the median of
-    the rounds' means.
+    Histories of 20 items, of 200, and with the lengths `real` (R,). What is compared is interleaved, round after round,
+    so that a noisy machine disturbs all alike; the first round is the warm-up. p50 is the median of the rounds'
+    medians, p95 and p99 (at least p50) are of all calls, users per second come from the median of the rounds' means.
     """
     cells: list[tuple[dict, Callable, list, list]] = []
     for name, model in tqdm(models.items(), desc="compiling"):
@@ -335,7 +334,7 @@ def main() -> None:
     for run, (model, config, row) in find_runs(args.runs, data).items():
         name = run.name if run.name not in (*loaded, "popularity", "markov") else str(run.resolve())
         loaded[name] = model.to(device), config, row
-    protocol = "VALIDATION part, for choosing between models; " * args.valid + data.protocol
+    protocol = f"VALIDATION part, for choosing between models; {data.protocol}" if args.valid else data.protocol
     print(f"{data.name}: {len(part.targets):,} {'validation' if args.valid else 'test'} targets; {protocol}")
     rows: list[dict] = []
 
@@ -361,8 +360,8 @@ def main() -> None:
     print_table(rows, data.split)
     pairs, seeds = compare({name: list(of_seeds.values()) for name, of_seeds in values.items()}, owners)
     log = {"name": data.name, "users": data.num_users, "items": data.num_items, "interactions": len(data.items)}
-    report = {"data": log | {"taken": data.taken}, "protocol": protocol, "machine": machine(), "rows": rows,
-              "comparisons": pairs, "seeds": seeds}  # fmt: skip
+    report = {"data": log | {"taken": data.taken}, "protocol": protocol, "machine": machine(), "rows": rows}
+    report |= {"comparisons": pairs, "seeds": seeds}
     if args.bench and loaded:
         if args.json:  # what is known is kept where nothing can be compiled
             write_json(args.json, report)

@@ -277,11 +277,11 @@ def compare(values: dict[str, list[Tensor]], owners: np.ndarray) -> tuple[list[d
     return pairs, seeds
 
 
-def find_runs(runs: list[str] | None, data: Interactions) -> dict[Path, tuple[PreBert, dict, dict]]:
+def find_runs(runs: list[str] | None, data: Interactions) -> dict[str, tuple[PreBert, dict, dict]]:
     """Model, config and what is known of the runs asked for, else all of this dataset's, else the released one.
 
-    Of all those, teachers first, what cannot be loaded, was trained on another log or held out something else is
-    skipped, and a line says so; where nothing is left, that is an InputError.
+    Keys are their names in the table. Of all of a dataset, teachers first, what cannot be loaded, was trained on
+    another log or held out something else is skipped, and a line says so; where nothing is left, that is an InputError.
     """
     trained = [path.parent for path in Path("runs", data.name).glob("*/model.safetensors")]
     trained.sort(key=lambda run: (not run.name.startswith("teacher"), run))
@@ -290,7 +290,7 @@ def find_runs(runs: list[str] | None, data: Interactions) -> dict[Path, tuple[Pr
     if not paths and released.is_dir() and read_run(released)[0].get("fingerprint") == data.fingerprint:
         print(f"nothing is trained under runs/{data.name} yet: evaluating the released student, {released}")
         paths = [released]
-    found: dict[Path, tuple[PreBert, dict, dict]] = {}
+    found: dict[str, tuple[PreBert, dict, dict]] = {}
     for run in paths:
         try:
             model, config, catalogue = load_run(run)
@@ -306,7 +306,8 @@ def find_runs(runs: list[str] | None, data: Interactions) -> dict[Path, tuple[Pr
         row["mb"] = (run / "model.safetensors").stat().st_size / 1e6
         row |= {key: config[key] for key in ("command", "seed", "commit", "machine") if key in config}
         row |= {key: made[key] for key in ("minutes", "cpu_minutes", "peak_memory_gb", "steps") if key in made}
-        found[run] = model, config, row
+        name = run.name if run.name not in (*found, "popularity", "markov") else str(run.resolve())
+        found[name] = model, config, row
     return found
 
 
@@ -330,10 +331,7 @@ def main() -> None:
         raise InputError(f"{data.name}: no targets: no user has three items, no session two, or --final leaves nothing")
     owners = np.unique(part.starts.numpy(), return_inverse=True)[1]  # (R,)
     rare = (part.targets > 0) & (item_counts(train, data.num_items)[part.targets - 1] <= RARE)  # (R,)
-    loaded: dict[str, tuple[PreBert, dict, dict]] = {}
-    for run, (model, config, row) in find_runs(args.runs, data).items():
-        name = run.name if run.name not in (*loaded, "popularity", "markov") else str(run.resolve())
-        loaded[name] = model.to(device), config, row
+    loaded = find_runs(args.runs, data)
     protocol = f"VALIDATION part, for choosing between models; {data.protocol}" if args.valid else data.protocol
     print(f"{data.name}: {len(part.targets):,} {'validation' if args.valid else 'test'} targets; {protocol}")
     rows: list[dict] = []
@@ -352,7 +350,7 @@ def main() -> None:
     values: dict[str, dict[int, Tensor]] = {}  # {model: {seed: NDCG@10 of each target}}
     first: dict[str, str] = {}  # runs that differ in the seed alone are one model, under the first one's name
     for name, (model, config, row) in loaded.items():
-        of_targets = evaluate(name, model.score_next, model.max_length, device, **row)
+        of_targets = evaluate(name, model.to(device).score_next, model.max_length, device, **row)
         model_name = first.setdefault(without_seed(config), name)
         if config["seed"] in values.get(model_name, {}):  # the same seed twice: a model of its own
             model_name = name
@@ -360,7 +358,7 @@ def main() -> None:
     print_table(rows, data.split)
     pairs, seeds = compare({name: list(of_seeds.values()) for name, of_seeds in values.items()}, owners)
     log = {"name": data.name, "users": data.num_users, "items": data.num_items, "interactions": len(data.items)}
-    report = {"data": log | {"taken": data.taken}, "protocol": protocol, "machine": machine(), "rows": rows}
+    report: dict = {"data": log | {"taken": data.taken}, "protocol": protocol, "machine": machine(), "rows": rows}
     report |= {"comparisons": pairs, "seeds": seeds}
     if args.bench and loaded:
         if args.json:  # what is known is kept where nothing can be compiled

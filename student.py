@@ -317,12 +317,11 @@ def add_new_items(recommender: Recommender, path: str) -> None:
 
 def histories(recommender: Recommender, data: Interactions) -> list[list[str]]:
     """The raw ids of every user's items in a log; those that the run does not know are left out."""
-    known = np.array([raw_id in recommender.by_id for raw_id in data.raw_ids])[data.items]  # (L,)
-    everyone = zip(np.split(data.items, data.offsets[1:-1]), np.split(known, data.offsets[1:-1]), strict=True)
-    people = [[data.raw_ids[item] for item in items[own]] for items, own in everyone]
+    known = [raw_id if raw_id in recommender.by_id else "" for raw_id in data.raw_ids]
+    people = [[known[item] for item in own if known[item]] for own in np.split(data.items, data.offsets[1:-1])]
     if not any(people):
         raise InputError(f"{recommender.run} knows none of the items of {data.name}; is this the log that it is for?")
-    words = f"{known.sum():,} of {len(known):,} interactions with items that the run knows"
+    words = f"{sum(map(len, people)):,} of {len(data.items):,} interactions with items that the run knows"
     print(f"{data.name}: {data.num_users:,} users, {words}; {people.count([]):,} users get the most popular")
     return people
 
@@ -332,8 +331,7 @@ HEADER = "user_id\titem_id\tscore"
 
 def recommend_all(recommender: Recommender, users: list[str], people: list[list[str]], path: Path) -> None:
     """Write the k best items of all users: user_id, item_id, score, a line each, separated by tabs."""
-    began = time.perf_counter()
-    lines, served = [HEADER], 0
+    began, lines, served = time.perf_counter(), [HEADER], 0
     for begin in tqdm(range(0, len(people), 1000), desc="recommending, 1000 users", leave=False):
         some = slice(begin, begin + 1000)
         for user, ranked in zip(users[some], recommender(people[some]), strict=True):

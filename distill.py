@@ -241,23 +241,21 @@ def main() -> None:
         args.name = "student-no-kd" if args.no_kd else "student"
     join_processes(args.device)
     data = load_asked(args)
-    reader, titles = None, any(data.texts) and args.bert != "none"
-    if args.no_kd and not args.item_init:
-        reader = load_bert(args.bert or "minilm") if titles and sparse(data) else None
-    args.item_init = args.item_init or (default_init(data, args.split, reader) if args.no_kd else "pca")
     usual = f"runs/{data.name}/teacher{'-all' if args.all else '-final' if args.final else ''}"
     args.teacher = [str(Path(run)) for run in args.teacher or [usual]]
     teachers, made_by, texts_count = load_teachers(args, data)
     args.teacher = args.teacher if teachers else None
+    read = bool(teachers) and (Path(args.teacher[0]) / "texts.safetensors").exists()
+    if read and not any(data.texts):
+        print("note: the teacher read titles, and this log has none; --titles FILE names them")
+    kind = args.item_init or ("text" if args.no_kd and sparse(data) else "pca")
+    wanted = any(data.texts) and args.bert != "none" and (read or "text" in kind)
+    reader = load_bert(args.bert) if wanted else None
+    args.item_init = args.item_init or (default_init(data, args.split, reader) if args.no_kd else "pca")
     settle(args, RECIPES, data)
     if args.counts and (args.negatives or args.objective == "masked"):
         raise InputError("--counts needs --objective next and the full softmax, which large catalogues do without")
     parts = SPLITS[data.split](data)
-    from_texts = "text" in args.item_init or (teachers and (Path(args.teacher[0]) / "texts.safetensors").exists())
-    if teachers and from_texts and not any(data.texts):
-        print("note: the teacher read titles, and this log has none; --titles FILE names them")
-    if titles and from_texts and args.bert != "none":
-        reader = reader or load_bert(args.bert)
     model = build_student(args, data, parts[0], teachers[0] if teachers else None, reader)
     sampler = make_sampler(args, parts[0], data.num_items)
     if args.no_kd:

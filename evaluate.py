@@ -295,7 +295,7 @@ def find_runs(runs: list[str] | None, data: Interactions) -> dict[str, tuple[Pre
         try:
             model, config, catalogue = load_run(run)
             check_catalogue(run, config, catalogue, data)
-            made = read_json(run) if (run / "metrics.json").exists() else {}
+            made = read_json(run / "metrics.json") if (run / "metrics.json").exists() else {}
         except InputError as error:
             if runs or (run == paths[-1] and not found):
                 raise

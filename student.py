@@ -93,7 +93,7 @@ def load_package(package: Path) -> Callable:
     try:  # what torch._inductor.aoti_load_package wraps; that imports the compiler, and parses at every call
         loader = torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, 1, -1)
     except RuntimeError as error:
-        raise InputError(f"the compiled copy {package} cannot be loaded: {str(error)[:120]!r}; delete it") from error
+        raise InputError(f"the compiled copy {package} cannot be loaded: {str(error).splitlines()[0][:120]}") from error
     return lambda *inputs: loader.boxed_run(list(inputs))
 
 
@@ -135,7 +135,12 @@ def native(run: Path, graph: TopK, compile: bool) -> Callable | None:
     content = b"".join(file.read_bytes() for file in files) + repr(facts).encode()
     package = cache_folder() / "serving" / f"{hashlib.sha256(content).hexdigest()[:32]}.pt2"
     if package.exists():
-        return load_package(package)
+        try:
+            return load_package(package)
+        except InputError:
+            if not compile:
+                raise
+            package.unlink()  # a broken copy
     return compile_ahead(graph, package) if compile else None
 
 
@@ -148,16 +153,17 @@ class Recommender:
     """Histories of raw ids or titles in, the k best items out. May be called from several threads.
 
     compile: True runs native code, compiled now unless it was before; None, only if it was; False never. Where that
-    fails, PyTorch serves, and a note on stderr says why; `compiled` tells. allowed: raw ids or titles of the only items
-    to recommend, beside those of `add_items`; unknown ones are skipped. exclude_seen: leave out a history's own items;
-    None as the run was evaluated. Raises InputError for a broken run folder.
+    fails, PyTorch serves, and a note on stderr says why, or, with fallback=False, InputError is raised; `compiled`
+    tells. allowed: raw ids or titles of the only items to recommend, beside those of `add_items`; unknown ones are
+    skipped. exclude_seen: leave out a history's own items; None as the run was evaluated. Raises InputError for a
+    broken run folder.
     """
 
     graph: Callable  # `TopK`, or the same compiled
 
     def __init__(
         self, run_dir: str | Path, k: int = 10, device: str = "auto", compile: bool | None = True,
-        allowed: Iterable[object] | None = None, exclude_seen: bool | None = None,
+        fallback: bool = True, allowed: Iterable[object] | None = None, exclude_seen: bool | None = None,
     ):  # fmt: skip
         began = time.perf_counter()
         if not isinstance(k, int | np.integer) or k < 1:
@@ -170,6 +176,8 @@ class Recommender:
             if compile is not False and (compiled := native(self.run, graph, bool(compile))):
                 self.graph, self.compiled = compiled, True
         except InputError as error:
+            if not fallback:
+                raise
             print(f"note: {error}; serving without it", file=sys.stderr)
         self.allowed = torch.full((model.num_items + 2,), allowed is None)  # (V,)
         self.allowed[[PAD, model.mask_id]] = False
@@ -184,10 +192,11 @@ class Recommender:
     def serve(self, model: PreBert, raw_ids: list[str], titles: list[str], counts: list[int]) -> TopK:
         """Serve with a model of these items, whose places in the lists are their internal ids; returns its graph."""
         self.model, self.raw_ids, self.titles, self.counts = model.requires_grad_(False), raw_ids, titles, counts
-        self.by_id = {raw_id: item for item, raw_id in enumerate(raw_ids) if item != PAD}
-        self.by_title: dict[str, list[int]] = {}  # by what `normal` makes of it
+        self.by_id = {composed(raw_id): item for item, raw_id in enumerate(raw_ids) if item != PAD}
+        self.by_id |= {raw_id: item for item, raw_id in enumerate(raw_ids) if item != PAD}
+        self.by_title: dict[str, list[int]] = {}  # in lower case
         for item, title in enumerate(titles[1:], 1):
-            self.by_title.setdefault(normal(title), []).append(item)
+            self.by_title.setdefault(composed(title).casefold(), []).append(item)
         graph = TopK(model, self.k).to(self.device).eval()
         self.graph, self.compiled = graph, False
         return graph
@@ -207,15 +216,22 @@ class Recommender:
             return
         bert = str(self.config["settings"].get("bert", "minilm"))
         larger = with_new_items(self.model, self.run, bert, [*new.values()])
-        shown = new | {str(raw_id): title for raw_id, title in (titles or {}).items()}
+        shown = new | {str(raw_id): str(title) for raw_id, title in (titles or {}).items()}
         names = [shown[raw_id] for raw_id in new]
         self.serve(larger, [*self.raw_ids, *new], [*self.titles, *names], self.counts + [0] * len(new))
         self.allowed = torch.cat([self.allowed[:-1], torch.tensor([True] * len(new) + [False])])
 
     def matches(self, name: str) -> list[int]:
-        """Internal ids: of the item with this raw id, also behind `id:`, else of those with this title."""
-        ids = [self.by_id[raw_id] for raw_id in (name, name.removeprefix("id:")) if raw_id in self.by_id]
-        return ids[:1] or self.by_title.get(normal(name), [])
+        """Internal ids: of the item with this raw id, also behind `id:`, else of those with this title.
+
+        Exact spelling wins over another case.
+        """
+        text = composed(name)
+        for raw_id in (name, text, name.removeprefix("id:"), text.removeprefix("id:")):
+            if raw_id in self.by_id:
+                return [self.by_id[raw_id]]
+        found = self.by_title.get(text.casefold(), [])
+        return [item for item in found if composed(self.titles[item]) == text] or found
 
     def items(self, names: Iterable[object]) -> list[int]:
         """Internal ids of all with these names; unknown names are left out."""
@@ -231,7 +247,7 @@ class Recommender:
         if found:
             which = ", ".join(f"id:{self.raw_ids[item]}" for item in found)
             raise InputError(f"{text!r} is the name of {len(found)} items; say which: {which}")
-        inside = [title for title in self.titles[1:] if normal(text) in normal(title)][:3]
+        inside = [title for title in self.titles[1:] if text.casefold() in title.casefold()][:3]
         close = inside or difflib.get_close_matches(text, self.titles[1:SEARCHED], 3, 0.5)
         hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
         raise InputError(f"no item {text!r} in the catalogue{hint}")
@@ -285,12 +301,26 @@ class Recommender:
         return self.best(cosines, self.allowed)
 
 
-def normal(title: str) -> str:
-    """A title as it is compared: in any case, and an e with an accent, which is one character or two, as one."""
-    return unicodedata.normalize("NFC", title).casefold()
+def composed(name: str) -> str:
+    """Accents in one spelling: an e with an accent is one character or two, as keyboards and files differ."""
+    return unicodedata.normalize("NFC", name)
 
 
 # ---------------------------------------------------------------- the command
+
+
+def known_items(recommender: Recommender, names: list[str]) -> list[str]:
+    """The names that are known; the others are reported. InputError if there are only others."""
+    known: list[str] = []
+    for place, name in enumerate(names, 1):
+        try:
+            recommender.item(name)
+            known.append(name)
+        except InputError as error:
+            if place == len(names) and not known:
+                raise
+            print(f"skipped: {error}", file=sys.stderr)
+    return known
 
 
 def items_in(recommender: Recommender, path: str) -> list[int]:
@@ -375,7 +405,7 @@ def main() -> None:
         parser.error("--data is the log of --out or --user: it goes with one of them, and they with it")
     recommender = Recommender(
         args.run, args.k, args.device, compile=args.compile or None,  # None: if it was compiled before
-        exclude_seen=None if args.seen == "auto" else args.seen == "exclude",
+        fallback=not args.compile, exclude_seen=None if args.seen == "auto" else args.seen == "exclude",
     )  # fmt: skip
     if args.new_items is not None:
         add_new_items(recommender, args.new_items)
@@ -402,6 +432,8 @@ def main() -> None:
             recommend_all(recommender, data.user_ids, people, args.out)
             return
         args.items = people[data.user_ids.index(args.user)]
+    else:
+        args.items = known_items(recommender, args.items)
     began = time.perf_counter()
     (ranked,) = recommender([args.items])
     milliseconds = 1000 * (time.perf_counter() - began)

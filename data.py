@@ -395,7 +395,7 @@ def build(
     lines = f"{read:,} read, {read - len(keep):,} repeated{older}, {len(keep) - len(core):,} of rare users or items"
     lines += f", {taken['left out']}" if "left out" in taken else ""
     if not len(core):
-        least = f"where a user needs {min_length} and an item {min_items}; try a smaller --min-count"
+        least = f"where a user needs {min_length} and an item {min_items}; try smaller --min-length and --min-items"
         raise InputError(f"{name}: none is left of {lines}, {least}. Its columns: {taken['columns']}")
     users, items = clicks.users[core], clicks.items[core]
     kept = list(dict.fromkeys(items.data))  # by first appearance
@@ -710,7 +710,9 @@ def read_log(path: Path, given: dict[str, str], sessions: bool) -> tuple[Clicks,
     places = find_columns(path, names, first, given, sessions)
     user, item, when, clock, label, owner = map(places.get, ("user", "item", "time", "clock", "label", "owner"))
     session = place_of(names, SESSION)
-    other = f"; the session may be: --columns user={names[session]}" if session not in (None, user) else ""
+    other = ""
+    if session is not None and session != user:
+        other = f"; the session may be: --columns {shlex.quote(f'user={names[session]}')}"
     user_ids: dict[str, int] = {}
     item_ids: dict[str, int] = {}
     owners: dict[str, str] = {}  # of sessions
@@ -786,13 +788,14 @@ def read_titles(path: Path, item_name: str = "") -> tuple[dict[str, tuple[str, s
     """
     table = open_table(path)
     names = table.names
-    item = names.index(item_name) if item_name in names else place_of(names, COLUMNS["item"] + " id")
+    item = place_of(names, f"{plain([item_name])[0]} {COLUMNS['item']} id")
     stem = "" if item is None else re.sub("(id|code|key|number|no)$", "", plain(names)[item])
     title, year = place_of(names, f"title {stem}title {stem}name {TITLES}"), place_of(names, "releaseyear")
     if item is None or title is None:
         what = "items" if item is None else "titles"
-        return {}, f"{path.name} has no column of {what}, only {', '.join(names[:9])}; call it item_id or title"
-    others = [place for place, name in enumerate(plain(names)) if DESCRIBES.search(name) and place not in (item, title)]
+        only = f"only {', '.join(names[:9])}; write a header with item_id and title"
+        return {}, f"{path.name} has no column of {what}, {only}"
+    others = [n for n, name in enumerate(plain(names)) if DESCRIBES.search(name) and n not in (item, title)]
 
     def parse(fields: list[str]) -> tuple[str, str, str]:
         """Raw id, title and text."""
@@ -1065,6 +1068,8 @@ def load_dataset(
     data = build(dataset_name(name), clicks, titles, taken, min_items, min_length, fraction, once)
     if titles_file and not any(data.texts):
         raise InputError(f"--titles {titles_file}: {data.taken['titles']}")
+    if len(paths) > 1 and not any(data.texts):
+        print(f"note: titles: {data.taken['titles']}", file=sys.stderr)
     if sum(size for _, size, _ in source[:-1]) >= CACHE_FROM:
         write_if_possible(write_copy, copy, data, source)
     return data
@@ -1185,7 +1190,7 @@ def run_command(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # the reader of the output, such as `head`, has enough
         code, words = 141, ""
     except KeyboardInterrupt:
-        code, words = 130, ""
+        code, words = 130, "stopped; a training goes on from its last epoch with --resume\n"
     except (InputError, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
             raise

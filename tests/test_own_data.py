@@ -699,6 +699,18 @@ def test_texts_count_where_a_model_or_its_teacher_starts_from_them(tmp_path, sta
         model = load_run(made / name)[0]
         assert len(read_safetensors(made / name / "texts.safetensors")["texts"]) == 60  # for new items, wherever
         assert (model.item_embedding.embedding_dim > model.config.hidden_size) == counts
+    if start == "cooc":
+        return
+    # Of several teachers, any may have read texts; the order does not matter.
+    inside("teacher.py", *flags[:-2], "--bert", "none", "--name", "unread", cwd=tmp_path)
+    both = [*flags[:-2], "--size", "tiny", "--name", "of-two", "--teacher", "runs/ring/unread", "runs/ring/teacher"]
+    inside("distill.py", *both, cwd=tmp_path)
+    assert load_run(made / "of-two")[0].item_embedding.embedding_dim > 64
+    assert load_run(made / "of-two")[1]["settings"]["bert"] == str(bert.resolve())
+    # A student goes on with the teacher that it began with, or not at all.
+    assert "has ended" in inside("distill.py", *both, "--resume", cwd=tmp_path)
+    inside("teacher.py", *flags, "--item-init", start, "--overwrite", "--seed", 7, cwd=tmp_path)
+    assert "trained anew" in inside("distill.py", *both, "--resume", cwd=tmp_path, expect=2)
 
 
 def test_the_commands_behind_the_results_have_flags_that_exist():

@@ -989,7 +989,7 @@ def fetch(folder: Path, public: Public) -> None:
 
 TABLE = re.compile(r"\.(inter|item|csv|tsv)(\.gz)?$", re.IGNORECASE)
 CACHE_FROM = 1 << 24  # bytes; smaller logs are read faster than anyone waits
-COPY_VERSION = 13  # of what a parsed copy holds
+COPY_VERSION = 14  # of what a parsed copy holds
 
 
 def dataset_name(name: str) -> str:

@@ -578,9 +578,9 @@ def test_new_items_are_recommended_by_their_texts_and_change_no_other_score(trai
     write_safetensors(run / "texts.safetensors", {"texts": encode_texts(*bert, log.texts[1:]).half()})
     recommend, history = Recommender(run, k=100, compile=False), ["id:103", "id:104"]
     before = {raw_id: score for raw_id, _, score in recommend([history])[0]}
-    recommend.add_items({"n1": "toy toy story", "n2": "story"})
+    recommend.add_items({"n1": "toy toy story", "n2": "story"}, titles={"n2": 1984})
     after = {raw_id: score for raw_id, _, score in recommend([history])[0]}
-    assert {*after} == {*before, "n1", "n2"}
+    assert {*after} == {*before, "n1", "n2"} and recommend.titles[-1] == "1984"
     assert all(after[raw_id] == pytest.approx(score, abs=1e-4) for raw_id, score in before.items())
     # By hand: the five items with the nearest texts.
     known = read_safetensors(run / "texts.safetensors")["texts"].float().numpy()

@@ -15,7 +15,6 @@ W windows, L log entries, I items.
 
 import argparse
 import ast
-import codecs
 import csv
 import email.utils
 import gzip
@@ -421,26 +420,20 @@ def build(
 # ---------------------------------------------------------------- lines
 
 
-def as_windows(error: UnicodeError) -> tuple[str, int]:
-    """What stands for bytes that are not UTF-8: Windows-1252, in which five bytes mean nothing."""
-    assert isinstance(error, UnicodeDecodeError)
-    wrong = error.object[error.start : error.end]
-    return wrong.decode("latin-1" if re.search(rb"[\x81\x8d\x8f\x90\x9d]", wrong) else "cp1252"), error.end
-
-
-codecs.register_error("windows", as_windows)
-
-
 def read_lines(path: Path) -> Iterator[str]:
-    """Lines of a (gzipped) file: UTF-8, or Windows-1252 where bytes are not; InputError for files that are no text."""
+    """Lines of a (gzipped) file: UTF-8, or Windows-1252 where a line is not; InputError for files that are no text."""
     bar = tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name, leave=False, delay=1)
     with open(path, "rb") as raw, bar:
         packed = path.suffix.lower() == ".gz"
         try:
-            for number, line in enumerate(io.TextIOWrapper(gzip.open(raw) if packed else raw, "utf-8-sig", "windows")):
+            text = io.TextIOWrapper(gzip.open(raw) if packed else raw, "utf-8", "surrogateescape")
+            for number, line in enumerate(text):
                 if not number and "\0" in line[:200]:
                     raise InputError(f"{path} is UTF-16, Excel, Parquet, SQLite or packed; save it as CSV, UTF-8")
-                yield line
+                if not line.isascii() and re.search("[\udc80-\udcff]", line):  # five bytes mean nothing in Windows-1252
+                    wrong = line.encode(errors="surrogateescape")
+                    line = wrong.decode("latin-1" if re.search(rb"[\x81\x8d\x8f\x90\x9d]", wrong) else "cp1252")
+                yield line.removeprefix("\ufeff")  # a byte-order mark, also of a file that was joined
                 if not number & 0x3FFF and raw.seekable():  # a pipe has no place
                     bar.update(raw.tell() - bar.n)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -528,9 +521,9 @@ def open_table(path: Path) -> Table:
     lines = read_lines(path)
     if path.name in OFFICIAL:
         line_of, first = OFFICIAL[path.name]
-        lines = map(line_of, lines)
+        lines = map(line_of, filter(str.strip, lines))
     elif not (first := next(lines, "")).strip():
-        raise InputError(f"{path}: its first line is empty; a header such as user_id,item_id,timestamp must be there")
+        raise InputError(f"{path}: its first line is empty; a header with the names of columns must be there")
     separator = max("\t,;|", key=re.sub('"[^"]*"', "", first).count)
     quoting: Any = csv.QUOTE_NONE if separator == "\t" and '"' not in first else csv.QUOTE_MINIMAL
     rows = csv.reader(
@@ -550,18 +543,24 @@ def open_table(path: Path) -> Table:
 def rows_of(table: Table, parse: Callable[[list[str]], Row]) -> Iterator[Row]:
     """What `parse` makes of the rows; those at which it raises are reported, and an InputError if more than 1 %.
 
-    Left out are empty rows and the headers of files that were joined, which may begin with a byte-order mark.
+    Left out are empty rows and the headers of files that were joined.
     """
     path, header, names, rows = table
-    width, again = len(names), {mark + name for mark in ("", "\ufeff") for name in header}
+    width, tabs = len(names), rows.dialect.quoting == csv.QUOTE_NONE and path.name not in OFFICIAL
     examples: list[str] = []
     lost = unread = 0  # lines; unread are those that OFFICIAL refused, which the reader does not count
     while True:
         before = rows.line_num
         try:
             fields = next(rows)
-            if fields and fields[0] in again and {fields[0].lstrip("\ufeff"), *fields[1:]} == {*header}:
-                if fields[1:] != header[1:]:
+            if rows.line_num - before > 50:
+                raise ValueError("a quote is closed only 50 lines later")
+            if tabs and any(field[:1] == '"' for field in fields):  # pandas quotes here, too
+                if fields[-1][:1] == '"' and fields[-1].count('"') == 1:
+                    raise ValueError("a quote is not closed; if quotes are meant as in CSV, put some into the header")
+                fields = [f[1:-1].replace('""', '"') if f[1:] and f[0] == f[-1] == '"' else f for f in fields]
+            if fields and fields[0] in header and {*fields} == {*header}:
+                if fields != header:
                     raise InputError(f"{path}:{before + 1}: here the order of columns changes; found {fields}")
             elif len(fields) > width and any(fields[width:]):  # which column has a field too many is not known
                 raise ValueError(f"expected {width} fields, not {len(fields)}")
@@ -678,8 +677,9 @@ def check_time(path: Path, names: list[str], places: dict[str, int | None], leve
     when = places["time"]
     clock = place_of(["" if level else name for name, level in zip(names, levels, strict=True)], TIME_OF_DAY)
     level, taken = (-1, "") if when is None else (levels[when], names[when])
+    unsure = when is None or clock is not None  # then what has dates counts, whatever it is called
     likely = [place for place, name in enumerate(names) if place not in places.values() and levels[place] > level
-              and (LOOKS_LIKE_TIME.search(name) or (when is None and levels[place]))]  # fmt: skip
+              and (LOOKS_LIKE_TIME.search(name) or (unsure and levels[place]))]  # fmt: skip
     likely.sort(key=lambda place: not levels[place])
     if level == 1 and clock is not None:  # the time of day
         likely, way = [clock], f"time={taken},clock={names[clock]}"
@@ -802,8 +802,6 @@ def read_titles(path: Path, item_name: str = "") -> tuple[dict[str, tuple[str, s
         fields = ["" if field.strip().lower() in MISSING else field.strip() for field in fields]
         fields += [""] * (len(names) - len(fields))
         shown = CONTROL.sub(" ", fields[title]).strip()
-        if shown[:1] == shown[-1:] == '"' and '""' in shown[1:-1]:  # pandas quotes between tabs, too
-            shown = shown[1:-1].replace('""', '"')
         when = fields[year].removesuffix(".0") if year is not None else ""  # pandas writes 1995.0
         # MovieLens' own titles end in the year; RecBole cut it off.
         shown = f"{shown} ({when})" if shown and when and "(" + when not in shown else shown
@@ -857,7 +855,7 @@ def steam_review(line: str) -> str:
 def steam_game(line: str) -> str:
     fields = {key: text_of(value) for key, value in python2_dict(line).items()}
     fields["title"] = fields.get("app_name") or fields.get("title", "")
-    return "\t".join(fields.get(key, "") for key in ("id", "title", "genres", "tags", "developer"))
+    return "\t".join(CONTROL.sub(" ", fields.get(key, "")) for key in ("id", "title", "genres", "tags", "developer"))
 
 
 OFFICIAL: dict[str, tuple[Callable[[str], str], str]] = {  # files without a header: what makes their lines fit this one

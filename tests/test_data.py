@@ -142,6 +142,27 @@ def test_titles_are_found_by_what_the_log_calls_its_items_in_any_case_or_a_note_
     assert "note: titles: 0 of 2 items" in capsys.readouterr().err
 
 
+def test_quotes_line_breaks_and_marks_that_were_read_wrongly_without_a_word(tmp_path):
+    tabs = "user_id\titem_id\ttimestamp\n\"u1\"\t\"7\"\" single\"\t100000000\n"  # as pandas quotes between tabs
+    log = atomic(tmp_path, tabs)
+    assert log.user_ids == ["u1"] and histories(log) == [['7" single']]
+    (tmp_path / "x.items.tsv").write_text('item_id\ttitle\tgenres\n0\t"Foo\nbar"\tDrama\n')
+    with pytest.raises(InputError, match="a quote is not closed"):
+        atomic(tmp_path, "user_id\titem_id\n1\t0\n", name="x.tsv")
+    (tmp_path / "x.items.tsv").write_text('"item_id"\ttitle\tgenres\n0\t"Foo\nbar"\tDrama\n')  # as it advises
+    assert atomic(tmp_path, "user_id\titem_id\n1\t0\n", name="x.tsv").texts[1] == "Foo bar. genres: Drama"
+    joined = '"user_id","item_id"\n1,a\n2,b\n\ufeff"user_id","item_id"\n3,c\n'
+    assert histories(atomic(tmp_path, joined, name="y.csv")) == [["a"], ["b"], ["c"]]
+    rows = "".join(f"{n},a{n % 5},t,{n}\n" for n in range(1000))
+    with pytest.raises(InputError, match="only 50 lines later"):
+        atomic(tmp_path, f'user_id,item_id,title,timestamp\n1,a,"x,100\n{rows}2,b,7",200\n', name="y.csv")
+    with pytest.raises(InputError, match="--columns time=visited,clock=time"):
+        atomic(tmp_path, "user_id,item_id,visited,time\n1,5,2014-04-01,9:05\n", name="y.csv")
+    assert data.steam_game("{u'id': u'0', u'app_name': u'Foo\\tBar\\n'}\n") == "0\tFoo Bar \t\t\t"
+    (tmp_path / "y.items.csv").write_bytes("item_id,title\n1,\u201cCAFÉ\u201d crème\n".encode("cp1252"))
+    assert atomic(tmp_path, "user_id,item_id\nu,1\n", name="y.csv").titles[1] == "\u201cCAFÉ\u201d crème"
+
+
 def test_columns_may_be_named_one_by_one(tmp_path):
     (tmp_path / "x.csv").write_text(MINE)
     flags = ["--columns", "user=shopper,item=x", "--columns", "item=sku", "--columns", "time=when"]

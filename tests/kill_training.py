@@ -36,7 +36,7 @@ def child(log_file: str, folder: Path, name: str, seconds: float | None, by: int
         parser = argparse.ArgumentParser()
         add_training_flags(parser, RECIPES)
         flags = {"objective": "masked", "lr": 1e-3, "epochs": 4, "name": name, "max_length": 16, "tokens": 24}
-        parser.set_defaults(**flags, device="cpu", eval_users=20, patience=99)
+        parser.set_defaults(**flags, device="cpu", bert=None, eval_users=20, patience=99)
         args = parser.parse_args(["--resume"])
         data = load_dataset(log_file)
         settle(args, RECIPES, data)

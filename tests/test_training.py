@@ -278,7 +278,7 @@ def options(log: Interactions, *arguments: str, **defaults: object) -> argparse.
     parser = argparse.ArgumentParser()
     add_training_flags(parser, RECIPES)
     known = {"objective": "masked", "lr": 1e-3, "epochs": 3, "patience": 5, "name": "x", "max_length": 16,
-             "tokens": 256, "device": "cpu"}  # fmt: skip
+             "tokens": 256, "device": "cpu", "bert": None}  # fmt: skip
     parser.set_defaults(**{**known, **defaults})
     args = parser.parse_args(arguments)
     settle(args, RECIPES, log)
@@ -463,7 +463,7 @@ def test_recipes_fill_in_what_the_flags_left_open_and_help_shows_them(ring, tmp_
     few = replace(log, items=np.ones(99 * log.num_items, np.int64))  # an item has fewer than 100 interactions
     parser = argparse.ArgumentParser()
     add_training_flags(parser, distill.RECIPES)
-    parser.set_defaults(name="student")  # as the scripts do
+    parser.set_defaults(name="student", bert=None)  # as the scripts do
     for given, data, dropout in (
         ([], few, 0.5), (["--dropout", "0.3"], few, 0.3), ([], log, 0.1), ([], replace(few, repeats=True), 0.3)
     ):  # fmt: skip

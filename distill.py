@@ -208,7 +208,7 @@ def load_teachers(args: argparse.Namespace, data: Interactions) -> tuple[list[Pr
         texts_count |= teacher.item_embedding.embedding_dim > teacher.config.hidden_size
         teachers.append(with_text_columns(teacher).requires_grad_(False).to(pick_device(args.device)))
         made_by.append(without_seed(config))
-        read_by.append(config["settings"].get("bert"))
+        read_by.append(config.get("bert_folder") or config["settings"].get("bert"))
     args.bert = args.bert or max(read_by, key=lambda bert: bert not in (None, "none"), default=None) or "minilm"
     args.objective = args.objective or "next"
     return teachers, made_by, texts_count
@@ -269,8 +269,9 @@ def main() -> None:
         loss = partial(student_loss, teachers=teachers, states_at=states_at, temperature=args.temperature,
                        alpha=args.alpha, sampler=sampler, markov=markov, share=args.counts)  # fmt: skip
     run = Path("runs") / data.name / args.name
-    weights = [(Path(teacher) / "model.safetensors").read_bytes() for teacher in args.teacher or []]
-    config = describe(data, model, args, made_by) | {"teacher_sha256": [sha256(each).hexdigest() for each in weights]}
+    config = describe(data, model, args, made_by)
+    files = [Path(teacher) / "model.safetensors" for teacher in args.teacher or []]
+    config["teacher_sha256"] = [sha256(file.read_bytes()).hexdigest() for file in files]
     train(model, loss, data, parts, run, args, config)
     keep_texts(run, data, reader, "text" in args.item_init or (args.item_init == "pca" and texts_count))
     serve = command_line("student.py", "--run", str(run), f"id:{data.raw_ids[1]}")

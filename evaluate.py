@@ -306,7 +306,9 @@ def find_runs(runs: list[str] | None, data: Interactions) -> dict[str, tuple[Pre
         row["mb"] = (run / "model.safetensors").stat().st_size / 1e6
         row |= {key: config[key] for key in ("command", "seed", "commit", "machine") if key in config}
         row |= {key: made[key] for key in ("minutes", "cpu_minutes", "peak_memory_gb", "steps") if key in made}
-        name = run.name if run.name not in (*found, "popularity", "markov") else str(run.resolve())
+        taken = (*found, "popularity", "markov")
+        names = run.name, str(run), str(run.resolve()), f"{run} ({len(found)})"
+        name = next(name for name in names if name not in taken)
         found[name] = model, config, row
     return found
 

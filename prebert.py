@@ -425,7 +425,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     files = [whole] if whole.is_file() else sorted(folder.glob("model-*-of-*.safetensors"))
     if not files:
         pickles = list(folder.glob("pytorch_model*.bin"))
-        advice = f"{folder} has only pytorch_model.bin; {CONVERT.format(str(folder))}" if pickles else ""
+        advice = f"{folder} has only pytorch_model.bin; {CONVERT.format(str(folder.resolve()))}" if pickles else ""
         raise InputError(advice or f"{folder} has no model.safetensors; a BERT folder needs {', '.join(BERT_FILES)}")
     return {name: tensor for file in files for name, tensor in read_safetensors(file).items()}
 
@@ -542,9 +542,12 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
                 raise ValueError("__metadata__ must map strings to strings")
             for name, entry in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"]):
                 dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+                numbers = [*shape, *entry["data_offsets"]]
+                if len(numbers) > 18 or any(type(n) is not int or not 0 <= n < 2**63 for n in numbers):
+                    raise ValueError(f"tensor {name[:80]!r} has numbers that are no sizes")
                 end = begin + math.prod(shape) * dtype.itemsize
                 exact = entry == {"dtype": entry["dtype"], "shape": shape, "data_offsets": [begin, end]}
-                if not exact or end > size - length or any(type(n) is not int or n < 0 for n in shape):
+                if not exact or end > size - length:
                     raise ValueError(f"tensor {name!r} does not begin where the one before ends, or is not of its size")
                 raw = np.frombuffer(bytearray(file.read(end - begin)), dtype=np.uint8)
                 tensors[name], begin = torch.from_numpy(raw).view(dtype).reshape(shape), end

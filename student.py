@@ -197,6 +197,7 @@ class Recommender:
         self.by_title: dict[str, list[int]] = {}  # in lower case
         for item, title in enumerate(titles[1:], 1):
             self.by_title.setdefault(composed(title).casefold(), []).append(item)
+        self.popularity = torch.tensor(counts, dtype=torch.float64)  # (num_items + 1,)
         graph = TopK(model, self.k).to(self.device).eval()
         self.graph, self.compiled = graph, False
         return graph
@@ -214,7 +215,7 @@ class Recommender:
             raise InputError(f"item {known[0]!r} is in the catalogue already")
         if not new:
             return
-        bert = str(self.config["settings"].get("bert", "minilm"))
+        bert = self.config.get("bert_folder") or str(self.config["settings"].get("bert", "minilm"))
         larger = with_new_items(self.model, self.run, bert, [*new.values()])
         shown = new | {str(raw_id): str(title) for raw_id, title in (titles or {}).items()}
         names = [shown[raw_id] for raw_id in new]
@@ -226,8 +227,10 @@ class Recommender:
 
         Exact spelling wins over another case.
         """
+        if name in self.by_id:
+            return [self.by_id[name]]
         text = composed(name)
-        for raw_id in (name, text, name.removeprefix("id:"), text.removeprefix("id:")):
+        for raw_id in (text, name.removeprefix("id:"), text.removeprefix("id:")):
             if raw_id in self.by_id:
                 return [self.by_id[raw_id]]
         found = self.by_title.get(text.casefold(), [])
@@ -247,8 +250,9 @@ class Recommender:
         if found:
             which = ", ".join(f"id:{self.raw_ids[item]}" for item in found)
             raise InputError(f"{text!r} is the name of {len(found)} items; say which: {which}")
-        inside = [title for title in self.titles[1:] if text.casefold() in title.casefold()][:3]
-        close = inside or difflib.get_close_matches(text, self.titles[1:SEARCHED], 3, 0.5)
+        titles = list(dict.fromkeys(self.titles[1:]))
+        inside = [title for title in titles if composed(text).casefold() in composed(title).casefold()][:3]
+        close = inside or difflib.get_close_matches(composed(text), titles[:SEARCHED], 3, 0.5)
         hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
         raise InputError(f"no item {text!r} in the catalogue{hint}")
 
@@ -265,7 +269,7 @@ class Recommender:
         known = [[self.item(name) for name in history] for history in people]
         allowed = self.allowed.clone()
         allowed[self.items(without)] = False
-        popular = [] if all(known) else self.best(torch.tensor(self.counts, dtype=torch.float64), allowed)
+        popular = [] if all(known) else self.best(self.popularity, allowed)
         answers, asked = [popular[:] for _ in known], [row for row, history in enumerate(known) if history]
         sizes = torch.tensor([min(len(known[row]), self.model.max_length) for row in asked])
         groups = [torch.arange(1)]  # one user, as of a live service, waits for no grouping
@@ -419,7 +423,7 @@ def main() -> None:
     if args.similar is not None:
         print_ranked(recommender.similar(args.similar))
         return
-    if args.data:
+    if args.data is not None:
         args.min_count = args.min_count or 1  # whoever is in the log, with whatever history
         if recommender.config["settings"].get("split") == "sessions":
             args.split = "sessions"  # what the run knows as a user

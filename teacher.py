@@ -590,8 +590,6 @@ def settle(args: argparse.Namespace, recipes: dict[str, dict], data: Interaction
     fill_in(args, max_length=200, negatives=NEGATIVES if data.num_items > FULL_SOFTMAX else None)
     if Path(args.name).name != args.name or args.name in ("", ".."):
         raise InputError(f"--name {args.name!r}: must be a name, of a folder in runs/{data.name}")
-    if args.bert and Path(args.bert).is_dir():
-        args.bert = str(Path(args.bert).resolve())  # new items are read by it from anywhere
     if args.max_length < 3 or not 0 <= args.seed < 2**32:
         raise InputError("--max-length must be 3 or more, --seed from 0 to 2^32 - 1")
     if args.negatives and args.label_smoothing:
@@ -659,6 +657,7 @@ def describe(data: Interactions, model: PreBert, args: argparse.Namespace, teach
         "fingerprint": data.fingerprint, "split": data.split, "exclude_seen": data.exclude_seen,
         "model": asdict(model.config),
         "seed": args.seed, "settings": settings, "teachers": teachers, "protocol": data.protocol,
+        "bert_folder": str(Path(args.bert).resolve()) if args.bert and Path(args.bert).is_dir() else None,
         "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         "commit": commit or "unknown", "machine": machine(),
     }  # fmt: skip
@@ -754,7 +753,8 @@ def main() -> None:
     plain, student = str(run).removesuffix("-all" * args.all + "-final" * args.final), run.with_name("student")
     more: list[str] = []
     if args.start and (student / "model.safetensors").exists():
-        more = ["--start", str(student), "--overwrite"]
+        size = read_run(student)[0]["settings"].get("size", "base")
+        more = ["--size", size, "--start", str(student), "--overwrite"]
     elif plain != str(run) and not Path(plain, "metrics.json").exists():
         more = ["--epochs", str(args.epochs)]
     commands = [command_line("distill.py", *data_flags(args), "--teacher", str(run), *more)]

@@ -706,7 +706,7 @@ def test_texts_count_where_a_model_or_its_teacher_starts_from_them(tmp_path, sta
     both = [*flags[:-2], "--size", "tiny", "--name", "of-two", "--teacher", "runs/ring/unread", "runs/ring/teacher"]
     inside("distill.py", *both, cwd=tmp_path)
     assert load_run(made / "of-two")[0].item_embedding.embedding_dim > 64
-    assert load_run(made / "of-two")[1]["settings"]["bert"] == str(bert.resolve())
+    assert load_run(made / "of-two")[1]["bert_folder"] == str(bert.resolve())
     # A student goes on with the teacher that it began with, or not at all.
     assert "has ended" in inside("distill.py", *both, "--resume", cwd=tmp_path)
     inside("teacher.py", *flags, "--item-init", start, "--overwrite", "--seed", 7, cwd=tmp_path)

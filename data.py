@@ -515,8 +515,8 @@ class Table(NamedTuple):
 def open_table(path: Path) -> Table:
     """A table with a header, or one of OFFICIAL; InputError where a name is twice.
 
-    Commas, semicolons and | cut as in CSV: not in quotes, and a quote in quotes is written twice. Tabs always cut, and
-    quotes are letters, if the header has none.
+    Commas, semicolons and | cut as in CSV: not in quotes, and a quote in quotes is written twice. So do tabs where the
+    header has quotes; else tabs always cut, and `rows_of` takes off the quotes around whole fields.
     """
     lines = read_lines(path)
     if path.name in OFFICIAL:

@@ -79,7 +79,7 @@ class Interactions:
     titles: list[str]  # (num_items + 1,) title, or the raw id where there is none
     texts: list[str]  # (num_items + 1,) title and what else the file of titles says, empty where there is no title
     user_ids: list[str]  # (U,) the file's own id of each user
-    begins: np.ndarray  # (U,) float64, the time of each user's first item
+    first_times: np.ndarray  # (U,) float64, the time of each user's first item
     repeats: bool  # whether users come back to items, see `build`
     taken: dict[str, str]  # what was taken for what, and what became of the lines; the card prints it
     split: str = "last"  # a key of HELD_OUT and SPLITS
@@ -96,7 +96,7 @@ class Interactions:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of items, offsets and what else decides the split: with the same one, the same items are held out."""
-        split = b"" if self.split == "last" else self.split.encode() + self.begins.tobytes()
+        split = b"" if self.split == "last" else self.split.encode() + self.first_times.tobytes()
         return hashlib.sha256(self.items.tobytes() + self.offsets.tobytes() + split).hexdigest()
 
     @property
@@ -113,7 +113,7 @@ class Spans:
     items: Tensor  # (L,) the whole log; all parts share it
     starts: Tensor  # (R,)
     ends: Tensor  # (R,)
-    targets: Tensor  # (R,), PAD for an item that training never saw; in the training part there are none, (0,)
+    targets: Tensor  # (R,), PAD for an item that training never saw: a miss; in the training part there are none, (0,)
 
     @property
     def sizes(self) -> Tensor:
@@ -166,14 +166,14 @@ def last_day(data: Interactions, final: bool = False) -> Parts:
     (Hidasi et al. 2016, section 4). final: all but the last day is trained on, and the validation part is empty.
     Raises InputError for times that are no dates, and for fewer than ten sessions before the last day.
     """
-    days = in_seconds(data.begins) // 86400
+    days = in_seconds(data.first_times) // 86400
     year = 1970 + days.max() / 365.2425
     if not 1992 < year < 2100:  # .NET's ticks, taken for nanoseconds, would be of 1990
         words = f"--split sessions needs times; the last would be of {year:.0f}; use ISO dates"
         raise InputError(f"{data.name}: {words}; its columns: {data.taken.get('columns')}")
     test = days == days.max()
     rest = np.flatnonzero(~test)
-    rest = rest[np.argsort(data.begins[rest], kind="stable")]
+    rest = rest[np.argsort(data.first_times[rest], kind="stable")]
     if len(rest) < 10:
         raise InputError(f"{data.name}: --split sessions needs sessions before the last day, of which there are few")
     first_valid = len(rest) - (0 if final else len(rest) // 10)
@@ -205,7 +205,7 @@ def ragged(counts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def entries_of(part: Spans) -> tuple[Tensor, Tensor]:
-    """The row and the place in the log of every item of a part, both (sum of sizes,)."""
+    """The row of every item of a part and its entry, the index in the log; both (sum of sizes,)."""
     rows, places = ragged(part.sizes)
     return rows, part.starts[rows] + places
 
@@ -224,13 +224,13 @@ def pad_left(items: Tensor, starts: Tensor, ends: Tensor, length: int) -> Tensor
 # ---------------------------------------------------------------- batches
 
 
-def grid_windows(part: Spans, length: int) -> tuple[Tensor, Tensor]:
+def fixed_windows(part: Spans, length: int) -> tuple[Tensor, Tensor]:
     """Training windows of a causal model: starts (W,) and ends (W,) of `length` + 1 items at most.
 
     A model reads `length` items at most, so longer histories are cut. A history of n items is cut from its newest end
     into ceil((n - 1) / length) windows that overlap by one item, so that every item but the first is asked for once;
-    one of a single item gives none. What stands to the left of an item is the same in every epoch: a causal teacher
-    says the same there each time, and can be asked once for all.
+    one of a single item gives none. What stands to the left of an item is the same in every epoch, so a causal teacher
+    need be asked only once.
     """
     rows, places = ragged((part.sizes + length - 2) // length)  # (W,) each
     ends = part.ends[rows] - length * places
@@ -245,29 +245,30 @@ def random_windows(part: Spans, length: int, generator: Generator) -> tuple[Tens
     """One epoch of training windows of a masked model: starts (W,), ends (W,), last_only (W,).
 
     A history of n items gives ceil(n / length) windows: its newest items, then cuts that end at random places. A
-    share LAST_SHARE of all are inference in miniature: they end at a random item, and just that one is hidden.
+    share LAST_SHARE of all ask what inference asks: they end at a random item, and just that one is hidden.
     """
     sizes = part.sizes
     rows, places = ragged((sizes + length - 1) // length)  # (W,) each
     uniform = torch.rand(2, len(rows), generator=generator)
     last_only = (uniform[0] < LAST_SHARE) & (sizes[rows] >= 2)
     newest = places == 0
+    # Where the earliest cut may end: after two items, for the first window after all, else after `length`.
     least = torch.where(last_only, 2, torch.where(newest, sizes[rows], length)).minimum(sizes[rows])
     cut = least + (uniform[1] * (sizes[rows] - least + 1)).long()
     ends = part.starts[rows] + cut.minimum(sizes[rows])  # a uniform number may round up to 1
     return torch.maximum(part.starts[rows], ends - length), ends, last_only
 
 
-def batches(sizes: Tensor, tokens: int, rows: int = sys.maxsize, generator: Generator | None = None) -> list[Tensor]:
-    """Group rows by similar `sizes` (R,): a batch, padded, has at most `tokens` positions (or one row) and `rows` rows.
+def batches(sizes: Tensor, tokens: int, most: int = sys.maxsize, generator: Generator | None = None) -> list[Tensor]:
+    """Group rows by similar `sizes` (R,): a batch, padded, has at most `tokens` positions (or one row) and `most` rows.
 
-    Returns a list of row numbers (B,). With a generator, ties and the order of batches are random.
+    Returns the row numbers of each batch, (B,). With a generator, ties and the order of batches are random.
     """
     noise = torch.rand(len(sizes), generator=generator) if generator else torch.zeros(len(sizes))
     order = torch.argsort(sizes + noise, stable=True)
     groups, begin = [], len(order)
     while begin > 0:  # longest first: a batch is as wide as its last row
-        count = min(max(1, tokens // max(1, int(sizes[order[begin - 1]]))), rows)
+        count = min(max(1, tokens // max(1, int(sizes[order[begin - 1]]))), most)
         groups.append(order[max(0, begin - count) : begin])
         begin -= count
     if generator:
@@ -293,7 +294,7 @@ class Batch(NamedTuple):
     tokens: Tensor  # (B, T) left-padded
     positions: Tensor  # (B, M) where something is asked
     labels: Tensor  # (B, M) the item asked for, PAD where nothing is
-    entries: Tensor  # (B, M) the place in the log of the item at each position; a teacher's cached states lie there
+    entries: Tensor  # (B, M) the index in the log of the item at each position; a teacher's cached states lie there
 
 
 def mask_items(tokens: Tensor, last_only: Tensor, mask: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -349,11 +350,10 @@ def core_filter(users: np.ndarray, items: np.ndarray, min_items: int, min_length
 def without_repeats(clicks: Clicks, keep: np.ndarray, once: bool) -> np.ndarray:
     """The entries `keep`, sorted by user and time, without lines that were written twice: same user, item and time.
 
-    once: without any that name an item that the user has had. Where all times are one, nothing is known to be twice.
+    once: a user's first line of each item alone. If all times are equal, all are kept: repeats look like such lines.
     """
     if not once and clicks.times.min() == clicks.times.max():
         return keep
-
     moments = np.diff(clicks.users[keep], prepend=-1) != 0  # where another user begins, or, unless once, another time
     if not once:
         moments |= np.diff(clicks.times[keep], prepend=-np.inf) != 0
@@ -412,8 +412,8 @@ def build(
     taken["titles"] = f"{sum(map(titles.__contains__, raw_ids)):,} of {len(kept):,} items; {taken['titles']}"
     shown, texts = map(list, zip(*(titles.get(raw_id, (raw_id, "")) for raw_id in raw_ids), strict=True))
     user_ids = [clicks.raw_users[user] for user in users[starts]]
-    offsets, begins = np.append(starts, len(core)), clicks.times[core[starts]]
-    arrays = (items + 1, offsets, raw_ids, shown, texts, user_ids, begins)
+    offsets, first_times = np.append(starts, len(core)), clicks.times[core[starts]]
+    arrays = (items + 1, offsets, raw_ids, shown, texts, user_ids, first_times)
     return Interactions(name, *arrays, repeats, taken, exclude_seen=not repeats)
 
 
@@ -987,7 +987,7 @@ def fetch(folder: Path, public: Public) -> None:
 
 TABLE = re.compile(r"\.(inter|item|csv|tsv)(\.gz)?$", re.IGNORECASE)
 CACHE_FROM = 1 << 24  # bytes; smaller logs are read faster than anyone waits
-COPY_VERSION = 14  # of what a parsed copy holds
+COPY_VERSION = 15  # of what a parsed copy holds
 
 
 def dataset_name(name: str) -> str:
@@ -1023,19 +1023,17 @@ def find_files(name: str, root: str | Path | None, titles: str | None = None) ->
 
 def read_copy(path: Path, source: list) -> Interactions | None:
     """The parsed log, if it was made of this very source; numpy refuses pickles unless told otherwise."""
-    try:
-        with np.load(path) as saved:
-            rest = json.loads(saved["rest"].tobytes())
-            arrays = {name: saved[name] for name in ("items", "offsets", "begins")}
-            made_of = rest.pop("source")
-            return Interactions(**arrays, **rest) if made_of == source else None
-    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} cannot be read ({error}); delete it and run again") from error
+    with suppress(ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile), np.load(path) as saved:
+        rest = json.loads(saved["rest"].tobytes())
+        arrays = {name: saved[name] for name in ("items", "offsets", "first_times")}
+        if rest.pop("source") == source:
+            return Interactions(**arrays, **rest)
+    return None  # or broken: made again
 
 
 def write_copy(path: Path, data: Interactions, source: list) -> None:
     """Keep a parsed log, so that the next command starts at once; one per dataset and filter."""
-    arrays = {"items": data.items, "offsets": data.offsets, "begins": data.begins}
+    arrays = {"items": data.items, "offsets": data.offsets, "first_times": data.first_times}
     rest = {key: value for key, value in vars(data).items() if key not in arrays} | {"source": source}
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, rest=np.frombuffer(json.dumps(rest).encode(), np.uint8), **arrays)
@@ -1083,7 +1081,7 @@ def card(data: Interactions) -> str:
     history = data.items[data.offsets[0] : data.offsets[1]]
     repeats, day = ", repeats too" if data.repeats else "", ""
     if "sessions" in data.split:
-        day = f", those of {datetime.fromtimestamp(in_seconds(data.begins).max(), UTC):%Y-%m-%d}"
+        day = f", those of {datetime.fromtimestamp(in_seconds(data.first_times).max(), UTC):%Y-%m-%d}"
     quantiles = ", ".join(f"{q:.0%} {np.quantile(sizes, q):.0f}" for q in (0, 0.25, 0.5, 0.75, 0.95, 1))
     return "\n".join([
         f"{data.name}: {data.num_users:,} users, {data.num_items:,} items, {len(data.items):,} interactions",
@@ -1107,7 +1105,7 @@ def number(least: float, most: float = math.inf, above: bool = False, kind: type
             value = kind(text)
             if least <= value <= most and not (above and value == least) and value < 2**63:
                 return value
-        limits = f"{'above' if above else 'at least'} {least:g}" + (f" and at most {most:g}" if most < math.inf else "")
+        limits = f"{'above' if above else 'at least'} {least:g}" + (f" and at most {most:,}" if most < math.inf else "")
         raise argparse.ArgumentTypeError(f"{text!r} must be a {'whole ' if kind is int else ''}number {limits}")
 
     return parse
@@ -1188,7 +1186,7 @@ def run_command(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # the reader of the output, such as `head`, has enough
         code, words = 141, ""
     except KeyboardInterrupt:
-        code, words = 130, "stopped; a training goes on from its last epoch with --resume\n"
+        code, words = 130, "stopped; trainings go on from their last epoch with --resume\n"
     except (InputError, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
             raise

@@ -10,8 +10,8 @@ A label says that one film came next; the teacher's distribution says which othe
 (Hinton et al. 2015; arXiv 2409.14810, section 3.3). Data, batches, loop, checkpoints: teacher.py. In order: the
 loss -> what the teachers say -> building the student -> the command.
 
-Letters: B batch, T sequence length (in the loss: temperature), Q asked positions of a batch, I items, N negatives, D
-and S hidden sizes of teacher and student, L log entries.
+Letters: B batch, T sequence length (in the loss: temperature), Q asked positions of a batch, I items, N negatives,
+D hidden size, L log entries.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from data import (
     PAD, SPLITS, Batch, InputError, Interactions, Spans, add_data_flags, at_once, batches, command_line, data_flags,
-    grid_windows, load_asked, number, pad_left, run_command,
+    fixed_windows, load_asked, number, pad_left, run_command,
 )  # fmt: skip
 from evaluate import Markov
 from prebert import (
@@ -49,26 +49,26 @@ CACHE_AT_MOST = 2**32  # bytes of teachers' states
 
 
 def distillation_loss(
-    student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, alpha: float, correction: Tensor | float = 0.0
+    logits: Tensor, answers: Tensor, columns: Tensor, temperature: float, alpha: float, correction: Tensor | float = 0.0
 ) -> Tensor:
-    """(1 - alpha) CE(labels, student) + alpha T^2 KL(softmax(teacher / T) || softmax(student / T)).
+    """(1 - alpha) CE(columns, logits) + alpha T^2 KL(softmax(answers / T) || softmax(logits / T)).
 
-    student, teacher (Q, I): logits over the full catalogue at labelled positions, or over candidates with the
-    `correction` of `draw_candidates`; labels (Q,): columns, an item's is its id - 1. Means over Q. T^2 keeps the
-    gradient's size when the temperature changes (Hinton et al. 2015, section 2).
+    logits of the student and answers of the teacher (Q, I): logits over the full catalogue at labelled positions, or
+    over candidates with the `correction` of `draw_candidates`; columns (Q,): those of the labels, an item's is its
+    id - 1. Means over Q. T^2 keeps the gradient's size when the temperature changes (Hinton et al. 2015, section 2).
     """
-    assert student.shape == teacher.shape and labels.shape == student.shape[:1]
-    student, teacher = student.float(), teacher.float()
-    log_p = F.log_softmax(student + correction, dim=-1)  # with T = 1 also log_student: a pass less
-    log_student = log_p if temperature == 1 else F.log_softmax(student / temperature + correction, dim=-1)
-    log_teacher = F.log_softmax(teacher / temperature + correction, dim=-1)
+    assert logits.shape == answers.shape and columns.shape == logits.shape[:1]
+    logits, answers = logits.float(), answers.float()
+    log_p = F.log_softmax(logits + correction, dim=-1)  # with T = 1 also log_student: a pass less
+    log_student = log_p if temperature == 1 else F.log_softmax(logits / temperature + correction, dim=-1)
+    log_teacher = F.log_softmax(answers / temperature + correction, dim=-1)
     divergence = F.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
-    cross_entropy = F.nll_loss(log_p, labels, reduction="sum")
-    return ((1 - alpha) * cross_entropy + alpha * temperature**2 * divergence) / max(1, len(labels))
+    cross_entropy = F.nll_loss(log_p, columns, reduction="sum")
+    return ((1 - alpha) * cross_entropy + alpha * temperature**2 * divergence) / max(1, len(columns))
 
 
 def mean_of(logits: list[Tensor]) -> Tensor:
-    """Log of the mean distribution of several teachers, (Q, I); of one, its logits."""
+    """Log of the mean distribution of several teachers, (Q, I); of one, its logits, which have the same softmax."""
     if len(logits) == 1:
         return logits[0]
     # One after the other: a stack of all takes their number times the memory.
@@ -76,10 +76,10 @@ def mean_of(logits: list[Tensor]) -> Tensor:
 
 
 def with_counts(answers: Tensor, counts: Tensor, columns: Tensor, share: float) -> Tensor:
-    """Log of the distribution of answers (Q, I), logits, a share of which is given to what followed the newest item.
+    """Log of (1 - share) softmax(answers) + share * what followed the newest item in the training part, (Q, I).
 
-    counts (Q, I): how often every item did in the training part. Where columns (Q,) did, that was this very time, which
-    is left out: the label tells it. Where nothing else ever followed, answers stay.
+    counts (Q, I): how often each item did. One time was this very question, whose label has the column in columns (Q,):
+    it is taken off, not to give the label away. Where nothing else ever followed, answers stay.
     """
     counts = counts.scatter_add(1, columns[:, None], counts.new_full((len(columns), 1), -1))  # (Q, I)
     total = counts.sum(1, keepdim=True)  # (Q, 1)
@@ -97,31 +97,31 @@ def student_loss(
     share: see `with_counts`.
     """
     is_asked = batch.labels != PAD  # (B, M)
-    own, columns = student(batch.tokens, batch.positions)[is_asked], batch.labels[is_asked] - 1  # (Q, S), (Q,)
-    pairs = list(zip(teachers, states_at(batch), strict=True))
+    read, columns = student(batch.tokens, batch.positions)[is_asked], batch.labels[is_asked] - 1  # (Q, D), (Q,)
+    states = states_at(batch)  # (Q, D) each; a teacher's D is its own
     if sampler is None:
         with torch.no_grad():
-            answers = mean_of([teacher.logits(states) for teacher, states in pairs])  # (Q, I)
+            answers = mean_of([teacher.logits(own) for teacher, own in zip(teachers, states, strict=True)])  # (Q, I)
             if markov:
                 newest = batch.tokens.gather(1, batch.positions)[is_asked]  # (Q,)
                 answers = with_counts(answers, markov.followers(newest.cpu()).to(answers.device), columns, share)
-        return distillation_loss(student.logits(own), answers, columns, temperature, alpha)
+        return distillation_loss(student.logits(read), answers, columns, temperature, alpha)
     with torch.no_grad():
-        certain = torch.cat([columns[:, None], top_items(pairs, TEACHER_TOP)], dim=1)  # (Q, 1 + TEACHER_TOP)
+        certain = torch.cat([columns[:, None], top_items(teachers, states, TEACHER_TOP)], dim=1)  # (Q, 1 + TEACHER_TOP)
         negatives, correction = draw_candidates(sampler, certain)
+        pairs = zip(teachers, states, strict=True)
         scores = [candidate_logits(*pair, certain, negatives) + correction for pair in pairs]
         answers = mean_of(scores) - correction  # (Q, 1 + TEACHER_TOP + N); the loss adds it again
-    logits = candidate_logits(student, own, certain, negatives)
+    logits = candidate_logits(student, read, certain, negatives)
     return distillation_loss(logits, answers, torch.zeros_like(columns), temperature, alpha, correction)
 
 
-def top_items(pairs: list[tuple[PreBert, Tensor]], count: int) -> Tensor:
-    """The likeliest columns of the mean teacher, (Q, count); pairs: each teacher with its states (Q, D)."""
-    teachers, states = zip(*pairs, strict=True)
+def top_items(teachers: list[PreBert], states: list[Tensor], count: int) -> Tensor:
+    """The likeliest columns of the mean teacher, (Q, count); states (Q, D) of each."""
     num_items, found = teachers[0].num_items, []
     at_most = at_once(states[0].device, num_items)[1]  # all scores of all positions may not fit
-    for rows in zip(*(own.split(at_most) for own in states), strict=True):
-        answers = mean_of([teacher.logits(own) for teacher, own in zip(teachers, rows, strict=True)])
+    for rows in zip(*(of_one.split(at_most) for of_one in states), strict=True):
+        answers = mean_of([teacher.logits(part) for teacher, part in zip(teachers, rows, strict=True)])
         found.append(answers.topk(min(count, num_items)).indices)
     return torch.cat(found)
 
@@ -136,7 +136,7 @@ def states_of(teacher: PreBert, part: Spans, dtype: torch.dtype) -> Tensor:
     Windows are those of training, so that it says here what it would say on the batch.
     """
     states = torch.zeros(len(part.items), teacher.config.hidden_size, dtype=dtype)
-    starts, ends = grid_windows(part, teacher.max_length)
+    starts, ends = fixed_windows(part, teacher.max_length)
     ends, device = ends - 1, teacher.item_bias.device  # nothing is asked after a window's last item
     positions, _ = at_once(device, teacher.num_items)
     for rows in tqdm(batches(ends - starts, positions), desc="the teacher reads", disable=world()[0] > 0):
@@ -150,7 +150,7 @@ def states_of(teacher: PreBert, part: Spans, dtype: torch.dtype) -> Tensor:
 
 
 def teacher_states(teachers: list[PreBert], part: Spans, dtype: torch.dtype, cache: bool) -> States:
-    """How to have every teacher's states where a batch asks: of the batch, or kept of the whole log.
+    """A function that gives every teacher's states where a batch asks, computed then or looked up.
 
     What a causal teacher says after an item depends on no question, so with `cache` its states are computed once, where
     they take at most CACHE_AT_MOST: L x D numbers per teacher.
@@ -163,7 +163,7 @@ def teacher_states(teachers: list[PreBert], part: Spans, dtype: torch.dtype, cac
     def states_at(batch: Batch) -> list[Tensor]:
         is_asked = batch.labels != PAD  # (B, M)
         if cache:
-            memory.extend(states_of(teacher, part, dtype) for teacher in teachers[len(memory) :])  # at the first step
+            memory.extend(states_of(teacher, part, dtype) for teacher in teachers[len(memory) :])  # when first asked
             return [states[batch.entries[is_asked].cpu()].to(is_asked.device) for states in memory]
         return [teacher(batch.tokens, batch.positions)[is_asked] for teacher in teachers]
 
@@ -191,12 +191,12 @@ def build_student(
 
 
 def load_teachers(args: argparse.Namespace, data: Interactions) -> tuple[list[PreBert], list[str], bool]:
-    """The teachers, frozen, what made them, and whether texts count in the scores of one, see `teacher.keep_texts`.
+    """The teachers, frozen, what made them, and whether texts are in the scores of one, see `teacher.keep_texts`.
 
     Without their text columns: a student learns what training taught. Also fills args.objective, max_length and bert.
     Raises InputError if one was trained on other data or another kind of question.
     """
-    teachers, made_by, read_by, texts_count = [], [], [], False
+    teachers, made_by, read_by, in_scores = [], [], [], False
     for run in [] if args.no_kd else args.teacher:
         teacher, config, catalogue = load_run(run)
         check_catalogue(Path(run), config, catalogue, data)
@@ -205,13 +205,13 @@ def load_teachers(args: argparse.Namespace, data: Interactions) -> tuple[list[Pr
         if args.objective != objective or args.max_length != teacher.max_length:
             flags = f"--objective {objective} --max-length {teacher.max_length}"
             raise InputError(f"{run} was trained with {flags}; the student must answer the same questions")
-        texts_count |= teacher.item_embedding.embedding_dim > teacher.config.hidden_size
+        in_scores |= teacher.item_embedding.embedding_dim > teacher.config.hidden_size
         teachers.append(with_text_columns(teacher).requires_grad_(False).to(pick_device(args.device)))
         made_by.append(without_seed(config))
         read_by.append(config.get("bert_folder") or config["settings"].get("bert"))
     args.bert = args.bert or max(read_by, key=lambda bert: bert not in (None, "none"), default=None) or "minilm"
     args.objective = args.objective or "next"
-    return teachers, made_by, texts_count
+    return teachers, made_by, in_scores
 
 
 # ---------------------------------------------------------------- the command
@@ -245,14 +245,14 @@ def main() -> None:
     data = load_asked(args)
     usual = f"runs/{data.name}/teacher{'-all' if args.all else '-final' if args.final else ''}"
     args.teacher = [str(Path(run)) for run in args.teacher or [usual]]
-    teachers, made_by, texts_count = load_teachers(args, data)
+    teachers, made_by, in_scores = load_teachers(args, data)
     args.teacher = args.teacher if teachers else None
     read = any((Path(run) / "texts.safetensors").exists() for run in args.teacher or [])
     if read and not any(data.texts):
         print("note: the teacher read titles, and this log has none; --titles FILE names them")
-    kind = args.item_init or ("text" if args.no_kd and sparse(data) else "pca")
-    wanted = any(data.texts) and args.bert != "none" and (read or "text" in kind)
-    reader = load_bert(args.bert) if wanted else None
+    # BERT reads titles where a teacher's did, for new items, and where item vectors start from them, or may.
+    starts = "text" in (args.item_init or ("text" if args.no_kd and sparse(data) else "pca"))
+    reader = load_bert(args.bert) if any(data.texts) and args.bert != "none" and (read or starts) else None
     args.item_init = args.item_init or (default_init(data, args.split, reader) if args.no_kd else "pca")
     settle(args, RECIPES, data)
     if args.counts and (args.negatives or args.objective == "masked"):
@@ -273,7 +273,7 @@ def main() -> None:
     files = [Path(teacher) / "model.safetensors" for teacher in args.teacher or []]
     config["teacher_sha256"] = [sha256(file.read_bytes()).hexdigest() for file in files]
     train(model, loss, data, parts, run, args, config)
-    keep_texts(run, data, reader, "text" in args.item_init or (args.item_init == "pca" and texts_count))
+    keep_texts(run, data, reader, "text" in args.item_init or (args.item_init == "pca" and in_scores))
     serve = command_line("student.py", "--run", str(run), f"id:{data.raw_ids[1]}")
     check = command_line("evaluate.py", *data_flags(args))
     print(f"the best weights are in {run}; next: " + (serve if args.all else f"{check}\nthen: {serve}"))

@@ -83,7 +83,7 @@ def rank_targets(
     """
     ranks = torch.zeros(len(part.targets), dtype=torch.long)
     limits = at_once(torch.device(device), int(part.items.max()))
-    sizes = part.sizes.clamp(max=max(max_length, 200))  # histories are as wide as the longest: few beside a huge one
+    sizes = part.sizes.clamp(max=max(max_length, 200))  # at least 200: few rows get the width of a huge history
     for rows in tqdm(batches(sizes, *limits), desc=title, leave=False, delay=1, disable=not title):
         seen = part.histories(rows, torch.device(device))  # (B, S)
         scores = score(seen[:, -max_length:])  # (B, I)
@@ -134,8 +134,8 @@ class Markov:
     def __init__(self, train: Spans, num_items: int):
         counts = item_counts(train, num_items).double()
         self.fallback = counts / (counts.sum() + 1)  # (I,) below one transition
-        rows, places = entries_of(train)
-        before = places[:-1][rows[1:] == rows[:-1]]  # a history's first item follows nothing
+        rows, entries = entries_of(train)
+        before = entries[:-1][rows[1:] == rows[:-1]]  # a history's first item follows nothing
         pairs = train.items[before] * (num_items + 1) + train.items[before + 1]
         pairs, self.counts = torch.unique(pairs, return_counts=True)
         self.next = pairs % (num_items + 1) - 1
@@ -306,9 +306,7 @@ def find_runs(runs: list[str] | None, data: Interactions) -> dict[str, tuple[Pre
         row["mb"] = (run / "model.safetensors").stat().st_size / 1e6
         row |= {key: config[key] for key in ("command", "seed", "commit", "machine") if key in config}
         row |= {key: made[key] for key in ("minutes", "cpu_minutes", "peak_memory_gb", "steps") if key in made}
-        taken = (*found, "popularity", "markov")
-        names = run.name, str(run), str(run.resolve()), f"{run} ({len(found)})"
-        name = next(name for name in names if name not in taken)
+        name = str(run.resolve()) if run.name in (*found, "popularity", "markov") else run.name
         found[name] = model, config, row
     return found
 
@@ -343,7 +341,7 @@ def main() -> None:
         ranks = rank_targets(score, part, data.exclude_seen, longest, where, title=name)
         of_targets = ndcg(ranks, 10)  # (R,)
         interval = np.percentile(resampled(of_targets[None], owners), [2.5, 97.5]).tolist()
-        apart = {"rare users": int(rare.sum()), "rare NDCG@10": of_targets[rare].mean().item()} if rare.any() else {}
+        apart = {"rare targets": int(rare.sum()), "rare NDCG@10": of_targets[rare].mean().item()} if rare.any() else {}
         rows.append({"name": name, **row, **metrics(ranks), "ci95": interval, **apart})
         return of_targets
 
@@ -371,7 +369,7 @@ def main() -> None:
         write_json(args.json, report)
         print(f"written to {args.json}")
     if not loaded:
-        args.final = False  # how long a final run is trained, a run that is validated tells
+        args.final = False  # a run that is validated comes first: it tells the epochs of a final one
         print(f"no runs under runs/{data.name} yet; next:", command_line("teacher.py", *data_flags(args)))
 
 

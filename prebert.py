@@ -10,7 +10,7 @@ This file holds no command; teacher.py trains what is built here. In order: shap
 a model on disk -> first values of the item table -> new logs and new items.
 
 Letters: B batch, T sequence length, D hidden size, N heads, K head size (N * K = D), I items, n new ones, M positions
-of a row that are asked for (T where all are), V size of what BERT reads in a text, C columns of the item table for it.
+of a row that are asked for (T where all are), V size of BERT's vector of a text, C `text_columns` made from it.
 """
 
 import hashlib
@@ -54,7 +54,7 @@ class BertConfig:
     hidden_dropout_prob: float = 0.1
     layer_norm_eps: float = 1e-12
     initializer_range: float = 0.02
-    causal: bool = False  # ours: positions see only what is to their left
+    causal: bool = False  # ours, for --objective next: positions see only what is to their left
 
 
 ACTIVATIONS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}  # `approximate` of F.gelu
@@ -83,18 +83,18 @@ class Dropout(nn.Module):
 NEVER = -1e9  # added to a score that must not count; finite: at padding no key counts, and softmax of -inf is nan
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-    """softmax(query key^T / sqrt(K) + bias) value (Vaswani et al. 2017, equation 1).
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """softmax(query key^T / sqrt(K) + mask) value (Vaswani et al. 2017, equation 1).
 
-    query (B, N, M, K), key and value (B, N, T, K), bias (B, 1, 1 or M, T); returns (B, N, M, K).
+    query (B, N, M, K), key and value (B, N, T, K), mask (B, 1, 1 or M, T); returns (B, N, M, K).
 
     PyTorch's fused kernel does the same, except that on CPUs its backward takes 3 times as long, and that on GPUs it
     wants masks whose rows are multiples of eight, which a graph exported for any length cannot promise.
     """
     if (query.requires_grad and query.is_cpu) or (query.is_cuda and torch.compiler.is_exporting()):
-        scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2) + bias  # (B, N, M, T)
+        scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2) + mask  # (B, N, M, T)
         return scores.softmax(-1) @ value
-    return F.scaled_dot_product_attention(query, key, value, bias)
+    return F.scaled_dot_product_attention(query, key, value, mask)
 
 
 class SelfAttention(nn.Module):
@@ -113,20 +113,20 @@ class SelfAttention(nn.Module):
     def heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, N, T or M, K)
 
-    def forward(self, x: Tensor, bias: Tensor, queries: Tensor) -> Tensor:
-        """x (B, T, D), bias (B, 1, 1 or M, T) very low where a key is hidden, queries (B, M, D), which may be x."""
+    def forward(self, x: Tensor, mask: Tensor, queries: Tensor) -> Tensor:
+        """x (B, T, D), mask (B, 1, 1 or M, T) very low where a key is hidden, queries (B, M, D), which may be x."""
         if queries.shape[1] == 1:
-            return self.output(self.one_query(x, bias, queries))
-        if queries is x:
+            return self.output(self.one_query(x, mask, queries))
+        if queries is x:  # no `positions` were asked for
             query, key, value = self.qkv(x).chunk(3, dim=-1)  # (B, T, D) each
         else:
             size = x.shape[-1]
             query = F.linear(queries, self.qkv.weight[:size], self.qkv.bias[:size])  # (B, M, D)
             key, value = F.linear(x, self.qkv.weight[size:], self.qkv.bias[size:]).chunk(2, dim=-1)  # (B, T, D)
-        mixed = attend(self.heads(query), self.heads(key), self.heads(value), bias.to(query.dtype))  # (B, N, M, K)
+        mixed = attend(self.heads(query), self.heads(key), self.heads(value), mask.to(query.dtype))  # (B, N, M, K)
         return self.output(mixed.transpose(1, 2).flatten(2))  # (B, M, D)
 
-    def one_query(self, x: Tensor, bias: Tensor, queries: Tensor) -> Tensor:
+    def one_query(self, x: Tensor, mask: Tensor, queries: Tensor) -> Tensor:
         """The same mix of values for one query per row, queries (B, 1, D), without keys and values of all T positions.
 
         q (W_k x + b_k) = (W_k^T q) x + q b_k, which the softmax drops, since it is the same for every x; and
@@ -136,7 +136,7 @@ class SelfAttention(nn.Module):
         query_bias, _, value_bias = self.qkv.bias.unflatten(0, (3, self.num_heads, -1))  # (N, K) each
         query = torch.einsum("bd,nkd->bnk", queries[:, 0], query_matrix) + query_bias  # (B, N, K)
         asked = torch.einsum("bnk,nkd->bnd", query * query.shape[-1] ** -0.5, key_matrix)  # (B, N, D)
-        shares = (asked @ x.transpose(1, 2) + bias[:, 0].to(x.dtype)).softmax(-1)  # (B, N, T)
+        shares = (asked @ x.transpose(1, 2) + mask[:, 0].to(x.dtype)).softmax(-1)  # (B, N, T)
         mixed = torch.einsum("bnd,nkd->bnk", shares @ x, value_matrix) + value_bias  # (B, N, K)
         return mixed.flatten(1)[:, None]  # (B, 1, D)
 
@@ -151,7 +151,7 @@ class FeedForward(nn.Module):
         self.approximate = ACTIVATIONS[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x), approximate=self.approximate))  # inside: (B, M, 4 D)
+        return self.down(F.gelu(self.up(x), approximate=self.approximate))  # inside: (B, T or M, intermediate_size)
 
 
 class EncoderLayer(nn.Module):
@@ -165,14 +165,14 @@ class EncoderLayer(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)
 
-    def forward(self, x: Tensor, bias: Tensor, positions: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor, positions: Tensor | None = None) -> Tensor:
         """x (B, T, D) to (B, T, D), or to (B, M, D) when only `positions` (B, M) are wanted."""
         queries = x
         if positions is not None:
             queries = x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))  # (B, M, D)
-            if bias.shape[2] > 1:  # causal: each query has a row of its own
-                bias = bias.gather(2, positions[:, None, :, None].expand(-1, -1, -1, x.shape[1]))  # (B, 1, M, T)
-        x = self.attention_norm(queries + self.dropout(self.attention(x, bias, queries)))  # (B, M, D)
+            if mask.shape[2] > 1:  # causal: each query has a row of its own
+                mask = mask.gather(2, positions[:, None, :, None].expand(-1, -1, -1, x.shape[1]))  # (B, 1, M, T)
+        x = self.attention_norm(queries + self.dropout(self.attention(x, mask, queries)))  # (B, M, D)
         return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
 
 
@@ -193,13 +193,13 @@ class Encoder(nn.Module):
     def forward(self, embedded: Tensor, real: Tensor, positions: Tensor | None = None) -> Tensor:
         """embedded (B, T, D), real (B, T) false at padding, positions (B, M); returns (B, T or M, D)."""
         x = self.dropout(self.norm(embedded))
-        bias = torch.where(real, 0.0, NEVER)[:, None, None]  # (B, 1, 1, T)
+        mask = torch.where(real, 0.0, NEVER)[:, None, None]  # (B, 1, 1, T)
         if self.causal:
             future = torch.full((real.shape[1], real.shape[1]), NEVER, device=real.device).triu(1)
-            bias = bias + future  # (B, 1, T, T)
+            mask = mask + future  # (B, 1, T, T)
         for layer in self.layers[:-1]:
-            x = layer(x, bias)
-        return self.layers[-1](x, bias, positions)
+            x = layer(x, mask)
+        return self.layers[-1](x, mask, positions)
 
 
 # ---------------------------------------------------------------- the recommender
@@ -210,8 +210,8 @@ class PreBert(nn.Module):
 
     The newest item has the last position, max_length - 1, and older ones those before it, so that padding on the left
     changes nothing. The output is tied to the input: logits = head(h) E^T + b over the items (Press & Wolf 2017), with
-    h the encoder's state and E the item table; PAD and MASK have no logit. `forward` returns head(h), which is what
-    `logits` and the other scripts call states.
+    h the encoder's output and E the item table; PAD and MASK have no logit. `forward` returns head(h): the states, here
+    and in the other scripts.
 
     What comes next depends most on what came last, more than in sentences. So an item is read together with a share of
     each of the three before it: a short convolution, as in Mamba (Gu & Dao 2023). Its shares are 0 as training begins.
@@ -353,7 +353,7 @@ def config_of(tensors: dict[str, Tensor], raw: dict, path: Path) -> BertConfig:
     if not hidden or not ups or {*ups} != {(*ups[0][:1], hidden)} or qkvs != len(ups) * [(3 * hidden, hidden)]:
         raise InputError(f"{path}: these weights are not those of a BERT encoder")
     names = ("num_attention_heads", "hidden_act", "hidden_dropout_prob", "layer_norm_eps", "causal")
-    raw = {**dict.fromkeys(names[:2]), **raw}  # these have no default
+    raw = {**dict.fromkeys(names[:2]), **raw}  # those two must be in config.json
     config = BertConfig(
         hidden_size=hidden, num_hidden_layers=len(ups), intermediate_size=ups[0][0], max_position_embeddings=len(table),
         **{name: raw[name] for name in names if name in raw},
@@ -494,7 +494,7 @@ def prebert_from_bert(
 
 
 def near_identity(model: PreBert) -> None:
-    """Let body and head hand on almost what they read, at first: a state begins near the row of its item.
+    """Start body and head near the identity, so that a state begins near the row of its item.
 
     What attention and feed-forward add starts at a fifth of its size, the head's linear map near the identity (as in
     ReZero, Bachlechner et al. 2021, and LayerScale, Touvron et al. 2021). So items whose rows are alike are recommended
@@ -575,9 +575,9 @@ def write_safetensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
     write_atomic(Path(path), b"".join([len(text).to_bytes(8, "little"), text, *blobs]))
 
 
-# ---------------------------------------------------------------- a model on disk
+# ---------------------------------------------------------------- a model on disk, and the machine
 
-VERSION = 2  # of the run folder; a folder of another version is refused
+VERSION = 3  # of the run folder; a folder of another version is refused
 
 
 def no_number(word: str) -> float:
@@ -599,8 +599,7 @@ def read_json(path: Path) -> dict:
 
 def read_run(run: Path) -> tuple[dict, dict]:
     """config.json and catalogue.json {raw_ids, titles, counts}; InputError if one is missing, broken or out of date."""
-    config = {"split": "last", "interactions": 0, **read_json(run / "config.json")}
-    catalogue = read_json(run / "catalogue.json")
+    config, catalogue = read_json(run / "config.json"), read_json(run / "catalogue.json")
     if config.get("version") != VERSION:
         raise InputError(f"{run}: made by version {config.get('version')} of this code, which is version {VERSION}")
     kinds = {"exclude_seen": bool, "model": dict, "settings": dict, "seed": int, "split": str, "interactions": int}
@@ -631,12 +630,11 @@ def load_run(run: str | Path) -> tuple[PreBert, dict, dict]:
     shape = config_of(tensors, config["model"], path)
     columns = tensors.get("item_embedding.weight", torch.empty(0)).numel() // (num_items + 2)
     model = PreBert(shape, num_items, max(0, columns - shape.hidden_size))
-    tensors = {"convolution": model.convolution, **tensors}  # older runs have none: zeros
     return with_weights(model, tensors, path), config, catalogue
 
 
 def check_catalogue(run: Path, config: dict, catalogue: dict, data: Interactions) -> None:
-    """InputError unless a run was trained on these interactions: on others, what it was trained on may be a target."""
+    """InputError unless a run was trained on these interactions: one of others may have been trained on targets."""
     if config["split"] != data.split:
         held_out = HELD_OUT.get(config["split"], config["split"])
         raise InputError(f"{run}: its split is {held_out}, not {HELD_OUT[data.split]}")
@@ -656,9 +654,9 @@ def without_seed(config: dict) -> str:
 
     Where nothing is left to validate on, each seed has the epochs that were best for it, so they do not count.
     """
-    own = ["seed", "name", "teacher", "start", "text_weight"]  # the last in older runs alone
-    own += ["epochs", "patience"] if config["split"] not in ("last", "sessions") else []
-    settings = {key: value for key, value in config["settings"].items() if key not in own}
+    ignored = ["seed", "name", "teacher", "start"]
+    ignored += ["epochs", "patience"] if config["split"] not in ("last", "sessions") else []
+    settings = {key: value for key, value in config["settings"].items() if key not in ignored}
     started = bool(config["settings"].get("start"))
     return json.dumps([config.get("data"), config["model"], settings, started, config.get("teachers")], sort_keys=True)
 
@@ -708,10 +706,10 @@ def principal_components(table: Tensor, size: int) -> Tensor:
 
 
 @torch.no_grad()
-def encode_texts(bert: Bert, tokenizer: Tokenizer, texts: list[str], otherwise: Tensor | None = None) -> Tensor:
+def encode_texts(bert: Bert, tokenizer: Tokenizer, texts: list[str], empty: Tensor | None = None) -> Tensor:
     """Mean of BERT's last states over [CLS], words and [SEP] of each text, cut where `load_bert` says, (len(texts), V).
 
-    Without words it is `otherwise`, or the mean of the others. Mean pooling is how all-MiniLM-L6-v2 was trained to
+    Texts without words get `empty`, or the mean of the others. Mean pooling is how all-MiniLM-L6-v2 was trained to
     embed sentences (Reimers & Gurevych 2019). Texts of one length are read together, so that none is padded.
     """
     try:
@@ -725,7 +723,7 @@ def encode_texts(bert: Bert, tokenizer: Tokenizer, texts: list[str], otherwise: 
     for rows in tqdm(groups, desc="BERT reads titles", leave=False, delay=1):
         tokens = torch.tensor([token_ids[row] for row in rows])  # (B, T)
         vectors[rows] = bert(tokens, torch.ones_like(tokens, dtype=torch.bool)).mean(1)
-    return torch.where(vectors.isnan(), vectors.nanmean(0).nan_to_num() if otherwise is None else otherwise, vectors)
+    return torch.where(vectors.isnan(), vectors.nanmean(0).nan_to_num() if empty is None else empty, vectors)
 
 
 def text_vectors(bert: Bert, tokenizer: Tokenizer, texts: list[str]) -> Tensor:
@@ -804,8 +802,8 @@ def set_item_table(model: PreBert, table: Tensor, norm: float) -> None:
 def nearby(new: Tensor, known: Tensor, rows: Tensor, bias: Tensor, count: int = 5) -> tuple[Tensor, Tensor]:
     """Item rows (n, D) and biases (n,) of n new items with vectors (n, V), from known ones with vectors (I, V).
 
-    Seen from the mean row, a new row points where the `count` rows (I, D) whose vectors are nearest point on average,
-    weighted by softmax(10 cosine), and is as long as they are; where nothing is near, it is the mean row.
+    Seen from the mean row, a new row has the average direction and length of the `count` known rows (I, D) whose
+    vectors are nearest, weighted by softmax(10 cosine). Where nothing is near, it is the mean row.
     """
     centre, row_centre = known.mean(0), rows.mean(0)
     cosines = F.normalize(new - centre, dim=1) @ F.normalize(known - centre, dim=1).T  # (n, I)
@@ -867,7 +865,8 @@ def with_text_columns(model: PreBert, columns: Tensor | None = None) -> PreBert:
     if columns is not None:
         table = torch.cat([table, F.pad(columns, (0, 0, 1, 1))], dim=1)
     other = PreBert(model.config, model.num_items, table.shape[1] - model.config.hidden_size)
-    return with_weights(other, {**model.state_dict(), "item_embedding.weight": table}, Path("item texts"))
+    other.load_state_dict({**model.state_dict(), "item_embedding.weight": table})
+    return other.eval()
 
 
 def with_new_items(model: PreBert, run: Path, source: str, texts: list[str]) -> PreBert:
@@ -887,10 +886,10 @@ def with_new_items(model: PreBert, run: Path, source: str, texts: list[str]) -> 
     items, columns = table[1 : len(known) + 1, :size], table[1 : len(known) + 1, size:]
     vectors = encode_texts(bert, tokenizer, texts, centre)  # (n, V)
     rows, biases = nearby(vectors, known, items, bias)  # (n, D), (n,)
-    # The columns of the known are U Q: U unit vectors, Q unit eigenvectors of U^T U. So U^T (U Q) points where Q does.
-    told = columns.norm(dim=1) > 0.1 * columns.norm(dim=1).mean()  # not those without a text
-    turn = F.normalize(F.normalize(known - centre, dim=1)[told].T @ columns[told], dim=0, eps=1e-2)  # Q (V, C)
-    rows = torch.cat([rows, F.normalize(vectors - centre, dim=1, eps=1e-3) @ turn], dim=1)  # (n, D + C)
+    # Known columns are U Q: U unit vectors, Q unit eigenvectors of U^T U. So U^T (U Q) is Q times eigenvalues.
+    with_text = columns.norm(dim=1) > 0.1 * columns.norm(dim=1).mean()
+    q = F.normalize(F.normalize(known - centre, dim=1)[with_text].T @ columns[with_text], dim=0, eps=1e-2)  # (V, C)
+    rows = torch.cat([rows, F.normalize(vectors - centre, dim=1, eps=1e-3) @ q], dim=1)  # (n, D + C)
     ours = {"item_embedding.weight": torch.cat([table[:-1], rows, table[-1:]]), "item_bias": torch.cat([bias, biases])}
     larger = PreBert(model.config, model.num_items + len(texts), table.shape[1] - size)
     return with_weights(larger, {**model.state_dict(), **ours}, run)

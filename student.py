@@ -168,7 +168,7 @@ class Recommender:
         began = time.perf_counter()
         if not isinstance(k, int | np.integer) or k < 1:
             raise InputError(f"k is {k!r}; it must be a whole number above 0")
-        self.device, self.run, self.k = pick_device(device), Path(run_dir), k
+        self.device, self.run, self.k = pick_device(device), Path(run_dir), int(k)
         model, self.config, catalogue = load_run(run_dir)
         self.exclude_seen = self.config["exclude_seen"] if exclude_seen is None else exclude_seen
         graph = self.serve(model, *(catalogue[key] for key in ("raw_ids", "titles", "counts")))
@@ -227,10 +227,8 @@ class Recommender:
 
         Exact spelling wins over another case.
         """
-        if name in self.by_id:
-            return [self.by_id[name]]
         text = composed(name)
-        for raw_id in (text, name.removeprefix("id:"), text.removeprefix("id:")):
+        for raw_id in (name, text, name.removeprefix("id:"), text.removeprefix("id:")):
             if raw_id in self.by_id:
                 return [self.by_id[raw_id]]
         found = self.by_title.get(text.casefold(), [])

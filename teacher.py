@@ -5,7 +5,7 @@
 
 On two cores of an EPYC with AVX-512-BF16, 52 CPU minutes: test NDCG@10 0.2001 +- 0.0013, three seeds
 (results/ml-1m/test.json). With --objective masked, the paper's own: 0.1845, with --epochs 16 --patience 16 0.1906, one
-seed each, before the convolution (longer-controls.json).
+seed each (longer-controls.json).
 
 Histories become questions, of one of two kinds (data.py): what follows each item, or which item stood where one is
 hidden (Sun et al. 2019, section 3.5; arXiv 2409.14810, section 3.2). distill.py trains students in the same loop
@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 from data import (
     PAD, SPLITS, Batch, InputError, Interactions, Parts, Spans, add_data_flags, batches, command_line, data_flags,
-    grid_windows, item_counts, load_asked, mask_items, next_items, number, pad_left, positive, random_windows,
+    fixed_windows, item_counts, load_asked, mask_items, next_items, number, pad_left, positive, random_windows,
     run_command, write_atomic, write_json,
 )  # fmt: skip
 from evaluate import Markov, Scorer, hit_rate, ndcg, rank_targets
@@ -56,7 +56,7 @@ from prebert import (
 Loss = Callable[[PreBert, Batch], Tensor]
 # Data with fewer interactions per item are sparse: item vectors may start from titles (`default_init`), texts count
 # (`keep_texts`), dropout is sparse_dropout, and models start `near_identity`. Where users come back to items, dropout
-# is halfway to sparse_dropout, and models do not.
+# is halfway to sparse_dropout, and models do not start near the identity.
 SPARSE = 100
 TEXT_SIZE = 64  # columns of the item table for texts
 TITLES_TOO, TITLES_ALONE = 0.4, 0.6  # how well titles must predict, as a share of Markov's NDCG@10
@@ -146,7 +146,7 @@ def draw_windows(model: PreBert, part: Spans, generator: Generator) -> tuple[Ten
     """The windows of an epoch, as the model's kind of question needs them: starts, ends, last_only, (W,) each."""
     if not model.config.causal:
         return random_windows(part, model.max_length, generator)
-    starts, ends = grid_windows(part, model.max_length)
+    starts, ends = fixed_windows(part, model.max_length)
     return starts, ends, torch.zeros(len(starts), dtype=torch.bool)
 
 
@@ -204,7 +204,7 @@ def train(
     has_valid = len(valid_part.targets) > 0  # not with --all and --final, where the last epoch's weights are the best
     windows = draw_windows(model, train_part, seeded(args.seed, "windows", 0))[0]
     if not len(windows) or (data.split in ("last", "sessions") and not has_valid):
-        raise InputError(f"{data.name}: no user has three items (four for next items), no session two")
+        raise InputError(f"{data.name}: no user has three items (four for next items or --start), no session two")
     if data.num_items <= FULL_SOFTMAX:  # with huge catalogues, keeping freed blocks fragments memory
         keep_freed_memory()
     device, seed, (process, processes) = pick_device(args.device), args.seed, world()
@@ -227,7 +227,7 @@ def train(
         began, began_cpu = time.perf_counter() - state["seconds"], time.process_time() - state["cpu_seconds"]
 
         def spent(of_epoch: float = 0.0) -> float:
-            """Share of the budget used up; of_epoch: of the current epoch, which the clock does not need."""
+            """Share of the budget used up; of_epoch: how much of this epoch is done, unless --minutes decides."""
             if args.minutes:
                 return state["seconds"] / (60 * args.minutes)
             return (state["epoch"] + of_epoch) / args.epochs if args.epochs else 1.0
@@ -241,7 +241,7 @@ def train(
             bar = tqdm(total=int(sizes.sum()), desc=f"epoch {epoch + 1}", unit=" items", leave=False, unit_scale=True,
                        mininterval=0.5 if sys.stderr.isatty() else 30, disable=process > 0)  # fmt: skip
             for place, rows in enumerate(plan):
-                rate = schedule(spent((place + 0.5) / len(plan)), args.warmup)  # of the middle of a step
+                rate = schedule(spent((place + 0.5) / len(plan)), args.warmup)  # as in the middle of the step
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * rate
                 generator = seeded(seed, "masks", state["step"])
@@ -319,8 +319,6 @@ def load_state(content: bytes, run: Path, model: PreBert, optimizer: torch.optim
     """
     try:
         checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        if checkpoint["state"].get("batch"):
-            raise ValueError("of older code, from the middle of an epoch")
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         return {key: type(value)(checkpoint["state"][key]) for key, value in FRESH.items()}
@@ -344,11 +342,10 @@ def find_state(run: Path, data: Interactions, args: argparse.Namespace, config: 
     beside = ("teachers", "model", "exclude_seen")
     then, now = (c["settings"] | {key: c.get(key) for key in beside} for c in (before, config))
     for key in now:
-        # A flag newer than the run was off then; a run may have been renamed.
-        if then.get(key) != now[key] and (key in then or now[key]) and key != "name":
+        if then.get(key) != now[key] and key != "name":  # a run may have been renamed
             was, is_now = str(then.get(key))[:40], str(now[key])[:40]
             raise InputError(f"--resume {run}: {key} was {was}, now {is_now}; use the same, or --overwrite")
-    if before.get("teacher_sha256", config.get("teacher_sha256")) != config.get("teacher_sha256"):
+    if before.get("teacher_sha256") != config.get("teacher_sha256"):
         raise InputError(f"--resume {run}: its teacher has been trained anew; --overwrite starts again")
     if (run / "train_state.pt").exists():
         return "interrupted", (run / "train_state.pt").read_bytes()
@@ -378,7 +375,7 @@ def open_run(
             (run / name).unlink(missing_ok=True)
         if not args.start:  # a run may be its own start, whose weights are replaced, never missing
             (run / "model.safetensors").unlink(missing_ok=True)
-        # Weights without a checkpoint would pass for trained; first, since what follows does not fit those of --start.
+        # First the checkpoint: until the first epoch ends, weights of --start lie here and do not fit config.json.
         save_state(run, model, optimizer, state)
         counts = [0, *item_counts(part, data.num_items).tolist()]
         write_json(run / "config.json", config)
@@ -526,12 +523,12 @@ def add_training_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict]
         "unless users repeat items)")  # fmt: skip
     add("--warmup", type=number(0, 0.99), default=0.05, help="share of the budget that the rate rises (default: 0.05)")
     add("--weight-decay", type=number(0), default=0.01, help="(default: %(default)s)")
-    add("--max-length", type=positive, help="items the model reads (default: 200; a student as its teacher)")
+    add("--max-length", type=number(3, kind=int), help="items the model reads (default: 200; a student as its teacher)")
     add("--negatives", type=positive, help="sampled softmax with this many shared negatives, no smoothing "
         f"(default: the full catalogue up to {FULL_SOFTMAX:,} items, then {NEGATIVES:,})")  # fmt: skip
     add("--patience", type=positive, help="epochs without improvement before stopping (default: a third, at least 5)")
     add("--eval-users", type=positive, default=3000, help="validation targets after an epoch (default: %(default)s)")
-    add("--seed", type=int, default=0, help="(default: %(default)s)")
+    add("--seed", type=number(0, 2**32 - 1, kind=int), default=0, help="(default: %(default)s)")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where the hardware has it")
     held_out = parser.add_mutually_exclusive_group()
@@ -575,7 +572,7 @@ def default_init(data: Interactions, split: str, reader: Reader | None) -> str:
 
 
 def fill_in(args: argparse.Namespace, **usual: object) -> None:
-    """What no flag has set is set to these."""
+    """Defaults of flags that were not given."""
     for key, value in usual.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
@@ -590,8 +587,6 @@ def settle(args: argparse.Namespace, recipes: dict[str, dict], data: Interaction
     fill_in(args, max_length=200, negatives=NEGATIVES if data.num_items > FULL_SOFTMAX else None)
     if Path(args.name).name != args.name or args.name in ("", ".."):
         raise InputError(f"--name {args.name!r}: must be a name, of a folder in runs/{data.name}")
-    if args.max_length < 3 or not 0 <= args.seed < 2**32:
-        raise InputError("--max-length must be 3 or more, --seed from 0 to 2^32 - 1")
     if args.negatives and args.label_smoothing:
         raise InputError("--label-smoothing needs the full softmax; --negatives and large catalogues do without it")
     if args.epochs == 0 and (suffix or not args.start):
@@ -628,8 +623,7 @@ def best_epoch(args: argparse.Namespace, data: Interactions, suffix: str) -> int
         raise InputError(f"{run} does not tell the best epoch; {advice}")
     config, catalogue = read_run(run)
     check_catalogue(run, config, catalogue, data)
-    may_differ = ("name", "seed", "epochs", "minutes", "patience", "eval_users", "precision", "teacher", "all",
-                  "text_weight")  # of older runs  # fmt: skip
+    may_differ = ("name", "seed", "epochs", "minutes", "patience", "eval_users", "precision", "teacher", "all")
     for name, value in config["settings"].items():
         if name not in may_differ and getattr(args, name, None) != value:
             flag = f"--{name.replace('_', '-')}, {str(value)[:40]}"
@@ -706,17 +700,17 @@ def first_weights(model: PreBert, args: argparse.Namespace, data: Interactions, 
         near_identity(model)
 
 
-def keep_texts(run: Path, data: Interactions, reader: Reader | None, count: bool) -> None:
+def keep_texts(run: Path, data: Interactions, reader: Reader | None, in_scores: bool) -> None:
     """Keep with a trained run what BERT reads in its items' texts, for new items; a run that has them keeps its own.
 
-    Where they `count`, the item table of sparse data gets them as `text_columns`: where item vectors started from
-    texts, and in students of models where they count. Learnt in training they would gain less: there the rows alone
-    explain what comes next. metrics.json and log.csv tell of the model without. By the first process alone.
+    in_scores: of sparse data, the item table gets them as `text_columns`, too; so it is where item vectors started from
+    texts, and in students of such models. Learnt in training they would gain less: there the rows alone explain what
+    comes next. metrics.json and log.csv tell of the model without. By the first process alone.
     """
     if reader and any(data.texts) and world()[0] == 0 and not (run / "texts.safetensors").exists():
         vectors = text_vectors(*reader, data.texts[1:])  # (I, V)
         with locked(run):
-            if count and sparse(data):
+            if in_scores and sparse(data):
                 model = with_text_columns(load_run(run)[0], text_columns(vectors, TEXT_SIZE))
                 write_safetensors(run / "model.safetensors", model.state_dict())
                 print("in the scores, texts now count beside what was learnt: few interactions per item", flush=True)

@@ -7,6 +7,7 @@
 A run that has ended is skipped, an interrupted one goes on, since every command has --resume. Files are
 results/<data>/test.json and validation.json; each row there has its command, seed, commit, machine and minutes.
 Beauty is RecBole's amazon-beauty, at $PREBERT_DATA/amazon-beauty/beauty.inter, else data/amazon-beauty/beauty.inter.
+For the numbers in results/, Steam and YooChoose are cut as results/README.md says; the official files are far larger.
 """
 
 import argparse

@@ -76,7 +76,7 @@ sys.path.insert(0, str(ROOT))
 import distill  # noqa: E402
 import peers  # noqa: E402
 import teacher  # noqa: E402
-from data import Batch, batches, dataset_name, grid_windows, leave_one_out, load_dataset, next_items  # noqa: E402
+from data import Batch, batches, dataset_name, fixed_windows, leave_one_out, load_dataset, next_items  # noqa: E402
 from prebert import (  # noqa: E402
     ENCODER, BertConfig, Dropout, PreBert, find_bert, load_run, machine, peak_memory_gb, read_json, read_weights,
     write_safetensors,
@@ -199,7 +199,7 @@ def trained(s: SimpleNamespace, script: ModuleType, name: str, minutes: float, *
     script.main()
     seconds, run = time.perf_counter() - began, Path("runs") / dataset_name(str(s.log)) / name
     made, (model, config, _) = read_json(run / "metrics.json"), load_run(run)
-    starts, ends = grid_windows(leave_one_out(load_dataset(str(s.log)))[0], model.max_length)
+    starts, ends = fixed_windows(leave_one_out(load_dataset(str(s.log)))[0], model.max_length)
     of_step = (ends - starts - 1).sum().item() / len(batches(ends - starts, int(config["settings"]["tokens"])))
     around = {"before_and_after_s": seconds - 60 * made["minutes"], "log": (run / "log.csv").read_text().splitlines()}
     yield {"command": config["command"], **made, **around}

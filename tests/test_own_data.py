@@ -674,11 +674,11 @@ def test_a_run_keeps_what_bert_read_of_its_items(tmp_path):
     # What answers as a teacher has no dropout: it says the same each time.
     empty = dict.fromkeys(("no_kd", "objective", "max_length", "bert"))
     namespace = argparse.Namespace(teacher=[str(run)], device="cpu", **empty)
-    (answering,), _, texts_count = load_teachers(namespace, load_dataset(str(log)))
+    (answering,), _, in_scores = load_teachers(namespace, load_dataset(str(log)))
     # Texts count beside the rows that training left, which is what a student learns from.
     wide, columns = load_run(run)[0], text_columns(expected, 64)
     assert wide.item_embedding.weight.shape == (62, 64 + columns.shape[1])
-    assert texts_count and answering.item_embedding.weight.shape == (62, 64)
+    assert in_scores and answering.item_embedding.weight.shape == (62, 64)
     plain, history = with_text_columns(wide), torch.tensor([[5, 6, 7]])
     assert torch.equal(plain.score_next(history), answering.score_next(history))
     states = [states_of(answering, SPLITS["last"](load_dataset(str(log)))[0], torch.float32) for _ in range(2)]
@@ -686,7 +686,7 @@ def test_a_run_keeps_what_bert_read_of_its_items(tmp_path):
 
 
 @pytest.mark.parametrize("start", ["text", "cooc"])
-def test_texts_count_where_a_model_or_its_teacher_starts_from_them(tmp_path, start):
+def test_in_scores_where_a_model_or_its_teacher_starts_from_them(tmp_path, start):
     bert, _ = bert_folder(tmp_path)
     log, made = write_ring(tmp_path), tmp_path / "runs/ring"
     names = [f"{100 + item}\t{'toy' if item % 2 else 'story'}" for item in range(60)]

@@ -31,6 +31,7 @@ def write_run(folder: Path, raw_ids: list[str], titles: list[str], causal: bool)
         parameter.data.normal_(0.05, 0.2)
     write_safetensors(folder / "model.safetensors", model.state_dict())
     config = {"version": VERSION, "model": asdict(model.config), "exclude_seen": True, "settings": {}, "seed": 0}
+    config |= {"split": "last", "interactions": 0}
     (folder / "config.json").write_text(json.dumps(config))
     counts = [0, *(7 * item % 61 for item in range(1, len(raw_ids)))]
     (folder / "catalogue.json").write_text(json.dumps({"raw_ids": raw_ids, "titles": titles, "counts": counts}))

@@ -335,11 +335,7 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(ring, tmp_path
     assert "has ended" in capsys.readouterr().out
     with pytest.raises(InputError, match="tokens was 64, now 32"):  # flags after the end are not ignored
         go(log, tmp_path / "parts", item_loss, "--resume", **{**same, "tokens": 32})
-    config = json.loads((tmp_path / "parts/config.json").read_text())
-    del config["settings"]["item_dropout"]  # as of a run from before the flag
-    (tmp_path / "parts/config.json").write_text(json.dumps(config))
-    go(log, tmp_path / "parts", item_loss, "--resume", **same)
-    with pytest.raises(InputError, match=r"item_dropout was None, now 0\.1"):
+    with pytest.raises(InputError, match=r"item_dropout was 0\.0, now 0\.1"):
         go(log, tmp_path / "parts", item_loss, "--resume", "--item-dropout", "0.1", **same)
     (tmp_path / "parts" / "metrics.json").unlink()  # weights alone, such as a copy of someone's: they must survive
     with pytest.raises(InputError, match="no checkpoint to go on from"):
@@ -379,13 +375,6 @@ def test_resume_refuses_another_log(ring, tmp_path):
     log, run = load_dataset(str(ring)), tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
         go(log, run, StopAt(3))
-    whole = (run / "train_state.pt").read_bytes()
-    older = torch.load(run / "train_state.pt", weights_only=True)
-    older["state"]["batch"] = 3
-    torch.save(older, run / "train_state.pt")
-    with pytest.raises(InputError, match="from the middle of an epoch"):
-        go(log, run, item_loss, "--resume")
-    (run / "train_state.pt").write_bytes(whole)
     before = {path: path.read_bytes() for path in run.iterdir()}
     last, *others = log.items[::-1].tolist()
     swapped = np.array([*others[::-1], last % 60 + 1])
@@ -489,12 +478,8 @@ def test_recipes_fill_in_what_the_flags_left_open_and_help_shows_them(ring, tmp_
     names = [str(n) for n in range(20_002)]
     assert options(replace(log, raw_ids=names[:-1])).negatives is None
     assert options(replace(log, raw_ids=names)).negatives > 1000
-    for given, words in (
-        (["--negatives", "4", "--label-smoothing", "0.1"], "--label-smoothing"),
-        (["--max-length", "2"], "--max-length"), (["--seed", "-1"], "--seed"),
-    ):  # fmt: skip
-        with pytest.raises(InputError, match=words):
-            options(log, *given)
+    with pytest.raises(InputError, match="--label-smoothing"):
+        options(log, "--negatives", "4", "--label-smoothing", "0.1")
     for script, recipes in (("teacher.py", RECIPES), ("distill.py", distill.RECIPES)):
         shown = inside(script, "--help", cwd=tmp_path)
         for key in recipes["next"]:
@@ -629,7 +614,7 @@ def test_histories_with_one_training_item_do_not_crash(tmp_path, objective, size
     flags = ["--data", path, "--min-count", 1, "--no-kd", "--size", "tiny", *TINY, "--objective", objective]
     asks = objective == "masked" or max(sizes) > 3
     text = inside("distill.py", *flags, "--tokens", 2, cwd=tmp_path, expect=0 if asks else 2)
-    assert "epoch   2" in text if asks else "three items (four for next items)" in text
+    assert "epoch   2" in text if asks else "three items (four for next items" in text
 
 
 # ---------------------------------------------------------------- the commands
@@ -764,7 +749,8 @@ def test_the_released_student_is_evaluated_where_nothing_is_trained(ring, tmp_pa
         (["teacher.py", "--data", "RING", "--bert", "none", "--item-init", "text"], "needs a BERT"),
         (["teacher.py", "--data", "RING", "--bert", "no-such-folder"], "no BERT"),
         (["teacher.py", "--data", "RING", "--bert", "none", "--device", "warp"], "--device warp"),
-        (["teacher.py", "--data", "RING", "--seed", "10000000000000"], "--seed from 0"),
+        (["teacher.py", "--data", "RING", "--seed", "10000000000000"], "at most 4,294,967,295"),
+        (["teacher.py", "--data", "RING", "--max-length", "2"], "--max-length: '2' must be a whole number at least 3"),
         (["distill.py", "--data", "RING"], "train first"),
         (["distill.py", "--data", "RING", "--temperature", "0"], "--temperature"),
         (["distill.py", "--data", "RING", "--no-kd", "--counts", "0.2"], "--counts"),

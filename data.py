@@ -113,7 +113,7 @@ class Spans:
     items: Tensor  # (L,) the whole log; all parts share it
     starts: Tensor  # (R,)
     ends: Tensor  # (R,)
-    targets: Tensor  # (R,), PAD for an item that training never saw: a miss; in the training part there are none, (0,)
+    targets: Tensor  # (R,) ids; with sessions PAD where training never saw the item: a miss; (0,) in the training part
 
     @property
     def sizes(self) -> Tensor:
@@ -227,7 +227,7 @@ def pad_left(items: Tensor, starts: Tensor, ends: Tensor, length: int) -> Tensor
 def fixed_windows(part: Spans, length: int) -> tuple[Tensor, Tensor]:
     """Training windows of a causal model: starts (W,) and ends (W,) of `length` + 1 items at most.
 
-    A model reads `length` items at most, so longer histories are cut. A history of n items is cut from its newest end
+    A window is `length` items to read and one more to ask for. A history of n items is cut from its newest end
     into ceil((n - 1) / length) windows that overlap by one item, so that every item but the first is asked for once;
     one of a single item gives none. What stands to the left of an item is the same in every epoch, so a causal teacher
     need be asked only once.
@@ -252,7 +252,7 @@ def random_windows(part: Spans, length: int, generator: Generator) -> tuple[Tens
     uniform = torch.rand(2, len(rows), generator=generator)
     last_only = (uniform[0] < LAST_SHARE) & (sizes[rows] >= 2)
     newest = places == 0
-    # Where the earliest cut may end: after two items, for the first window after all, else after `length`.
+    # Earliest end of a window: with last_only after 2 items, of the newest after all, else after `length`.
     least = torch.where(last_only, 2, torch.where(newest, sizes[rows], length)).minimum(sizes[rows])
     cut = least + (uniform[1] * (sizes[rows] - least + 1)).long()
     ends = part.starts[rows] + cut.minimum(sizes[rows])  # a uniform number may round up to 1
@@ -308,8 +308,7 @@ def mask_items(tokens: Tensor, last_only: Tensor, mask: int, generator: Generato
     hidden = (torch.rand(tokens.shape, generator=generator) < MASK_RATE) & (tokens != PAD)  # (B, T)
     hidden &= ~last_only[:, None]
     hidden[:, -1] |= ~hidden.any(1)
-    most = hidden.sum(1).max()  # M
-    positions = torch.argsort(hidden.int(), dim=1, descending=True, stable=True)[:, :most]  # (B, M)
+    positions = torch.argsort(hidden.int(), dim=1, descending=True, stable=True)[:, : hidden.sum(1).max()]  # (B, M)
     return tokens.masked_fill(hidden, mask), positions, torch.where(hidden, tokens, PAD).gather(1, positions)
 
 
@@ -347,17 +346,17 @@ def core_filter(users: np.ndarray, items: np.ndarray, min_items: int, min_length
         keep = keep[enough]
 
 
-def without_repeats(clicks: Clicks, keep: np.ndarray, once: bool) -> np.ndarray:
+def without_copies(clicks: Clicks, keep: np.ndarray, once: bool) -> np.ndarray:
     """The entries `keep`, sorted by user and time, without lines that were written twice: same user, item and time.
 
-    once: a user's first line of each item alone. If all times are equal, all are kept: repeats look like such lines.
+    once: a user's first line of each item alone; else, if all times are equal, all lines: repeats look the same.
     """
     if not once and clicks.times.min() == clicks.times.max():
         return keep
-    moments = np.diff(clicks.users[keep], prepend=-1) != 0  # where another user begins, or, unless once, another time
+    begins = np.diff(clicks.users[keep], prepend=-1) != 0  # of a user's lines or, unless once, of those of one time
     if not once:
-        moments |= np.diff(clicks.times[keep], prepend=-np.inf) != 0
-    keys = np.cumsum(moments) * len(clicks.raw_items) + clicks.items[keep]
+        begins |= np.diff(clicks.times[keep], prepend=-np.inf) != 0
+    keys = np.cumsum(begins) * len(clicks.raw_items) + clicks.items[keep]
     return keep[np.sort(np.unique(keys, return_index=True)[1])]
 
 
@@ -380,7 +379,7 @@ def build(
 ) -> Interactions:  # fmt: skip
     """Filter, sort by time within users (ties keep the file's order) and number items by first appearance.
 
-    titles: {raw item id: (title, text)}. once: see `without_repeats`. Users come back to items if a share REPEATS_FROM
+    titles: {raw item id: (title, text)}. once: see `without_copies`. Users come back to items if a share REPEATS_FROM
     of what is kept was theirs before. Raises InputError when nothing is left.
     """
     read = len(clicks.users)
@@ -388,7 +387,7 @@ def build(
         raise InputError(f"{name}: the log has no interactions")
     keep = latest_users(clicks, fraction) if fraction > 1 else np.arange(read)
     keep = keep[np.lexsort((clicks.times[keep], clicks.users[keep]))]  # stable: ties stay in file order
-    keep = without_repeats(clicks, keep, once)
+    keep = without_copies(clicks, keep, once)
     core = keep[core_filter(clicks.users[keep], clicks.items[keep], min_items, min_length)]
     older = f" or of users before the latest 1/{fraction}" if fraction > 1 else ""
     lines = f"{read:,} read, {read - len(keep):,} repeated{older}, {len(keep) - len(core):,} of rare users or items"
@@ -403,7 +402,7 @@ def build(
     items = numbers[items]
     starts = np.flatnonzero(np.diff(users, prepend=-1))  # (U,) where the next user begins
     raw_ids = ["", *(clicks.raw_items[item] for item in kept)]
-    pairs = np.sort(users * len(kept) + items)
+    pairs = np.sort(users * len(kept) + items)  # np.unique takes eighty times as long for many distinct numbers
     repeats = bool((pairs[1:] == pairs[:-1]).sum() >= REPEATS_FROM * len(pairs))
     taken = {**taken, "interactions": f"{lines}; {len(core):,} kept"}
     tied = np.count_nonzero((np.diff(users) == 0) & (np.diff(clicks.times[core]) == 0)) / len(core)
@@ -670,9 +669,9 @@ def find_columns(
 
 
 def check_time(path: Path, names: list[str], places: dict[str, int | None], levels: list[int]) -> None:
-    """InputError where another column may tell more than the one taken as the time; an order of lines is no substitute.
+    """InputError where a column may tell more than the one taken as the time; the order of lines is no substitute.
 
-    levels: see `how_fine`.
+    levels: see `how_fine`; here -1 is no time.
     """
     when = places["time"]
     clock = place_of(["" if level else name for name, level in zip(names, levels, strict=True)], TIME_OF_DAY)
@@ -1056,10 +1055,7 @@ def load_dataset(
     if copy.exists() and (data := read_copy(copy, source)):
         return data
     clicks, taken, item_name = read_log(paths[0], columns or {}, sessions)
-    titles: dict[str, tuple[str, str]] = {}
-    taken["titles"] = "no file of titles was found"
-    if len(paths) > 1:
-        titles, taken["titles"] = read_titles(paths[1], item_name)
+    titles, taken["titles"] = read_titles(paths[1], item_name) if paths[1:] else ({}, "no file of titles was found")
     once = name in PUBLIC and PUBLIC[name].once
     data = build(dataset_name(name), clicks, titles, taken, min_items, min_length, fraction, once)
     if titles_file and not any(data.texts):
@@ -1124,8 +1120,7 @@ def column_names(text: str) -> dict[str, str]:
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that every script shares; `load_asked` reads them."""
-    group = parser.add_argument_group("data")
-    add = group.add_argument
+    add = parser.add_argument_group("data").add_argument
     add("--data", default="ml-1m", help=f"{', '.join(PUBLIC)} or a path to a .inter, .csv or .tsv file")
     add("--root", help="folder of datasets (default: $PREBERT_DATA, else ./data)")
     add("--columns", type=column_names, action="append", default=[], help="of your own file: user=NAME,item=NAME,"

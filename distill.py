@@ -38,7 +38,7 @@ from prebert import (
 from student import STUDENTS, MiniBert
 from teacher import (
     Sampler, add_training_flags, autocast_dtype, candidate_logits, default_init, describe, draw_candidates,
-    first_weights, item_loss, join_processes, keep_texts, make_sampler, settle, sparse, train, world,
+    fill_in, first_weights, item_loss, join_processes, keep_texts, make_sampler, settle, sparse, train, world,
 )  # fmt: skip
 
 States = Callable[[Batch], list[Tensor]]  # every teacher's states where a batch asks, (Q, D) each
@@ -78,8 +78,8 @@ def mean_of(logits: list[Tensor]) -> Tensor:
 def with_counts(answers: Tensor, counts: Tensor, columns: Tensor, share: float) -> Tensor:
     """Log of (1 - share) softmax(answers) + share * what followed the newest item in the training part, (Q, I).
 
-    counts (Q, I): how often each item did. One time was this very question, whose label has the column in columns (Q,):
-    it is taken off, not to give the label away. Where nothing else ever followed, answers stay.
+    counts (Q, I): how often each item followed. One is this very question's, at its label's column, columns (Q,): it is
+    taken off, not to give the label away. Where nothing else ever followed, answers stay.
     """
     counts = counts.scatter_add(1, columns[:, None], counts.new_full((len(columns), 1), -1))  # (Q, I)
     total = counts.sum(1, keepdim=True)  # (Q, 1)
@@ -180,12 +180,10 @@ def build_student(
     torch.manual_seed(args.seed)
     model = MiniBert(args.size, data.num_items, args.max_length, args.objective == "next", args.dropout)
     size = model.config.hidden_size
+    vectors = item_vectors(args.item_init, data, part, size, reader)  # None for pca
     if teacher and args.item_init == "pca":
-        vectors: Tensor | None = principal_components(teacher.item_embedding.weight[1:-1].detach().cpu(), size)
-    else:
-        vectors = item_vectors(args.item_init, data, part, size, reader)
-    if vectors is not None:
-        set_item_table(model, vectors, 1.0)
+        vectors = principal_components(teacher.item_embedding.weight[1:-1].detach().cpu(), size)
+    set_item_table(model, vectors, 1.0)
     first_weights(model, args, data, vectors)
     return model
 
@@ -239,8 +237,7 @@ def main() -> None:
         parser.error("--no-kd is without --teacher, --temperature, --alpha, --counts, --no-cache and --item-init pca")
     if not args.no_kd and args.label_smoothing:
         parser.error("--label-smoothing is for --no-kd: the teacher's answers are smooth already")
-    if args.name is None:
-        args.name = "student-no-kd" if args.no_kd else "student"
+    fill_in(args, name="student-no-kd" if args.no_kd else "student")
     join_processes(args.device)
     data = load_asked(args)
     usual = f"runs/{data.name}/teacher{'-all' if args.all else '-final' if args.final else ''}"
@@ -250,9 +247,9 @@ def main() -> None:
     read = any((Path(run) / "texts.safetensors").exists() for run in args.teacher or [])
     if read and not any(data.texts):
         print("note: the teacher read titles, and this log has none; --titles FILE names them")
-    # BERT reads titles where a teacher's did, for new items, and where item vectors start from them, or may.
-    starts = "text" in (args.item_init or ("text" if args.no_kd and sparse(data) else "pca"))
-    reader = load_bert(args.bert) if any(data.texts) and args.bert != "none" and (read or starts) else None
+    # BERT is loaded if a teacher's run kept texts, for new items, or if item vectors may start from titles.
+    needed = read or "text" in (args.item_init or ("text" if args.no_kd and sparse(data) else "pca"))
+    reader = load_bert(args.bert) if any(data.texts) and args.bert != "none" and needed else None
     args.item_init = args.item_init or (default_init(data, args.split, reader) if args.no_kd else "pca")
     settle(args, RECIPES, data)
     if args.counts and (args.negatives or args.objective == "masked"):

@@ -3,9 +3,10 @@
     python evaluate.py                       # every run under runs/ml-1m, two baselines, each pair of runs compared
     python evaluate.py --bench --json bench.json
 
-Scores models on the test part: for each user all items are ranked, those already seen left out, and the place of the
-one that came next is looked up. HR is the hit rate, NDCG the normalised discounted cumulative gain, MRR the mean
-reciprocal rank. Where nothing is trained yet, the released student is evaluated: NDCG@10 0.2090, HR@10 0.3483 on ML-1M.
+Scores models on the test part: for each user all items are ranked (without those already seen, unless users repeat
+items), and the place of the one that came next is looked up. HR is the hit rate, NDCG the normalised discounted
+cumulative gain, MRR the mean reciprocal rank. Where nothing is trained yet, the released student is evaluated: NDCG@10
+0.2090, HR@10 0.3483 on ML-1M.
 In order: ranks -> metrics -> bootstrap -> baselines -> `benchmark` of student.py's `TopK` -> the table -> the command.
 
 Letters: B batch (users), T sequence length, S whole history, R targets, I items, E seeds, N draws.
@@ -33,7 +34,6 @@ from student import TopK, compile_ahead
 Scorer = Callable[[Tensor], Tensor]  # history (B, T), left-padded, newest last -> scores (B, I) of items 1..I
 
 # ---------------------------------------------------------------- ranks and metrics
-
 
 MISS = 2**31  # the rank of a target PAD, which training never saw: no K reaches it
 
@@ -83,7 +83,7 @@ def rank_targets(
     """
     ranks = torch.zeros(len(part.targets), dtype=torch.long)
     limits = at_once(torch.device(device), int(part.items.max()))
-    sizes = part.sizes.clamp(max=max(max_length, 200))  # at least 200: few rows get the width of a huge history
+    sizes = part.sizes.clamp(max=max(max_length, 200))  # below 200, too many rows share a huge one's width
     for rows in tqdm(batches(sizes, *limits), desc=title, leave=False, delay=1, disable=not title):
         seen = part.histories(rows, torch.device(device))  # (B, S)
         scores = score(seen[:, -max_length:])  # (B, I)
@@ -226,7 +226,6 @@ def print_bench(rows: list[dict]) -> None:
 
 
 # ---------------------------------------------------------------- the table
-
 
 RARE = 2  # clicks in the training part at most: targets like that are rare, and reported apart as well
 

@@ -80,7 +80,7 @@ class Dropout(nn.Module):
         return x.masked_fill(dropped, 0) * (256 / (256 - self.out_of_256))
 
 
-NEVER = -1e9  # added to a score that must not count; finite: at padding no key counts, and softmax of -inf is nan
+NEVER = -1e9  # added to a score that must not count; finite: a padding row has no key, softmax of all -inf is nan
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
@@ -210,14 +210,14 @@ class PreBert(nn.Module):
 
     The newest item has the last position, max_length - 1, and older ones those before it, so that padding on the left
     changes nothing. The output is tied to the input: logits = head(h) E^T + b over the items (Press & Wolf 2017), with
-    h the encoder's output and E the item table; PAD and MASK have no logit. `forward` returns head(h): the states, here
-    and in the other scripts.
+    h the encoder's output and E the item table; PAD and MASK have no logit. `forward` returns head(h), which all
+    scripts call states.
 
     What comes next depends most on what came last, more than in sentences. So an item is read together with a share of
     each of the three before it: a short convolution, as in Mamba (Gu & Dao 2023). Its shares are 0 as training begins.
 
     Item rows may have `text_size` columns more, of what BERT reads in the items' texts. The encoder does not see them.
-    A state ends in the sum of these columns over the newest four tokens, weighted 1, 0.7, 0.7^2 and 0.7^3 (MASK's are
+    A state ends in a sum of these columns over its token and the three before, times 1, 0.7, 0.7^2, 0.7^3 (MASK's are
     0), so that an item scores higher if its text is like theirs. `teacher.keep_texts` adds them after training.
     """
 
@@ -323,8 +323,7 @@ def rename_bert_weights(tensors: dict[str, Tensor], path: Path) -> tuple[dict[st
     """Weights under our names, query / key / value joined, and names of other weights; InputError for two encoders."""
     ours, ignored = {}, []
     for name, tensor in tensors.items():
-        inside = ENCODER.match(name)
-        if not inside:
+        if not (inside := ENCODER.match(name)):
             ignored.append(name)
             continue
         ours_name = inside[1]
@@ -447,9 +446,8 @@ def load_bert(source: str) -> Reader:
             raise InputError(f"{folder / 'config.json'}: {name} {raw.get(name)!r} is not supported, only {wanted!r} is")
     tensors, ignored = rename_bert_weights(read_weights(folder), path)
     config = config_of(tensors, raw, path)
-    none = torch.empty(0)
-    vocab_size = tensors.get("word_embedding.weight", none).numel() // config.hidden_size
-    segments = max(1, tensors.get("segment_embedding.weight", none).numel() // config.hidden_size)
+    vocab_size = tensors.get("word_embedding.weight", torch.empty(0)).numel() // config.hidden_size
+    segments = max(1, tensors.get("segment_embedding.weight", torch.empty(0)).numel() // config.hidden_size)
     if raw.get("num_hidden_layers", config.num_hidden_layers) != config.num_hidden_layers:
         found = f"{config.num_hidden_layers} layers, config.json speaks of {raw['num_hidden_layers']}"
         raise InputError(f"{folder}: the weights have {found}; is a file missing?")
@@ -563,16 +561,14 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
 def write_safetensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
     """Write {name: tensor} atomically; spaces after the header let the data start at a multiple of 8 bytes."""
     names = {dtype: name for name, dtype in DTYPES.items()}
-    header, blobs, position = {}, [], 0
+    header, body = {}, bytearray()
     for name, tensor in sorted(tensors.items()):
-        blob = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        span = [position, position + len(blob)]
-        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": span}
-        blobs.append(blob)
-        position += len(blob)
+        begin = len(body)
+        body += tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, len(body)]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    write_atomic(Path(path), b"".join([len(text).to_bytes(8, "little"), text, *blobs]))
+    write_atomic(Path(path), b"".join([len(text).to_bytes(8, "little"), text, body]))
 
 
 # ---------------------------------------------------------------- a model on disk, and the machine
@@ -692,7 +688,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def centred(table: Tensor) -> Tensor:
-    """Rows with mean 0 and root-mean-square length 1."""
+    """Rows (I, D) around their mean, with root-mean-square length 1."""
     table = table - table.mean(0)
     return table / table.pow(2).sum(1).mean().sqrt().clamp(min=1e-12)
 
@@ -786,14 +782,15 @@ def item_vectors(kind: str, data: Interactions, train: Spans, size: int, reader:
     return torch.stack(vectors).sum(0) if vectors else None
 
 
-def set_item_table(model: PreBert, table: Tensor, norm: float) -> None:
-    """Put (num_items, D) vectors, centred, with root-mean-square row length `norm`, into the item rows.
+def set_item_table(model: PreBert, table: Tensor | None, norm: float) -> None:
+    """Put (num_items, D) vectors, centred, with root-mean-square row length `norm`, into the item rows; None: keep.
 
     The tied softmax reads the table's scale directly, and the first LayerNorm weighs it against the positions. A
     pre-trained body expects the mean length of its own words; without one it is 1.
     """
-    with torch.no_grad():
-        model.item_embedding.weight[1:-1] = centred(table) * norm
+    if table is not None:
+        with torch.no_grad():
+            model.item_embedding.weight[1:-1] = centred(table) * norm
 
 
 # ---------------------------------------------------------------- new logs and new items
@@ -886,7 +883,7 @@ def with_new_items(model: PreBert, run: Path, source: str, texts: list[str]) -> 
     items, columns = table[1 : len(known) + 1, :size], table[1 : len(known) + 1, size:]
     vectors = encode_texts(bert, tokenizer, texts, centre)  # (n, V)
     rows, biases = nearby(vectors, known, items, bias)  # (n, D), (n,)
-    # Known columns are U Q: U unit vectors, Q unit eigenvectors of U^T U. So U^T (U Q) is Q times eigenvalues.
+    # Known columns are U Q: U unit vectors, Q eigenvectors of U^T U. So U^T (U Q), normalised by column, is Q.
     with_text = columns.norm(dim=1) > 0.1 * columns.norm(dim=1).mean()
     q = F.normalize(F.normalize(known - centre, dim=1)[with_text].T @ columns[with_text], dim=0, eps=1e-2)  # (V, C)
     rows = torch.cat([rows, F.normalize(vectors - centre, dim=1, eps=1e-3) @ q], dim=1)  # (n, D + C)

@@ -36,11 +36,8 @@ from data import (
 from prebert import BertConfig, PreBert, load_run, machine, pick_device, with_new_items
 
 Ranked = list[tuple[str, str, float]]  # (raw id, title, score), best first
-STUDENTS = {  # hidden size, layers, heads; the feed-forward is four times as wide, as in BERT
-    "tiny": (64, 2, 2),
-    "small": (128, 2, 4),
-    "base": (192, 2, 6),
-}
+# Hidden size, layers, heads; the feed-forward is four times as wide, as in BERT.
+STUDENTS = {"tiny": (64, 2, 2), "small": (128, 2, 4), "base": (192, 2, 6)}
 
 
 class MiniBert(PreBert):
@@ -270,9 +267,8 @@ class Recommender:
         popular = [] if all(known) else self.best(self.popularity, allowed)
         answers, asked = [popular[:] for _ in known], [row for row, history in enumerate(known) if history]
         sizes = torch.tensor([min(len(known[row]), self.model.max_length) for row in asked])
-        groups = [torch.arange(1)]  # one user, as of a live service, waits for no grouping
-        if len(asked) != 1:
-            groups = batches(sizes, *at_once(self.device, self.model.num_items))
+        # One user, as of a live service, waits for no grouping.
+        groups = [torch.arange(1)] if len(asked) == 1 else batches(sizes, *at_once(self.device, self.model.num_items))
         allowed = allowed.to(self.device)
         for group in groups:
             rows = [asked[place] for place in group.tolist()]

@@ -55,8 +55,8 @@ from prebert import (
 
 Loss = Callable[[PreBert, Batch], Tensor]
 # Data with fewer interactions per item are sparse: item vectors may start from titles (`default_init`), texts count
-# (`keep_texts`), dropout is sparse_dropout, and models start `near_identity`. Where users come back to items, dropout
-# is halfway to sparse_dropout, and models do not start near the identity.
+# in the scores (`keep_texts`), dropout is sparse_dropout, models start `near_identity`. Where users of sparse data come
+# back to items, dropout is halfway to that, and models do not start so.
 SPARSE = 100
 TEXT_SIZE = 64  # columns of the item table for texts
 TITLES_TOO, TITLES_ALONE = 0.4, 0.6  # how well titles must predict, as a share of Markov's NDCG@10
@@ -64,11 +64,10 @@ TITLES_TOO, TITLES_ALONE = 0.4, 0.6  # how well titles must predict, as a share 
 # What a kind of question needs. Next items are five times as many questions an epoch (all of them, not a MASK_RATE of
 # 0.2), so a model overfits earlier: fewer epochs, more dropout, smoothed labels. Epochs, learning rates and positions
 # in a batch are for a million interactions; see `settle` for less.
+BOTH = dict(lr=1e-3, body_lr=3e-4, tokens=2048, least_tokens=2048)
 RECIPES: dict[str, dict] = {
-    "next": dict(epochs=6, lr=1e-3, body_lr=3e-4, tokens=2048, least_tokens=2048, dropout=0.2, sparse_dropout=0.4,
-        label_smoothing=0.1),
-    "masked": dict(epochs=10, lr=1e-3, body_lr=3e-4, tokens=2048, least_tokens=2048, dropout=0.1, sparse_dropout=0.1,
-        label_smoothing=0.0),
+    "next": dict(epochs=6, dropout=0.2, sparse_dropout=0.4, label_smoothing=0.1, **BOTH),
+    "masked": dict(epochs=10, dropout=0.1, sparse_dropout=0.1, label_smoothing=0.0, **BOTH),
 }
 
 
@@ -128,8 +127,7 @@ def keep_freed_memory() -> None:
 
     Without it a fifth of a step on the CPU goes into the kernel's clearing of fresh pages.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         for parameter, value in ((-1, 2**31 - 1), (-2, 2**28), (-4, 0)):  # trim threshold, top pad, mmap max
             mallopt(parameter, value)
 
@@ -199,7 +197,7 @@ def train(
     the loss is not finite.
     """
     train_part, valid_part, _ = parts
-    if args.start and data.split == "last":  # a user who had two items before was trained on both
+    if args.start and data.split == "last":  # of three items, the older log may have trained on two
         valid_part = valid_part[(valid_part.sizes > 1).nonzero()[:, 0]]
     has_valid = len(valid_part.targets) > 0  # not with --all and --final, where the last epoch's weights are the best
     windows = draw_windows(model, train_part, seeded(args.seed, "windows", 0))[0]
@@ -373,9 +371,9 @@ def open_run(
     if process == 0 and kind == "fresh":
         for name in ("metrics.json", "train_state.pt", "texts.safetensors"):
             (run / name).unlink(missing_ok=True)
-        if not args.start:  # a run may be its own start, whose weights are replaced, never missing
+        if not args.start:  # a run may be its own start: its weights stay until others replace them
             (run / "model.safetensors").unlink(missing_ok=True)
-        # First the checkpoint: until the first epoch ends, weights of --start lie here and do not fit config.json.
+        # First the checkpoint, the sign of "unfinished": old weights of --start may not fit this config.json.
         save_state(run, model, optimizer, state)
         counts = [0, *item_counts(part, data.num_items).tolist()]
         write_json(run / "config.json", config)
@@ -424,7 +422,7 @@ def join_processes(device: str) -> None:
 
 
 def share_of(batch: Batch) -> tuple[Batch, float]:
-    """This process' rows of a batch, and the weight of their mean loss in the mean over all processes."""
+    """This process' rows of a batch, and a weight for their loss that makes DDP's mean the batch's."""
     process, processes = world()
     own = Batch(*(tensor[process::processes] for tensor in batch))
     if not len(own.tokens):  # a long history fills a batch alone: the others ask nothing of it
@@ -456,7 +454,7 @@ class Sampler(NamedTuple):
 
 
 def draw_candidates(sampler: Sampler, certain: Tensor) -> tuple[Tensor, Tensor]:
-    """Candidates instead of the catalogue at Q positions: `certain` columns (Q, C) of each, and shared negatives.
+    """Candidates, not the catalogue: at Q positions `certain` columns (Q, C), label first, and shared negatives.
 
     Returns the negatives' columns (N,) and what to add to the scores of both, (Q, C + N). For a negative that is
     log(times drawn / times expected): the sum of exponentials then estimates that over the catalogue without bias
@@ -557,7 +555,7 @@ def titles_beside_counts(data: Interactions, parts: Parts, reader: Reader) -> fl
         return ndcg(rank_targets(score, valid, data.exclude_seen, 1, title="titles or counts"), 10).sum().item()
 
     nearest = quality(lambda history: rows[history[:, -1] - 1] @ rows.T)  # of scores (B, I)
-    return nearest / max(quality(Markov(parts[0], data.num_items)), 0.1)  # 0.1: never divide by 0
+    return nearest / max(quality(Markov(parts[0], data.num_items)), 0.1)  # sums, not means; never 0
 
 
 def default_init(data: Interactions, split: str, reader: Reader | None) -> str:
@@ -667,12 +665,10 @@ def build_teacher(args: argparse.Namespace, data: Interactions, part: Spans, rea
         shape = BertConfig(max_position_embeddings=args.max_length, hidden_dropout_prob=args.dropout, causal=causal)
         model, norm = PreBert(shape, data.num_items), 1.0
     else:
-        bert, tokenizer = reader
-        model = prebert_from_bert(bert, tokenizer, data.num_items, args.max_length, causal, args.dropout)
-        norm = bert.word_embedding.weight.norm(dim=1).mean().item()
+        model = prebert_from_bert(*reader, data.num_items, args.max_length, causal, args.dropout)
+        norm = reader[0].word_embedding.weight.norm(dim=1).mean().item()
     vectors = item_vectors(args.item_init, data, part, model.config.hidden_size, reader)
-    if vectors is not None:
-        set_item_table(model, vectors, norm)
+    set_item_table(model, vectors, norm)
     first_weights(model, args, data, vectors)
     return model
 
@@ -703,7 +699,7 @@ def first_weights(model: PreBert, args: argparse.Namespace, data: Interactions, 
 def keep_texts(run: Path, data: Interactions, reader: Reader | None, in_scores: bool) -> None:
     """Keep with a trained run what BERT reads in its items' texts, for new items; a run that has them keeps its own.
 
-    in_scores: of sparse data, the item table gets them as `text_columns`, too; so it is where item vectors started from
+    in_scores: with sparse data, also add them to the item table as `text_columns`: where item vectors started from
     texts, and in students of such models. Learnt in training they would gain less: there the rows alone explain what
     comes next. metrics.json and log.csv tell of the model without. By the first process alone.
     """

@@ -56,14 +56,15 @@ MODELS = {
 NEW_ITEMS = "tests/new_items.py runs/new-items --size tiny --epochs 12 --seeds 1 2 3 --json"
 SPARSITY = "tests/sparsity.py --size tiny --seeds 1 2 3 --json"
 STARTS = "tests/sparsity.py --size tiny --starts text text+cooc cooc --shares 5 10 25"
-BODIES = "tests/sparsity.py --body --seeds 1 2 3 --json"
+BODIES = "tests/sparsity.py --body --seeds 1 2 3"
 WORDS = "tests/sparsity.py --words --shares 10 100 --seeds 1 2 3 --json"
 BENCH = "evaluate.py --bench --runs RUNS/teacher-s1 RUNS/student-s1 RUNS/student-small-s1 RUNS/student-tiny-s1 --json"
 STUDIES = {  # by data set, what else the READMEs report: FILE.json and its command
-    "ml-1m": {"bench": BENCH, "sparsity": SPARSITY, "starts": f"{STARTS} --json"},
+    "ml-1m": {"bench": BENCH, "sparsity": SPARSITY, "starts": f"{STARTS} --json",
+              "bodies": f"{BODIES} --shares 5 --eval-users 1000 --json"},
     "steam": {"new-items": NEW_ITEMS, "starts": f"{STARTS} 50 100 --json"},
-    "beauty": {"new-items": NEW_ITEMS, "sparsity": SPARSITY, "starts": f"{STARTS} 50 100 --json", "bodies": BODIES,
-               "words": WORDS},
+    "beauty": {"new-items": NEW_ITEMS, "sparsity": SPARSITY, "starts": f"{STARTS} 50 100 --json",
+               "bodies": f"{BODIES} --json", "words": WORDS},
 }
 OF_SESSIONS = "--size small --epochs 6 --patience 9"  # students there: most sessions have two or three items
 STARTS_OF = ("student-no-kd-text", "student-no-kd-sum", "student-no-kd-random", "student-of-starts")

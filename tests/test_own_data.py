@@ -686,7 +686,7 @@ def test_a_run_keeps_what_bert_read_of_its_items(tmp_path):
 
 
 @pytest.mark.parametrize("start", ["text", "cooc"])
-def test_in_scores_where_a_model_or_its_teacher_starts_from_them(tmp_path, start):
+def test_texts_are_in_the_scores_where_a_model_or_its_teacher_starts_from_them(tmp_path, start):
     bert, _ = bert_folder(tmp_path)
     log, made = write_ring(tmp_path), tmp_path / "runs/ring"
     names = [f"{100 + item}\t{'toy' if item % 2 else 'story'}" for item in range(60)]

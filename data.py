@@ -456,7 +456,7 @@ def moment(text: str) -> float:
         if len(text) in (10, 12, 14) and text[:2] in ("19", "20") and COMPACT.fullmatch(text):
             text = f"{text[:4]}-{text[4:6]}-{text[6:8]}T{text[8:]}"
         if len(text) > 9 and text[4] in "-/":
-            when = datetime.fromisoformat(re.sub(r" (?=[+-]\d)", "", text.replace("/", "-").removesuffix(" UTC")))
+            when = datetime.fromisoformat(re.sub(r" (?=[+-]\d|Z)", "", text.replace("/", "-").removesuffix(" UTC")))
         elif text[:1] in "MTWFS" and MAIL.fullmatch(text):
             when = email.utils.parsedate_to_datetime(text)
         if when:
@@ -679,7 +679,7 @@ def check_time(path: Path, names: list[str], places: dict[str, int | None], leve
     unsure = when is None or clock is not None  # then what has dates counts, whatever it is called
     likely = [place for place, name in enumerate(names) if place not in places.values() and levels[place] > level
               and (LOOKS_LIKE_TIME.search(name) or (unsure and levels[place]))]  # fmt: skip
-    likely.sort(key=lambda place: not levels[place])
+    likely.sort(key=lambda place: (-levels[place], not LOOKS_LIKE_TIME.search(names[place])))
     if level == 1 and clock is not None:  # the time of day
         likely, way = [clock], f"time={taken},clock={names[clock]}"
     elif likely:

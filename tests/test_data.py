@@ -220,8 +220,9 @@ def test_ids_that_begin_with_a_quote_are_read_as_csv_writes_them(tmp_path):
 def test_times_as_mails_twitter_and_databases_write_them(tmp_path):
     hour = 1491242409  # Mon Apr 3 2017, 18:00:09 UTC
     for text in ("Mon Apr 03 18:00:09 +0000 2017", "Mon, 03 Apr 2017 20:00:09 +0200", "2017-04-03 18:00:09.000 +0000",
-                 "2017-04-03 16:00:09 -02:00", "2017-04-03 18:00:09 UTC", "Mon Apr  3 18:00:09 2017",
-                 "Mon, 3 Apr 2017 18:00:09 GMT", "Mon Apr 03 18:00:09 UTC 2017"):  # fmt: skip
+                 "2017-04-03 16:00:09 -02:00", "2017-04-03 18:00:09 UTC", "2017-04-03 18:00:09.000 Z",
+                 "Mon Apr  3 18:00:09 2017", "Mon, 3 Apr 2017 18:00:09 GMT",
+                 "Mon Apr 03 18:00:09 UTC 2017"):  # fmt: skip
         assert data.moment(text) == hour
     assert data.moment("2017040318") == hour - 9  # Google Analytics
     for text in ("Monday", "Monday, April 3, 2017 6:00 PM", "Mon Apr 03 2017 20:00:09 GMT+0200 (CEST)",
@@ -265,6 +266,7 @@ def test_without_any_time_the_order_of_lines_counts_and_the_card_says_so(tmp_pat
         ("user_id,item_id,time\nu,a,1/15/2011 8:00\n", ":2: .*write 2020-01-31"),
         ("user_id,item_id,date,time\nu,a,20160508,901\n", "time does not look like a time, but date could be one"),
         ("userId,venueId,timezoneOffset,seenTimestamp\n0,0,-240,2012-04-03 18:00:09\n", "--columns time=seenTimestamp"),
+        ("visit_no,user_id,item_id,seen_ts\n1506825423271737,u,a,1506825423271\n", "--columns time=seen_ts"),
         ("user_id,item_id,purchased\nu,a,2020-03-01\n", "purchased could be one"),
         ("user_id,item_id,date,time_ms\nu,a,20220408,1649400209834\n", "the day alone, but time_ms could .*time=date"),
         ("user_id,item_id,DAY,TRANS_TIME\nu,a,7,1431\n", "but DAY or TRANS_TIME could be one; say --columns time=NAME"),

@@ -408,7 +408,10 @@ def build(
     tied = np.count_nonzero((np.diff(users) == 0) & (np.diff(clicks.times[core]) == 0)) / len(core)
     if tied >= 0.01 and clicks.times.any():  # 0 throughout where the log has no times
         taken["order"] = f"{tied:.0%} have the time of the one before; they stay in the order of lines"
-    taken["titles"] = f"{sum(map(titles.__contains__, raw_ids)):,} of {len(kept):,} items; {taken['titles']}"
+    named = sum(map(titles.__contains__, raw_ids))
+    taken["titles"] = f"{named:,} of {len(kept):,} items; {taken['titles']}"
+    if titles and not named:
+        taken["titles"] += f"; the log has items such as {raw_ids[1]!r}, the file {min(titles)!r}"
     shown, texts = map(list, zip(*(titles.get(raw_id, (raw_id, "")) for raw_id in raw_ids), strict=True))
     user_ids = [clicks.raw_users[user] for user in users[starts]]
     offsets, first_times = np.append(starts, len(core)), clicks.times[core[starts]]

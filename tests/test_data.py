@@ -139,7 +139,8 @@ def test_titles_are_found_by_what_the_log_calls_its_items_in_any_case_or_a_note_
     assert log.titles[1:] == ["A", "B"] and not capsys.readouterr().err
     (tmp_path / "x.items.csv").write_text("isbn,title,product_name_lenght\n1.0,A,1\n2.0,B,1\n")
     atomic(tmp_path, "User-ID;ISBN\nu;1\nu;2\n", name="x.csv")
-    assert "note: titles: 0 of 2 items" in capsys.readouterr().err
+    note = capsys.readouterr().err
+    assert "note: titles: 0 of 2 items" in note and "the log has items such as '1', the file '1.0'" in note
 
 
 def test_quotes_line_breaks_and_marks_that_were_read_wrongly_without_a_word(tmp_path):

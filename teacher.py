@@ -238,6 +238,7 @@ def train(
             plan = batches(sizes, args.tokens, generator=seeded(seed, "batches", epoch))
             bar = tqdm(total=int(sizes.sum()), desc=f"epoch {epoch + 1}", unit=" items", leave=False, unit_scale=True,
                        mininterval=0.5 if sys.stderr.isatty() else 30, disable=process > 0)  # fmt: skip
+            mean_loss = 0.0
             for place, rows in enumerate(plan):
                 rate = schedule(spent((place + 0.5) / len(plan)), args.warmup)  # as in the middle of the step
                 for group in optimizer.param_groups:
@@ -256,9 +257,9 @@ def train(
                 value, state["seconds"] = sum(losses) / processes, seconds[0]
                 check_finite({"the loss": value, "the gradient's norm": norm}, run, state["step"])
                 optimizer.step()
-                state["loss"] = value if state["step"] == 0 else 0.99 * state["loss"] + 0.01 * value
+                mean_loss += (value - mean_loss) / (place + 1)  # of the epoch so far
                 state["step"] += 1
-                bar.set_postfix_str(f"loss {state['loss']:.3f}", refresh=False)
+                bar.set_postfix_str(f"loss {mean_loss:.3f}", refresh=False)
                 bar.update(int(sizes[rows].sum()))
                 if args.minutes and spent() >= 1:
                     break
@@ -270,11 +271,11 @@ def train(
             best = not has_valid or quality > state["best"]
             state["best"], state["waited"] = max(quality, state["best"]), 0 if best else state["waited"] + 1
             state["cpu_seconds"] = time.process_time() - began_cpu
-            minutes, loss_now = state["seconds"] / 60, state["loss"]
-            state["log"] += f"{state['step']},{epoch + 1},{minutes:.3f},{loss_now:.5f},{quality:.8f},{hits:.5f}\n"
+            minutes = state["seconds"] / 60
+            state["log"] += f"{state['step']},{epoch + 1},{minutes:.3f},{mean_loss:.5f},{quality:.8f},{hits:.5f}\n"
             if best and process == 0:
                 write_safetensors(run / "model.safetensors", model.state_dict())
-            line = f"epoch {epoch + 1:>3}  {minutes:6.1f} min  loss {loss_now:.3f}"
+            line = f"epoch {epoch + 1:>3}  {minutes:6.1f} min  loss {mean_loss:.3f}"
             if has_valid:
                 line += f"  validation NDCG@10 {quality:.4f}  HR@10 {hits:.4f}{'  best' if best else ''}"
             print(line, flush=True)
@@ -296,7 +297,7 @@ def check_finite(numbers: dict[str, float], run: Path, step: int) -> None:
 # ---------------------------------------------------------------- checkpoints
 
 FRESH: dict = {
-    "epoch": 0, "step": 0, "waited": 0, "seconds": 0.0, "cpu_seconds": 0.0, "loss": 0.0, "best": -1.0,
+    "epoch": 0, "step": 0, "waited": 0, "seconds": 0.0, "cpu_seconds": 0.0, "best": -1.0,
     "log": "step,epoch,minutes,loss,valid_NDCG@10,valid_HR@10\n",
 }  # fmt: skip
 

@@ -316,6 +316,20 @@ def test_every_step_trains_even_a_single_one(ring, tmp_path):
     assert not torch.equal(before["item_bias"], after["item_bias"])
 
 
+def test_the_loss_that_is_logged_is_the_mean_of_the_epochs_steps(ring, tmp_path):
+    losses: list[float] = []
+
+    def kept(model: MiniBert, batch: Batch) -> torch.Tensor:
+        losses.append((loss := item_loss(model, batch)).item())
+        return loss
+
+    go(load_dataset(str(ring)), tmp_path, kept, epochs=2, tokens=64)
+    rows = [line.split(",") for line in (tmp_path / "log.csv").read_text().splitlines()[1:]]
+    steps = [0, *(int(row[0]) for row in rows)]
+    means = [sum(losses[begin:end]) / (end - begin) for begin, end in pairwise(steps)]
+    assert steps[1] > 5 and [float(row[3]) for row in rows] == pytest.approx(means, abs=1e-4)
+
+
 @pytest.mark.parametrize("objective", ["masked", "next"])
 def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(ring, tmp_path, objective, capsys):
     log = load_dataset(str(ring))

@@ -6,9 +6,10 @@
 Trains on a share of the users, drawn at random, and evaluates everybody on the same items: students without a teacher,
 whose item vectors start from the items' texts and without them, or, with --body, PreBERT with BERT's weights and with
 random ones, both with the texts that BERT itself reads. Epochs and dropout are those that the recipes would take for a
-log of that size, and item vectors start from texts alone or also from co-occurrence as `teacher.default_init` would
-have it; --starts compares starts instead. Validation chooses the weights, test is looked at once; results/plot.py draws
-the picture. Other flags, such as --size tiny, go to the training script.
+log of that size, batches and whether models begin near the identity those for the whole log, and item vectors start
+from texts alone or also from co-occurrence as `teacher.default_init` would have it; --starts compares starts instead.
+Validation chooses the weights, test is looked at once; results/plot.py draws the picture. Other flags, such as --size
+tiny, go to the training script.
 """
 
 import argparse

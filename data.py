@@ -384,7 +384,8 @@ def build(
     """
     read = len(clicks.users)
     if not read:
-        raise InputError(f"{name}: the log has no interactions")
+        no = f"{taken['left out']}; --columns label=none takes every line" if "left out" in taken else "it has no lines"
+        raise InputError(f"{name}: the log has no interactions: {no}")
     keep = latest_users(clicks, fraction) if fraction > 1 else np.arange(read)
     keep = keep[np.lexsort((clicks.times[keep], clicks.users[keep]))]  # stable: ties stay in file order
     keep = without_copies(clicks, keep, once)
@@ -406,7 +407,7 @@ def build(
     repeats = bool((pairs[1:] == pairs[:-1]).sum() >= REPEATS_FROM * len(pairs))
     taken = {**taken, "interactions": f"{lines}; {len(core):,} kept"}
     tied = np.count_nonzero((np.diff(users) == 0) & (np.diff(clicks.times[core]) == 0)) / len(core)
-    if tied >= 0.01 and clicks.times.any():  # 0 throughout where the log has no times
+    if tied >= 0.01 and "; no time:" not in taken["columns"]:
         taken["order"] = f"{tied:.0%} have the time of the one before; they stay in the order of lines"
     named = sum(map(titles.__contains__, raw_ids))
     taken["titles"] = f"{named:,} of {len(kept):,} items; {taken['titles']}"
@@ -602,18 +603,19 @@ COLUMNS = {
     "unixreviewtime reviewtime createdat createdtime clicktime viewtime purchasedate orderdate invoicedate "
     "transactiondate tdat",
     "clock": "timeframe",  # milliseconds in a session
-    "label": "label click clicked isclick isclicked purchased bought liked",
+    "label": "label click clicked clk clickbool isclick isclicked purchased bought liked",
 }
 YES, NO = {"true", "t", "yes", "y"}, {"false", "f", "no", "n"}  # besides numbers; no: shown, but not clicked
 # How databases, pandas and R write what is not there.
 MISSING = {"", "null", "(null)", "none", "nan", "na", "<na>", "n/a", "#n/a", "undefined", "\\n"}
+ROUNDED = re.compile(r"\d\.\d+[eE]\+\d+")  # 9.78014E+12: many ids became one
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # what may move the cursor of a terminal
 LOOKS_LIKE_TIME = re.compile(r"(?i:time(?!s|_?spent)|date|stamp|epoch|when|datum|fecha|(^|_)(ts|dt|at|on|day)$)|"
                              r"[a-z](At|On)$")  # fmt: skip
 FINER = re.compile(r"^-?\d{9}|(?<![\d:])(?!00:00(:00)?(?!\d))\d\d?:\d\d")  # tells more than the day
-# The value of what may be a time: seconds and finer, 1.6e9, 20140428, 28.04.2014 10:51, Apr 28 2014, 28-APR-14.
-DATED = re.compile(r"-?\d{9,19}(\.\d+)?|\d\.\d+[eE]\+?\d\d?|(19|20)\d{6}(T.*)?|\d{1,4}[-/.]\d\d?[-/.]\d\d?.*|"
-                   r"[A-Z][a-z]{2,8}\.? \d\d?,? .*|\d\d?[- .][A-Za-z]{3,9}[- .,].*\d\d.*|"
+# What may be a time: seconds and finer since 1992, 1.6e9, 20140428, 28.04.2014 10:51, Apr 28 2014, 28-APR-14.
+DATED = re.compile(r"([7-9]\d{8}|1\d{9})(\d{3}){0,3}(\.\d+)?|\d\.\d+[eE]\+?\d\d?|(19|20)\d{6}(T.*)?|"
+                   r"\d{1,4}[-/.]\d\d?[-/.]\d\d?.*|[A-Z][a-z]{2,8}\.? \d\d?,? .*|\d\d?[- .][A-Za-z]{3,9}[- .,].*\d\d.*|"
                    r"(Mon|Tue|Wed|Thu|Fri|Sat|Sun)[a-z]*,? .*\d\d:\d\d.*|\d\d?:\d\d.* \d\d?[-/.]\d.*")  # fmt: skip
 
 
@@ -666,6 +668,8 @@ def find_columns(
         if places[kind] is None:
             raise InputError(f"{path}:1: no column is known as the {kind}; {found}; name it: --columns {kind}=NAME, or "
                              "write a header first, if there is none")  # fmt: skip
+    if places["clock"] is not None and places["time"] is None:
+        raise InputError(f"{path}:1: a clock needs the day beside it: --columns time=NAME,clock=NAME; {found}")
     if places["clock"] is None and "time" not in given:
         check_time(path, names, places, levels)
     return places
@@ -724,7 +728,7 @@ def read_log(path: Path, given: dict[str, str], sessions: bool) -> tuple[Clicks,
         """Keep what a row says; False for one that says that nothing was clicked."""
         user_id, item_id = fields[user].strip(), fields[item].strip()  # type: ignore[index]
         if user_id.lower() in MISSING or item_id.lower() in MISSING:
-            raise ValueError(f"user and item must be there{other}")
+            raise ValueError(f"user and item must be there, or the line left out{other}")
         if not (ids := user_id + item_id).isprintable() and CONTROL.search(ids):
             raise ValueError("user and item must be without NUL bytes, tabs and other control characters")
         time_of = 0.0
@@ -745,6 +749,8 @@ def read_log(path: Path, given: dict[str, str], sessions: bool) -> tuple[Clicks,
     left_out = sum(not clicked for clicked in rows_of(table, take))
     arrays = np.frombuffer(users, np.int64), np.frombuffer(items, np.int64), np.frombuffer(times, np.float64)
     check_unit(arrays[2], path)
+    if rounded := [raw_id for raw_id in (*user_ids, *item_ids) if "+" in raw_id and ROUNDED.fullmatch(raw_id)]:
+        raise InputError(f"{path}: ids were rounded, as by Excel, such as {rounded[0]}; write them again, as text")
     taken = what_was_taken(path, names, places, arrays[2], left_out, sessions and "user" not in given)
     return Clicks(*arrays, list(user_ids), list(item_ids)), taken, names[item]  # type: ignore[index]
 
@@ -989,7 +995,7 @@ def fetch(folder: Path, public: Public) -> None:
 
 TABLE = re.compile(r"\.(inter|item|csv|tsv)(\.gz)?$", re.IGNORECASE)
 CACHE_FROM = 1 << 24  # bytes; smaller logs are read faster than anyone waits
-COPY_VERSION = 15  # of what a parsed copy holds
+COPY_VERSION = 16  # of what a parsed copy holds
 
 
 def dataset_name(name: str) -> str:

@@ -239,6 +239,15 @@ def test_titles_are_found_by_the_log_s_own_name_for_items(tmp_path):
     assert log.titles[1:] == ["Heat", "Up"] and "title of x.items.csv, by movieId" in data.card(log)
 
 
+def test_long_ids_are_no_times_clicks_have_many_names_and_a_clock_needs_a_day(tmp_path):
+    ids = "2053013555631882655,4006381333931"
+    log = atomic(tmp_path, f"user_id,product_id,category_id,ean,clk\nu,a,{ids},1\nu,b,{ids},0\n", name="x.csv")
+    assert "no time: lines are in its order" in data.card(log) and histories(log) == [["a"]]
+    with pytest.raises(InputError, match="a clock needs the day beside it"):
+        atomic(tmp_path, "user_id,item_id,day,clock\nu,a,2014-06-21,04:33\n", name="x.csv", clock="clock")
+    assert "50% have the time of the one before" in data.card(atomic(tmp_path, HEAD + "a\tp\t0\na\tq\t0\n"))
+
+
 def test_without_any_time_the_order_of_lines_counts_and_the_card_says_so(tmp_path):
     log = atomic(tmp_path, "item_id:token\tuser_id:token\np\ta\nq\ta\n")
     assert histories(log) == [["p", "q"]] and log.titles == ["", "p", "q"]
@@ -277,6 +286,8 @@ def test_without_any_time_the_order_of_lines_counts_and_the_card_says_so(tmp_pat
         ('user_id,item_id,time\n"u" ,a,1\n', "a quote is not closed, or not written twice"),
         ("user_id,item_id\nu,a,2020-01-01\n", ":2: expected 2 fields, not 3"),
         (HEAD, "the log has no interactions"),
+        (HEAD[:-1] + "\tliked\na\tp\t1\t0\n", "1 lines whose liked says no; --columns label=none"),
+        (HEAD + "5\t9.78014E+12\t1\n", "ids were rounded, as by Excel, such as 9.78014E"),
         (HEAD + "a\tp\n", ":2: fields are missing"),
         (HEAD + "a\tp\t1\na\tq\tsoon\n", ":3: .*'soon'"),
         (HEAD + "a\tp\t1\tx\n", ":2: expected 3 fields, not 4"),

@@ -608,7 +608,7 @@ COLUMNS = {
 YES, NO = {"true", "t", "yes", "y"}, {"false", "f", "no", "n"}  # besides numbers; no: shown, but not clicked
 # How databases, pandas and R write what is not there.
 MISSING = {"", "null", "(null)", "none", "nan", "na", "<na>", "n/a", "#n/a", "undefined", "\\n"}
-ROUNDED = re.compile(r"\d\.\d+[eE]\+\d+")  # 9.78014E+12: many ids became one
+ROUNDED = re.compile(r"\d\.\d+(E\+\d+|e\+(1[6-9]|[2-9]\d))")  # 9.78014E+12, 7.19e+18: many ids became one
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # what may move the cursor of a terminal
 LOOKS_LIKE_TIME = re.compile(r"(?i:time(?!s|_?spent)|date|stamp|epoch|when|datum|fecha|(^|_)(ts|dt|at|on|day)$)|"
                              r"[a-z](At|On)$")  # fmt: skip

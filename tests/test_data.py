@@ -7,6 +7,7 @@ import re
 import threading
 import time
 import zipfile
+from contextlib import nullcontext
 from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -246,6 +247,9 @@ def test_long_ids_are_no_times_clicks_have_many_names_and_a_clock_needs_a_day(tm
     with pytest.raises(InputError, match="a clock needs the day beside it"):
         atomic(tmp_path, "user_id,item_id,day,clock\nu,a,2014-06-21,04:33\n", name="x.csv", clock="clock")
     assert "50% have the time of the one before" in data.card(atomic(tmp_path, HEAD + "a\tp\t0\na\tq\t0\n"))
+    for raw_id, kept in (("1.2e+07", True), ("1.2E+07", False), ("7.19e+18", False)):  # R writes 12000000 as the first
+        with nullcontext() if kept else pytest.raises(InputError, match="ids were rounded"):
+            atomic(tmp_path, HEAD + f"a\t{raw_id}\t1\n")
 
 
 def test_without_any_time_the_order_of_lines_counts_and_the_card_says_so(tmp_path):

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import (
-    HELD_OUT, PAD, InputError, Interactions, Public, Spans,
+    CONTROL, HELD_OUT, PAD, InputError, Interactions, Public, Spans,
     cache_folder, entries_of, fetch, write_atomic, write_if_possible,
 )  # fmt: skip
 
@@ -372,6 +372,8 @@ def with_weights(model: Model, tensors: dict[str, Tensor], path: Path) -> Model:
         model.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
         raise InputError(f"{path}: the weights do not fit: {' '.join(str(error).split())[:300]}") from error
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise InputError(f"{path}: some weights are not finite")
     return model.eval()
 
 
@@ -452,8 +454,6 @@ def load_bert(source: str) -> Reader:
         found = f"{config.num_hidden_layers} layers, config.json speaks of {raw['num_hidden_layers']}"
         raise InputError(f"{folder}: the weights have {found}; is a file missing?")
     bert = with_weights(Bert(config, vocab_size, segments), tensors, path)
-    if not all(tensor.isfinite().all() for tensor in tensors.values()):
-        raise InputError(f"{folder}: some weights are not finite")
     print(f"BERT: {len(tensors)} weights from {folder}; {len(ignored)} ignored: {', '.join(ignored) or 'none'}")
     try:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -576,14 +576,16 @@ def write_safetensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
 VERSION = 3  # of the run folder; a folder of another version is refused
 
 
-def no_number(word: str) -> float:
-    raise ValueError(f"{word} is not a number")
+def finite(word: str) -> float:
+    if not math.isfinite(number := float(word)):
+        raise ValueError(f"{word} is not a number")
+    return number
 
 
 def read_json(path: Path) -> dict:
     """A JSON object; InputError says which file is missing or broken."""
     try:
-        content = json.loads(path.read_text("utf-8"), parse_constant=no_number)
+        content = json.loads(path.read_text("utf-8"), parse_constant=finite, parse_float=finite)
     except FileNotFoundError:
         raise InputError(f"no {path}") from None
     except (ValueError, RecursionError) as error:
@@ -606,6 +608,8 @@ def read_run(run: Path) -> tuple[dict, dict]:
         values = catalogue.get(key)
         if type(values) is not list or {*map(type, values)} != {kind} or len(values) != len(catalogue["raw_ids"]):
             raise InputError(f"{run / 'catalogue.json'}: {key} must be a list of {kind.__name__}, one for each item")
+    if CONTROL.search("".join(catalogue["raw_ids"] + catalogue["titles"])):
+        raise InputError(f"{run / 'catalogue.json'}: ids and titles must be without control characters")
     if not all(0 <= count < 2**53 for count in catalogue["counts"]):
         raise InputError(f"{run / 'catalogue.json'}: counts must be from 0 to 2^53")
     return config, catalogue
@@ -654,7 +658,8 @@ def without_seed(config: dict) -> str:
     ignored += ["epochs", "patience"] if config["split"] not in ("last", "sessions") else []
     settings = {key: value for key, value in config["settings"].items() if key not in ignored}
     started = bool(config["settings"].get("start"))
-    return json.dumps([config.get("data"), config["model"], settings, started, config.get("teachers")], sort_keys=True)
+    others = [config.get(key) for key in ("data", "model", "teachers", "exclude_seen")]
+    return json.dumps([settings, started, *others], sort_keys=True)
 
 
 def machine() -> dict:

@@ -172,7 +172,7 @@ class Recommender:
         try:
             if compile is not False and (compiled := native(self.run, graph, bool(compile))):
                 self.graph, self.compiled = compiled, True
-        except InputError as error:
+        except (InputError, OSError) as error:  # the latter from a cache that cannot be read
             if not fallback:
                 raise
             print(f"note: {error}; serving without it", file=sys.stderr)
@@ -407,10 +407,10 @@ def main() -> None:
     )  # fmt: skip
     if args.new_items is not None:
         add_new_items(recommender, args.new_items)
-    if args.only:
+    if args.only is not None:
         recommender.allowed = torch.zeros_like(recommender.allowed)
         recommender.allowed[items_in(recommender, args.only)] = True
-    if args.without:
+    if args.without is not None:
         recommender.allowed[items_in(recommender, args.without)] = False
     if not recommender.allowed.any():
         raise InputError("--only and --without leave nothing to recommend")

@@ -348,7 +348,7 @@ def find_state(run: Path, data: Interactions, args: argparse.Namespace, config: 
         raise InputError(f"--resume {run}: its teacher has been trained anew; --overwrite starts again")
     if (run / "train_state.pt").exists():
         return "interrupted", (run / "train_state.pt").read_bytes()
-    if (run / "metrics.json").exists():
+    if (run / "metrics.json").exists() and (run / "model.safetensors").exists():
         return "ended", b""
     if (run / "model.safetensors").exists():
         raise InputError(f"{run} has weights but no checkpoint to go on from; --overwrite starts again")
@@ -394,7 +394,7 @@ def locked(run: Path) -> Iterator[None]:
         yield
         return
     run.mkdir(parents=True, exist_ok=True)
-    with open(run / ".lock", "w") as file:
+    with open(run / ".lock", "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -615,7 +615,7 @@ def best_epoch(args: argparse.Namespace, data: Interactions, suffix: str) -> int
     """
     run = Path("runs") / data.name / args.name
     if args.resume and (Path(f"{run}{suffix}") / "config.json").exists():
-        return read_run(Path(f"{run}{suffix}"))[0]["settings"]["epochs"]
+        return read_run(Path(f"{run}{suffix}"))[0]["settings"].get("epochs")
     ended = read_json(run / "metrics.json") if (run / "metrics.json").exists() else {}
     if ended.get("valid_NDCG@10") is None:
         advice = "train without --all and --final first, or give --epochs N"
@@ -630,7 +630,7 @@ def best_epoch(args: argparse.Namespace, data: Interactions, suffix: str) -> int
     try:
         scores = [float(row.split(",")[4]) for row in (run / "log.csv").read_text().split()[1:]]
         return 1 + scores.index(max(scores))
-    except (ValueError, IndexError) as error:
+    except (OSError, ValueError, IndexError) as error:
         raise InputError(f"{run / 'log.csv'} is broken ({error}); give --epochs N") from error
 
 
@@ -741,15 +741,16 @@ def main() -> None:
     loss = partial(item_loss, label_smoothing=args.label_smoothing, sampler=sampler)
     train(model, loss, data, parts, run, args, describe(data, model, args))
     keep_texts(run, data, reader, "text" in args.item_init)
-    plain, student = str(run).removesuffix("-all" * args.all + "-final" * args.final), run.with_name("student")
-    more: list[str] = []
-    if args.start and (student / "model.safetensors").exists():
-        size = read_run(student)[0]["settings"].get("size", "base")
-        more = ["--size", size, "--start", str(student), "--overwrite"]
-    elif plain != str(run) and not Path(plain, "metrics.json").exists():
-        more = ["--epochs", str(args.epochs)]
+    suffix = "-all" * args.all + "-final" * args.final
+    plain, student = str(run).removesuffix(suffix), run.with_name("student")
+    more = ["--overwrite"] if run.with_name(f"student{suffix}").exists() else []
+    if (student / "model.safetensors").exists():
+        more += ["--size", str(read_run(student)[0]["settings"].get("size", "base"))]
+        more += ["--start", str(student)] if args.start else []
+    if not args.start and suffix and not Path(plain, "metrics.json").exists():
+        more += ["--epochs", str(args.epochs)]
     commands = [command_line("distill.py", *data_flags(args), "--teacher", str(run), *more)]
-    if plain != str(run) and Path(plain, "metrics.json").exists() and not (student / "metrics.json").exists():
+    if suffix and Path(plain, "metrics.json").exists() and not (student / "metrics.json").exists():
         # The student's own best epoch tells how long.
         args.all = args.final = False
         commands.insert(0, command_line("distill.py", *data_flags(args), "--teacher", plain))

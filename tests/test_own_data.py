@@ -18,6 +18,8 @@ import torch
 from tokenizers import Tokenizer
 from conftest import HEAD, ROOT, TINY, hand_log, inside, write_ring
 
+import prebert
+import student
 import teacher
 from data import HELD_OUT, PAD, InputError, SPLITS, load_dataset
 from distill import load_teachers, states_of
@@ -296,6 +298,10 @@ def test_what_is_said_to_be_next_can_be_run(tmp_path):
     for script, *rest in lines:
         tiny = TINY[2:] if "--all" in rest else TINY
         assert "the best weights are in" in inside(script.rpartition("/")[2], *rest, *tiny, cwd=tmp_path)
+    inside("distill.py", "--data", "ring.inter", *TINY, "--size", "tiny", "--overwrite", cwd=tmp_path)
+    words = inside("teacher.py", *flags, "--all", "--overwrite", cwd=tmp_path).rpartition("next: ")[2]
+    assert "--overwrite --size tiny" in words
+    assert "the best weights are in" in inside("distill.py", *shlex.split(words)[2:], *TINY[2:], cwd=tmp_path)
     shutil.rmtree(tmp_path / "runs")
     words = inside("teacher.py", *flags, "--epochs", 1, "--all", cwd=tmp_path)
     assert "--teacher runs/ring/teacher-all" in words and "then:" not in words  # there is no plain teacher
@@ -901,6 +907,7 @@ def test_a_diverged_model_is_never_the_best(ring, tmp_path, monkeypatch):
         ("config.json", "split", ["last"], "split must be of type str"),
         ("config.json", "interactions", "441", "interactions must be of type int"),
         ("catalogue.json", "counts", [0] * 60 + [10**400], "counts must be from 0"),
+        ("catalogue.json", "titles", ["\x1b[31m"] * 61, "without control characters"),
         ("metrics.json", "minutes", math.nan, "NaN is not a number"),
     ],
 )
@@ -913,6 +920,26 @@ def test_a_run_with_other_types_inside_is_refused(trained, tmp_path, file, key, 
             shutil.copy(trained / name, tmp_path)
     flags = ["--data", "ring.inter", "--runs", RUN]
     assert words in inside("evaluate.py", *flags, cwd=tmp_path, expect=2)
+
+
+def test_broken_weights_huge_numbers_links_and_unreadable_caches(trained, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "runs/ring/student-no-kd"
+    shutil.copytree(trained / RUN, run)
+    (run / "metrics.json").write_text('{"minutes": 1e999}')
+    with pytest.raises(InputError, match="1e999 is not a number"):
+        prebert.read_json(run / "metrics.json")
+    (tmp_path / "precious").write_text("kept")
+    (run / ".lock").unlink(missing_ok=True)
+    (run / ".lock").symlink_to(tmp_path / "precious")
+    inside("distill.py", "--data", trained / "ring.inter", *ON_RING, cwd=tmp_path, expect=2)
+    assert (tmp_path / "precious").read_text() == "kept"
+    monkeypatch.setattr(student, "native", lambda *_: (run / "x").read_bytes())
+    assert not Recommender(run).compiled and "serving without it" in capsys.readouterr().err
+    tensors = read_safetensors(run / "model.safetensors")
+    tensors["item_bias"][0] = math.nan
+    write_safetensors(run / "model.safetensors", tensors)
+    with pytest.raises(InputError, match="not finite"):
+        prebert.load_run(run)
 
 
 def test_folders_of_bert_are_not_asked_of_the_hub(tmp_path, monkeypatch):

@@ -28,7 +28,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -744,9 +744,9 @@ def main() -> None:
     suffix = "-all" * args.all + "-final" * args.final
     plain, student = str(run).removesuffix(suffix), run.with_name("student")
     more = ["--overwrite"] if run.with_name(f"student{suffix}").exists() else []
-    if (student / "model.safetensors").exists():
+    with suppress(InputError):  # no student yet, or a broken one
         more += ["--size", str(read_run(student)[0]["settings"].get("size", "base"))]
-        more += ["--start", str(student)] if args.start else []
+        more += ["--start", str(student)] if args.start and (student / "model.safetensors").exists() else []
     if not args.start and suffix and not Path(plain, "metrics.json").exists():
         more += ["--epochs", str(args.epochs)]
     commands = [command_line("distill.py", *data_flags(args), "--teacher", str(run), *more)]

@@ -612,7 +612,7 @@ ROUNDED = re.compile(r"\d\.\d+(E\+\d+|e\+(1[6-9]|[2-9]\d))")  # 9.78014E+12, 7.1
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # what may move the cursor of a terminal
 LOOKS_LIKE_TIME = re.compile(r"(?i:time(?!s|_?spent)|date|stamp|epoch|when|datum|fecha|(^|_)(ts|dt|at|on|day)$)|"
                              r"[a-z](At|On)$")  # fmt: skip
-FINER = re.compile(r"^-?\d{9}|(?<![\d:])(?!00:00(:00)?(?!\d))\d\d?:\d\d")  # tells more than the day
+FINER = re.compile(r"^\d{9}|(?<![\d:])(?!00:00(:00)?(?!\d))\d\d?:\d\d")  # tells more than the day
 # What may be a time: seconds and finer since 1992, 1.6e9, 20140428, 28.04.2014 10:51, Apr 28 2014, 28-APR-14.
 DATED = re.compile(r"([7-9]\d{8}|1\d{9})(\d{3}){0,3}(\.\d+)?|\d\.\d+[eE]\+?\d\d?|(19|20)\d{6}(T.*)?|"
                    r"\d{1,4}[-/.]\d\d?[-/.]\d\d?.*|[A-Z][a-z]{2,8}\.? \d\d?,? .*|\d\d?[- .][A-Za-z]{3,9}[- .,].*\d\d.*|"

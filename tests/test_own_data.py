@@ -940,6 +940,12 @@ def test_broken_weights_huge_numbers_links_and_unreadable_caches(trained, tmp_pa
     write_safetensors(run / "model.safetensors", tensors)
     with pytest.raises(InputError, match="not finite"):
         prebert.load_run(run)
+    (run / "model.safetensors").unlink()  # so the training has not ended, for all its metrics.json
+    inside("distill.py", "--data", trained / "ring.inter", *ON_RING, "--resume", cwd=tmp_path)
+    config = prebert.load_run(run)[1]
+    assert without_seed(config) == without_seed(config | {"seed": 5}) != without_seed(config | {"exclude_seen": None})
+    with pytest.raises(IsADirectoryError):  # which `run_command` says in one line
+        inside("student.py", "--run", run, "id:103", "--only", "", cwd=tmp_path)
 
 
 def test_folders_of_bert_are_not_asked_of_the_hub(tmp_path, monkeypatch):

@@ -5,11 +5,10 @@
 
 Trains on a share of the users, drawn at random, and evaluates everybody on the same items: students without a teacher,
 whose item vectors start from the items' texts and without them, or, with --body, PreBERT with BERT's weights and with
-random ones, both with the texts that BERT itself reads. Epochs and dropout are those that the recipes would take for a
-log of that size, batches and whether models begin near the identity those for the whole log, and item vectors start
-from texts alone or also from co-occurrence as `teacher.default_init` would have it; --starts compares starts instead.
-Validation chooses the weights, test is looked at once; results/plot.py draws the picture. Other flags, such as --size
-tiny, go to the training script.
+random ones, both with the texts that BERT itself reads. The recipe is that of a log of that size, and item vectors
+start from texts alone or also from co-occurrence as `teacher.default_init` would have it; --starts compares starts
+instead. Validation chooses the weights, test is looked at once; results/plot.py draws the picture. Other flags, such as
+--size tiny, go to the training script.
 """
 
 import argparse
@@ -17,7 +16,8 @@ import json
 import re
 import sys
 import tempfile
-from contextlib import redirect_stdout
+from contextlib import ExitStack, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -34,6 +34,7 @@ import prebert  # noqa: E402
 import teacher  # noqa: E402
 from data import Interactions, Parts, dataset_name, leave_one_out, load_dataset, write_json  # noqa: E402
 from prebert import ITEM_INITS, Bert, PreBert, load_bert, machine, prebert_from_bert, text_vectors  # noqa: E402
+from teacher import settle, sparse  # noqa: E402
 
 STUDENTS, BODIES = ("with texts", "without texts"), ("BERT's body", "random body")
 WORDS = tuple(f"{label}, words" for label in BODIES)  # --words
@@ -65,22 +66,24 @@ def thinned(data: Interactions, percent: int, seed: int) -> Parts:
 def one_run(name: str, data: Interactions, label: str, flags: list[str], percent: int, seed: int) -> dict:
     """Train the model of that label, unless that was done, and evaluate; a row of the report."""
     script = teacher if label in BODIES + WORDS else distill
-    left = len(data.items) * percent / 100
-    epochs = round(script.RECIPES["next"]["epochs"] * max(1.0, (1e6 / left) ** 0.25))
-    sparse = left < teacher.SPARSE * data.num_items
-    dropout = script.RECIPES["next"]["sparse_dropout" if sparse else "dropout"]
-    kind = ["--epochs", str(epochs), "--dropout", str(dropout), "--seed", str(seed), "--eval-users", "10000", *flags]
+    left = data.items[: len(data.items) * percent // 100]  # as many interactions, for what depends on their number
+    kind = ["--seed", str(seed), "--eval-users", "10000", *flags]
     # Share and random body are no flags: they are in the run's name, and patched in behind main's back.
     words = ["sparsity", re.sub("[',]", "", label).replace(" ", "-"), str(percent), *flags, f"s{seed}"]
     run = "-".join(word.strip("-") for word in words).replace("/", "_")
     train = [f"{script.__name__}.py", "--data", name, "--name", run, "--resume", *kind]
     train += ["--no-kd"] if script is distill else []
-    built = random_body if label.startswith("random body") else prebert_from_bert
-    read = word_means if label in WORDS else text_vectors
+    patched = {
+        (teacher, "prebert_from_bert"): random_body if label.startswith("random body") else prebert_from_bert,
+        (prebert, "text_vectors"): word_means if label in WORDS else text_vectors,
+        (script, "settle"): lambda args, recipes, data: settle(args, recipes, replace(data, items=left)),
+        (teacher, "sparse"): lambda data: sparse(replace(data, items=left)),  # asked by keep_texts, too
+        (sys, "argv"): train,
+    }
     with mock.patch.dict(data_module.SPLITS, last=lambda data: thinned(data, percent, seed)):
-        built_so = mock.patch.object(teacher, "prebert_from_bert", built)
-        read_so = mock.patch.object(prebert, "text_vectors", read)
-        with built_so, read_so, mock.patch.object(sys, "argv", train):
+        with ExitStack() as stack:
+            for (module, attribute), value in patched.items():
+                stack.enter_context(mock.patch.object(module, attribute, value))
             script.main()
         with tempfile.TemporaryDirectory() as folder:
             rows = {}

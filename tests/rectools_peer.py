@@ -1,6 +1,6 @@
 """RecTools' SASRec or BERT4Rec trained on our split, a JSON line an epoch; started by tests/peers.py --accuracy.
 
-    python tests/rectools_peer.py sasrec split.npz --epochs 20        # in an environment that has rectools[torch]
+    python tests/rectools_peer.py sasrec split.npz --minutes 60       # in an environment that has rectools[torch]
 
 split.npz holds the training part in order (users, items), and of everybody who is asked the history and the item that
 came next, for validation and test. The model, its loss over all items, its batches and its learning rate are
@@ -42,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model", choices=tuple(MODELS))
     parser.add_argument("split")
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=200)
     parser.add_argument("--patience", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--length", type=int, default=50)

@@ -27,6 +27,11 @@ REPORTED = {
     "student-small-s1": ("small student (one seed)", "", ""),
     "student-tiny-s1": ("tiny student", "test.json", "student-tiny-s1"),
 }
+# Curves of peers.json, by the name of a run without its seed, or of a model of RecTools.
+CURVES = {
+    "teacher": "PreBERT", "student": "its student, after PreBERT's minutes",
+    "student-no-kd": "Mini-BERT without a teacher", "sasrec": "RecTools' SASRec", "bert4rec": "RecTools' BERT4Rec",
+}  # fmt: skip
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito's
 plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 130})
 
@@ -122,7 +127,9 @@ def peers(file: Path) -> None:
     report = json.loads(file.read_text())
     axes = new_picture(f"{report['data']['name']}: accuracy over time, two cores", "CPU minutes", "validation NDCG@10")
     for color, (name, rows) in zip(COLORS, report["curves"].items(), strict=False):
-        draw_seeds(axes, color, [{row["cpu_minutes"]: row["valid_NDCG@10"] for row in rows}], name)
+        run = re.sub(r"-s\d+$", "", name)
+        points = {row["cpu_minutes"]: row["valid_NDCG@10"] for row in rows}
+        draw_seeds(axes, color, [points], CURVES.get(run, name))
     axes.set_xscale("log")
     log_axis(axes.xaxis, (1, 2, 5))
     axes.legend(frameon=False, loc="lower right")

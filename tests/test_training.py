@@ -24,7 +24,7 @@ import teacher
 from data import PAD, Batch, InputError, Interactions, batches, leave_one_out, load_dataset, mask_items
 from distill import distillation_loss, mean_of, principal_components, student_loss, teacher_states, with_counts
 from evaluate import Markov, benchmark, target_ranks
-from prebert import BertConfig, PreBert, read_safetensors
+from prebert import BertConfig, PreBert, read_safetensors, without_seed
 from student import MiniBert
 from teacher import (
     RECIPES, Sampler, add_training_flags, default_init, describe, draw_batch, draw_candidates, draw_windows, item_loss,
@@ -314,6 +314,16 @@ def test_every_step_trains_even_a_single_one(ring, tmp_path):
     after = go(log, tmp_path, item_loss, epochs=1, tokens=10_000).state_dict()
     assert (tmp_path / "log.csv").read_text().splitlines()[1].startswith("1,1,")
     assert not torch.equal(before["item_bias"], after["item_bias"])
+
+
+def test_what_read_other_titles_is_another_model_and_what_has_another_seed_is_not(ring):
+    log = load_dataset(str(ring))
+    model = MiniBert("tiny", log.num_items, 16)
+    a, again, b = (
+        without_seed(describe(log, model, options(log, "--seed", seed, titles=file)))
+        for seed, file in (("1", "a.csv"), ("2", "a.csv"), ("1", "b.csv"))
+    )
+    assert a == again != b
 
 
 def test_the_loss_that_is_logged_is_the_mean_of_the_epochs_steps(ring, tmp_path):

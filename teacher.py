@@ -642,8 +642,7 @@ def describe(data: Interactions, model: PreBert, args: argparse.Namespace, teach
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     # No settings: what does not decide what is learnt, and flags whose outcome stands beside them.
-    hidden = ("resume", "overwrite", "device", "root", "data", "columns", "no_cache", "final", "seen",
-              "min_count")  # fmt: skip
+    hidden = ("resume", "overwrite", "device", "root", "data", "columns", "no_cache", "final", "seen", "min_count")
     settings = {key: value for key, value in vars(args).items() if key not in hidden}
     return {
         "version": VERSION, "data": data.name, "num_items": data.num_items, "interactions": len(data.items),

@@ -316,7 +316,7 @@ def test_every_step_trains_even_a_single_one(ring, tmp_path):
     assert not torch.equal(before["item_bias"], after["item_bias"])
 
 
-def test_what_read_other_titles_is_another_model_and_what_has_another_seed_is_not(ring):
+def test_runs_that_read_other_titles_are_other_models(ring):
     log = load_dataset(str(ring))
     model = MiniBert("tiny", log.num_items, 16)
     a, again, b = (

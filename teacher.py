@@ -55,8 +55,7 @@ from prebert import (
 
 Loss = Callable[[PreBert, Batch], Tensor]
 # Data with fewer interactions per item are sparse: item vectors may start from titles (`default_init`), texts count
-# in the scores (`keep_texts`), dropout is sparse_dropout, models start `near_identity`. Where users of sparse data come
-# back to items, dropout is halfway to that, and models do not start so.
+# in the scores (`keep_texts`), and models start `near_identity`, unless users come back to items.
 SPARSE = 100
 TEXT_SIZE = 64  # columns of the item table for texts
 TITLES_TOO, TITLES_ALONE = 0.4, 0.6  # how well titles must predict, as a share of Markov's NDCG@10
@@ -514,7 +513,8 @@ def add_training_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict]
     add("--lr", type=number(0, above=True), help=f"peak learning rate; less with fewer --tokens {by_recipe('lr')}")
     add("--body-lr", type=number(0, above=True), help=f"the same for encoder and positions {by_recipe('body_lr')}")
     add("--dropout", type=number(0, 0.9), help=f"share of activations zeroed {by_recipe('dropout')}; with fewer than "
-        f"{SPARSE} interactions per item {by_recipe('sparse_dropout')}, halfway if users repeat items")  # fmt: skip
+        f"{SPARSE // 2} interactions per item {by_recipe('sparse_dropout')}, below {2 * SPARSE} halfway; "
+        "a step less if users repeat items or a student is tiny")  # fmt: skip
     add("--item-dropout", type=number(0, 0.9), default=0.0, help="share of items read that training hides (default: 0)")
     add("--label-smoothing", type=number(0, 0.9), help=f"share of labels for all items {by_recipe('label_smoothing')}")
     add("--near-identity", action=argparse.BooleanOptionalAction,
@@ -591,8 +591,10 @@ def settle(args: argparse.Namespace, recipes: dict[str, dict], data: Interaction
     if args.epochs == 0 and (suffix or not args.start):
         raise InputError("--epochs 0 trains nothing; it is for --start RUN without --all and --final")
     smaller = max(1.0, 1e6 / len(data.items))  # small data: smaller batches, so that an epoch has as many steps
-    halfway = (recipe["dropout"] + recipe["sparse_dropout"]) / 2
-    dropout = recipe["dropout"] if not sparse(data) else halfway if data.repeats else recipe["sparse_dropout"]
+    per_item, tiny = len(data.items) / data.num_items, getattr(args, "size", "") == "tiny"
+    # Two steps up to sparse_dropout; a step less where users come back to items, or the student is tiny: it overfits less.
+    steps = max(0, (per_item < 2 * SPARSE) + (per_item < SPARSE / 2) - (data.repeats or tiny))
+    dropout = round(recipe["dropout"] + steps * (recipe["sparse_dropout"] - recipe["dropout"]) / 2, 3)
     fill_in(
         args, tokens=max(recipe["least_tokens"], recipe["tokens"] // 2 ** round(math.log2(smaller))), dropout=dropout,
         label_smoothing=0.0 if args.negatives else recipe["label_smoothing"],

@@ -123,9 +123,7 @@ def main() -> None:
             for label, kind in tried:
                 row = one_run(args.data, data, label, [*kind, *flags], percent, seed)
                 row |= {"item_init": kind[1], "titles beside counts": share}
-                same = ("model", "users", "seed", "item_init")
-                others = (other for other in report["rows"] if any(other.get(key) != row[key] for key in same))
-                report["rows"] = [*others, row]
+                report["rows"] = [*(other for other in report["rows"] if other["command"] != row["command"]), row]
                 write_json(args.json, report)
                 what = f"{label}, {kind[1]}, {percent} % of the users, seed {seed}"
                 print(f"{what}: test NDCG@10 {row['NDCG@10']:.4f}", flush=True)

@@ -592,7 +592,7 @@ def settle(args: argparse.Namespace, recipes: dict[str, dict], data: Interaction
         raise InputError("--epochs 0 trains nothing; it is for --start RUN without --all and --final")
     smaller = max(1.0, 1e6 / len(data.items))  # small data: smaller batches, so that an epoch has as many steps
     per_item, tiny = len(data.items) / data.num_items, getattr(args, "size", "") == "tiny"
-    # Two steps up to sparse_dropout; a step less where users come back to items, or the student is tiny: it overfits less.
+    # Two steps up to sparse_dropout; a step less where users come back to items or a student is tiny: it overfits less.
     steps = max(0, (per_item < 2 * SPARSE) + (per_item < SPARSE / 2) - (data.repeats or tiny))
     dropout = round(recipe["dropout"] + steps * (recipe["sparse_dropout"] - recipe["dropout"]) / 2, 3)
     fill_in(

@@ -459,7 +459,7 @@ def test_training_on_validation_too_leaves_test_alone(trained):
     assert "starting from" in inside("distill.py", *flags, *BEST, *go_on, cwd=trained)
     masked = (*BEST, "--objective", "masked", "--overwrite")
     assert "another --objective" in inside("distill.py", *flags, *masked, cwd=trained, expect=2)
-    wetter = (*BEST, "--dropout", 0.3, "--overwrite")
+    wetter = (*BEST, "--dropout", 0.4, "--overwrite")
     assert "another --dropout" in inside("distill.py", *flags, *wetter, cwd=trained, expect=2)
     assert "unrecognized" in inside("student.py", "--run", RUN, "id:1", "--all", cwd=trained, expect=2)
     log = (trained / RUN / "metrics.json").read_text()

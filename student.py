@@ -249,6 +249,8 @@ class Recommender:
         inside = [title for title in titles if composed(text).casefold() in composed(title).casefold()][:3]
         close = inside or difflib.get_close_matches(composed(text), titles[:SEARCHED], 3, 0.5)
         hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+        if self.titles == self.raw_ids:
+            hint += f"; without titles, items are raw ids such as {self.raw_ids[1]!r}"
         raise InputError(f"no item {text!r} in the catalogue{hint}")
 
     @torch.inference_mode()

@@ -122,8 +122,10 @@ def main() -> None:
                 tried.append(("without texts", ["--item-init", "cooc"]))
             for label, kind in tried:
                 row = one_run(args.data, data, label, [*kind, *flags], percent, seed)
-                row |= {"item_init": kind[1], "titles beside counts": share}
-                report["rows"] = [*(other for other in report["rows"] if other["command"] != row["command"]), row]
+                row |= {"item_init": kind[1], "titles beside counts": share, "flags": " ".join(flags)}
+                same = ("model", "users", "seed", "item_init", "flags")  # an older row that tells no flags is replaced
+                others = (old for old in report["rows"] if any(old.get(key, row[key]) != row[key] for key in same))
+                report["rows"] = [*others, row]
                 write_json(args.json, report)
                 what = f"{label}, {kind[1]}, {percent} % of the users, seed {seed}"
                 print(f"{what}: test NDCG@10 {row['NDCG@10']:.4f}", flush=True)

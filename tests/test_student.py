@@ -229,7 +229,7 @@ def test_an_empty_history_gets_what_is_popular(run):
 
 def test_a_run_without_titles_says_what_its_items_are_called():
     released = Path(__file__).parent.parent / "results/ml-1m/student"
-    with pytest.raises(InputError, match="no item 'Toy Story.*; without titles, items are raw ids such as '3186'"):
+    with pytest.raises(InputError, match=r"no item 'Toy Story.*; without titles, items are raw ids such as '3186'"):
         Recommender(released, compile=False).item("Toy Story (1995)")
 
 

@@ -57,6 +57,7 @@ Loss = Callable[[PreBert, Batch], Tensor]
 # Data with fewer interactions per item are sparse: item vectors may start from titles (`default_init`), texts count
 # in the scores (`keep_texts`), and models start `near_identity`, unless users come back to items.
 SPARSE = 100
+MOST_DROPOUT = 32  # interactions per item up to which dropout is strongest; with each doubling it is 0.1 less
 TEXT_SIZE = 64  # columns of the item table for texts
 TITLES_TOO, TITLES_ALONE = 0.4, 0.6  # how well titles must predict, as a share of Markov's NDCG@10
 
@@ -65,8 +66,8 @@ TITLES_TOO, TITLES_ALONE = 0.4, 0.6  # how well titles must predict, as a share 
 # in a batch are for a million interactions; see `settle` for less.
 BOTH = dict(lr=1e-3, body_lr=3e-4, tokens=2048, least_tokens=2048)
 RECIPES: dict[str, dict] = {
-    "next": dict(epochs=6, dropout=0.2, sparse_dropout=0.4, label_smoothing=0.1, **BOTH),
-    "masked": dict(epochs=10, dropout=0.1, sparse_dropout=0.1, label_smoothing=0.0, **BOTH),
+    "next": dict(epochs=6, dropout=0.4, least_dropout=0.2, label_smoothing=0.1, **BOTH),
+    "masked": dict(epochs=10, dropout=0.1, least_dropout=0.1, label_smoothing=0.0, **BOTH),
 }
 
 
@@ -512,9 +513,9 @@ def add_training_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict]
         f"on small data as few as {recipes['next']['least_tokens']}")  # fmt: skip
     add("--lr", type=number(0, above=True), help=f"peak learning rate; less with fewer --tokens {by_recipe('lr')}")
     add("--body-lr", type=number(0, above=True), help=f"the same for encoder and positions {by_recipe('body_lr')}")
-    add("--dropout", type=number(0, 0.9), help=f"share of activations zeroed {by_recipe('dropout')}; with fewer than "
-        f"{SPARSE // 2} interactions per item {by_recipe('sparse_dropout')}, below {2 * SPARSE} halfway; "
-        "a step less if users repeat items or a student is tiny")  # fmt: skip
+    add("--dropout", type=number(0, 0.9), help=f"share of activations zeroed {by_recipe('dropout')} up to "
+        f"{MOST_DROPOUT} interactions per item; 0.1 less with each doubling and with a teacher, 0.2 less if users "
+        f"repeat items or a student is tiny; at least {by_recipe('least_dropout')}")  # fmt: skip
     add("--item-dropout", type=number(0, 0.9), default=0.0, help="share of items read that training hides (default: 0)")
     add("--label-smoothing", type=number(0, 0.9), help=f"share of labels for all items {by_recipe('label_smoothing')}")
     add("--near-identity", action=argparse.BooleanOptionalAction,
@@ -591,10 +592,11 @@ def settle(args: argparse.Namespace, recipes: dict[str, dict], data: Interaction
     if args.epochs == 0 and (suffix or not args.start):
         raise InputError("--epochs 0 trains nothing; it is for --start RUN without --all and --final")
     smaller = max(1.0, 1e6 / len(data.items))  # small data: smaller batches, so that an epoch has as many steps
-    per_item, tiny = len(data.items) / data.num_items, getattr(args, "size", "") == "tiny"
-    # Two steps up to sparse_dropout; a step less where users come back to items or a student is tiny: it overfits less.
-    steps = max(0, (per_item < 2 * SPARSE) + (per_item < SPARSE / 2) - (data.repeats or tiny))
-    dropout = round(recipe["dropout"] + steps * (recipe["sparse_dropout"] - recipe["dropout"]) / 2, 3)
+    # Models overfit less the more interactions an item has, and where they are tiny, have a teacher, or items repeat.
+    doublings = max(0.0, math.log2(len(data.items) / data.num_items / MOST_DROPOUT))
+    tiny, taught = getattr(args, "size", "") == "tiny", bool(getattr(args, "teacher", None))
+    dropout = recipe["dropout"] - 0.1 * (doublings + taught) - 0.2 * (tiny or data.repeats)
+    dropout = max(recipe["least_dropout"], round(dropout, 1))
     fill_in(
         args, tokens=max(recipe["least_tokens"], recipe["tokens"] // 2 ** round(math.log2(smaller))), dropout=dropout,
         label_smoothing=0.0 if args.negatives else recipe["label_smoothing"],

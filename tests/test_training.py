@@ -473,23 +473,26 @@ def test_recipes_fill_in_what_the_flags_left_open_and_help_shows_them(ring, tmp_
     ):  # fmt: skip
         args = options(log, *given, **open_)
         assert (args.epochs, args.dropout, args.label_smoothing) == recipe and args.max_length == 200
-    per_item = {count: replace(log, items=np.ones(count * log.num_items, np.int64)) for count in (49, 50, 99, 199, 200)}
-    few = per_item[49]
+    counts = (32, 64, 99, 128, 256, 600)
+    per_item = {count: replace(log, items=np.ones(count * log.num_items, np.int64)) for count in counts}
+    few = per_item[32]
     parser = argparse.ArgumentParser()
     add_training_flags(parser, distill.RECIPES)
     parser.set_defaults(name="student", bert=None)  # as the scripts do
-    for given, data, dropout, tiny in (
-        ([], few, 0.5, 0.3), ([], per_item[99], 0.3, 0.1), ([], per_item[199], 0.3, 0.1), ([], per_item[200], 0.1, 0.1),
-        (["--dropout", "0.4"], few, 0.4, 0.4), ([], log, 0.1, 0.1), ([], replace(few, repeats=True), 0.3, 0.3),
+    for given, data, dropout, tiny, taught in (
+        ([], few, 0.5, 0.3, 0.4), ([], per_item[64], 0.4, 0.2, 0.3), ([], per_item[99], 0.3, 0.1, 0.2),
+        ([], per_item[128], 0.3, 0.1, 0.2), ([], per_item[256], 0.2, 0.1, 0.1), ([], per_item[600], 0.1, 0.1, 0.1),
+        (["--dropout", "0.45"], few, 0.45, 0.45, 0.45), ([], replace(few, repeats=True), 0.3, 0.3, 0.2),
+        ([], replace(few, items=few.items[:10]), 0.5, 0.3, 0.4),
     ):  # fmt: skip
-        for size, expected in (("base", dropout), ("tiny", tiny)):
-            parser.set_defaults(size=size)
+        for size, of, expected in (("tiny", None, tiny), ("base", ["runs/t"], taught), ("base", None, dropout)):
+            parser.set_defaults(size=size, teacher=of)
             args = parser.parse_args(["--objective", "next", *given])
             settle(args, distill.RECIPES, data)
-            assert args.dropout == expected and args.near_identity == (data is few or data is per_item[99])
-    parser.set_defaults(size="base")
-    assert options(per_item[49], "--objective", "next", dropout=None).dropout == 0.4  # the teacher's steps
-    assert options(per_item[50], "--objective", "next", dropout=None).dropout == 0.3
+            sparse = not data.repeats and len(data.items) < 100 * data.num_items
+            assert args.dropout == expected and args.near_identity == sparse
+    for count, dropout in ((32, 0.4), (64, 0.3), (128, 0.2), (600, 0.2)):  # a teacher's own
+        assert options(per_item[count], "--objective", "next", dropout=None).dropout == dropout
     args = parser.parse_args(["--objective", "next", "--no-near-identity"])
     settle(args, distill.RECIPES, few)
     assert args.near_identity is False

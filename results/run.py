@@ -38,7 +38,7 @@ MODELS = {
     "student-tiny": "distill.py --teacher RUNS/teacher-sSEED --size tiny",
     "student-no-kd": "distill.py --no-kd",
     "student-no-kd-smooth": "distill.py --no-kd --label-smoothing 0.1",
-    "student-no-kd-hidden": "distill.py --no-kd --item-dropout 0.15",
+    "student-no-kd-hidden": "distill.py --no-kd --dropout 0.1 --item-dropout 0.15",
     "student-no-kd-cooc": "distill.py --no-kd --item-init cooc",  # without texts, where there are any
     "student-no-kd-text": "distill.py --no-kd --item-init text",
     "student-no-kd-sum": "distill.py --no-kd --item-init text+cooc",

@@ -514,8 +514,8 @@ def add_training_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict]
     add("--lr", type=number(0, above=True), help=f"peak learning rate; less with fewer --tokens {by_recipe('lr')}")
     add("--body-lr", type=number(0, above=True), help=f"the same for encoder and positions {by_recipe('body_lr')}")
     add("--dropout", type=number(0, 0.9), help=f"share of activations zeroed {by_recipe('dropout')} up to "
-        f"{MOST_DROPOUT} interactions per item; 0.1 less with each doubling and with a teacher, 0.2 less if users "
-        f"repeat items or a student is tiny; at least {by_recipe('least_dropout')}")  # fmt: skip
+        f"{MOST_DROPOUT} interactions per item; 0.1 less with each doubling; 0.2 less if users repeat items or a "
+        f"student is tiny, else 0.1 less with a teacher; at least {by_recipe('least_dropout')}")  # fmt: skip
     add("--item-dropout", type=number(0, 0.9), default=0.0, help="share of items read that training hides (default: 0)")
     add("--label-smoothing", type=number(0, 0.9), help=f"share of labels for all items {by_recipe('label_smoothing')}")
     add("--near-identity", action=argparse.BooleanOptionalAction,
@@ -594,9 +594,9 @@ def settle(args: argparse.Namespace, recipes: dict[str, dict], data: Interaction
     smaller = max(1.0, 1e6 / len(data.items))  # small data: smaller batches, so that an epoch has as many steps
     # Models overfit less the more interactions an item has, and where they are tiny, have a teacher, or items repeat.
     doublings = max(0.0, math.log2(len(data.items) / data.num_items / MOST_DROPOUT))
-    tiny, taught = getattr(args, "size", "") == "tiny", bool(getattr(args, "teacher", None))
-    dropout = recipe["dropout"] - 0.1 * (doublings + taught) - 0.2 * (tiny or data.repeats)
-    dropout = max(recipe["least_dropout"], round(dropout, 1))
+    tiny, taught = getattr(args, "size", "") == "tiny", getattr(args, "teacher", None)
+    less = 0.2 if tiny or data.repeats else 0.1 if taught else 0.0
+    dropout = max(recipe["least_dropout"], round(recipe["dropout"] - 0.1 * doublings - less, 1))
     fill_in(
         args, tokens=max(recipe["least_tokens"], recipe["tokens"] // 2 ** round(math.log2(smaller))), dropout=dropout,
         label_smoothing=0.0 if args.negatives else recipe["label_smoothing"],

@@ -84,6 +84,7 @@ class Interactions:
     taken: dict[str, str]  # what was taken for what, and what became of the lines; the card prints it
     split: str = "last"  # a key of HELD_OUT and SPLITS
     exclude_seen: bool = True  # whether what a user had is left out of the ranking
+    item_name: str = ""  # the log's column of items, by which files of titles are read
 
     @property
     def num_users(self) -> int:
@@ -366,7 +367,7 @@ def latest_users(clicks: Clicks, fraction: int) -> np.ndarray:
     times = clicks.times if timed else np.arange(len(clicks.times))
     latest = np.full(clicks.users.max() + 1, -np.inf)
     np.maximum.at(latest, clicks.users, times)
-    recent = np.argsort(-latest, kind="stable")[: -(-len(latest) // fraction)]
+    recent = np.argsort(-latest, kind="stable")[: math.ceil(len(latest) / fraction)]
     return np.flatnonzero(np.isin(clicks.users, recent))
 
 
@@ -423,8 +424,17 @@ def build(
 # ---------------------------------------------------------------- lines
 
 
+def windows_1252(field: re.Match) -> str:
+    """A field that may not be UTF-8. Others of its line do not matter: so an id always reads the same."""
+    content = field[0].encode(errors="surrogateescape")
+    try:
+        return content.decode()
+    except UnicodeDecodeError:  # five bytes mean nothing in Windows-1252
+        return content.decode("latin-1" if re.search(rb"[\x81\x8d\x8f\x90\x9d]", content) else "cp1252")
+
+
 def read_lines(path: Path) -> Iterator[str]:
-    """Lines of a (gzipped) file: UTF-8, or Windows-1252 where a line is not; InputError for files that are no text."""
+    """Lines of a (gzipped) file: UTF-8, or Windows-1252 where a field is not; InputError for files that are no text."""
     bar = tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name, leave=False, delay=1)
     with open(path, "rb") as raw, bar:
         packed = path.suffix.lower() == ".gz"
@@ -433,9 +443,8 @@ def read_lines(path: Path) -> Iterator[str]:
             for number, line in enumerate(text):
                 if not number and "\0" in line[:200]:
                     raise InputError(f"{path} is UTF-16, Excel, Parquet, SQLite or packed; save it as CSV, UTF-8")
-                if not line.isascii() and re.search("[\udc80-\udcff]", line):  # five bytes mean nothing in Windows-1252
-                    wrong = line.encode(errors="surrogateescape")
-                    line = wrong.decode("latin-1" if re.search(rb"[\x81\x8d\x8f\x90\x9d]", wrong) else "cp1252")
+                if not line.isascii() and re.search("[\udc80-\udcff]", line):
+                    line = re.sub('[^\t,;|"]+', windows_1252, line)
                 yield line.removeprefix("\ufeff")  # a byte-order mark, also of a file that was joined
                 if not number & 0x3FFF and raw.seekable():  # a pipe has no place
                     bar.update(raw.tell() - bar.n)
@@ -476,6 +485,7 @@ def moment(text: str) -> float:
 
 def day_and_clock(day: str, clock: str) -> float:
     """`moment` of a date and, in another column, the time of day, such as 9:05, or milliseconds since something."""
+    clock = NO_DAY.sub("", clock)
     if ":" in clock:
         return moment(f"{day[:10]} {'0' * (clock[1:2] == ':')}{clock}")  # Excel writes dates with a midnight
     if day[4:5] not in ("-", "/"):
@@ -556,12 +566,14 @@ def rows_of(table: Table, parse: Callable[[list[str]], Row]) -> Iterator[Row]:
         before = rows.line_num
         try:
             fields = next(rows)
-            if rows.line_num - before > 50:
-                raise ValueError("a quote is closed only 50 lines later")
+            if rows.line_num - before > 50:  # rows, or the lines of a long text?
+                inside = [line.count(rows.dialect.delimiter) == width - 1 for line in max(fields, key=len).split("\n")]
+                if sum(inside) > len(inside) / 2:
+                    raise ValueError("a quote is closed only 50 lines later")
             if tabs and any(field[:1] == '"' for field in fields):  # pandas quotes here, too
-                if fields[-1][:1] == '"' and fields[-1].count('"') == 1:
+                if re.fullmatch('"([^"]|"")*', fields[-1]):
                     raise ValueError("a quote is not closed; if quotes are meant as in CSV, put some into the header")
-                fields = [f[1:-1].replace('""', '"') if f[1:] and f[0] == f[-1] == '"' else f for f in fields]
+                fields = [f[1:-1].replace('""', '"') if re.fullmatch('"([^"]|"")*"', f) else f for f in fields]
             if fields and fields[0] in header and {*fields} == {*header}:
                 if fields != header:
                     raise InputError(f"{path}:{before + 1}: here the order of columns changes; found {fields}")
@@ -608,10 +620,11 @@ COLUMNS = {
 YES, NO = {"true", "t", "yes", "y"}, {"false", "f", "no", "n"}  # besides numbers; no: shown, but not clicked
 # How databases, pandas and R write what is not there.
 MISSING = {"", "null", "(null)", "none", "nan", "na", "<na>", "n/a", "#n/a", "undefined", "\\n"}
-ROUNDED = re.compile(r"\d\.\d+(E\+\d+|e\+(1[6-9]|[2-9]\d))")  # 9.78014E+12, 7.19e+18: many ids became one
+ROUNDED = re.compile(r"\d[.,]\d+(E\+\d+|e\+(1[6-9]|[2-9]\d))")  # 9.78014E+12, 7.19e+18: many ids became one
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # what may move the cursor of a terminal
 LOOKS_LIKE_TIME = re.compile(r"(?i:time(?!s|_?spent)|date|stamp|epoch|when|datum|fecha|(^|_)(ts|dt|at|on|day)$)|"
                              r"[a-z](At|On)$")  # fmt: skip
+NO_DAY = re.compile(r"(1899-12-3[01]|1900-01-0[01]|1970-01-01)[ T]")  # as Excel, Access and pandas write a clock
 FINER = re.compile(r"^\d{9}|(?<![\d:])(?!00:00(:00)?(?!\d))\d\d?:\d\d")  # tells more than the day
 # What may be a time: seconds and finer since 1992, 1.6e9, 20140428, 28.04.2014 10:51, Apr 28 2014, 28-APR-14.
 DATED = re.compile(r"([7-9]\d{8}|1\d{9})(\d{3}){0,3}(\.\d+)?|\d\.\d+[eE]\+?\d\d?|(19|20)\d{6}(T.*)?|"
@@ -629,7 +642,7 @@ def how_fine(names: list[str], rows: list[list[str]]) -> list[int]:
     levels = []
     for _, *column in itertools.islice(itertools.zip_longest(names, *rows, fillvalue=""), len(names)):
         values = [value for value in map(str.strip, column) if value.lower() not in MISSING]
-        dates = [value for value in values if DATED.fullmatch(value)]
+        dates = [value for value in values if DATED.fullmatch(value) and not NO_DAY.match(value)]
         finer = any(map(FINER.search, dates))
         levels.append(0 if 2 * len(dates) <= len(values) else 2 if finer else 1)
     return levels
@@ -684,8 +697,10 @@ def check_time(path: Path, names: list[str], places: dict[str, int | None], leve
     clock = place_of(["" if level else name for name, level in zip(names, levels, strict=True)], TIME_OF_DAY)
     level, taken = (-1, "") if when is None else (levels[when], names[when])
     unsure = when is None or clock is not None  # then what has dates counts, whatever it is called
-    likely = [place for place, name in enumerate(names) if place not in places.values() and levels[place] > level
-              and (LOOKS_LIKE_TIME.search(name) or (unsure and levels[place]))]  # fmt: skip
+    others = [place for place in range(len(names)) if place not in places.values()]
+    least = level if unsure and level == 0 else level + 1  # a day may be a number, too
+    likely = [place for place in others if levels[place] >= least
+              and (LOOKS_LIKE_TIME.search(names[place]) or (unsure and levels[place]))]  # fmt: skip
     likely.sort(key=lambda place: (-levels[place], not LOOKS_LIKE_TIME.search(names[place])))
     if level == 1 and clock is not None:  # the time of day
         likely, way = [clock], f"time={taken},clock={names[clock]}"
@@ -751,6 +766,9 @@ def read_log(path: Path, given: dict[str, str], sessions: bool) -> tuple[Clicks,
     check_unit(arrays[2], path)
     if rounded := [raw_id for raw_id in (*user_ids, *item_ids) if "+" in raw_id and ROUNDED.fullmatch(raw_id)]:
         raise InputError(f"{path}: ids were rounded, as by Excel, such as {rounded[0]}; write them again, as text")
+    for ids in (user_ids, item_ids):
+        if both := [raw_id for raw_id in ids if raw_id[-2:] == ".0" and raw_id[:-2] in ids]:
+            raise InputError(f"{path}: ids are written in two ways, such as {both[0][:-2]} and {both[0]}; write one")
     taken = what_was_taken(path, names, places, arrays[2], left_out, sessions and "user" not in given)
     return Clicks(*arrays, list(user_ids), list(item_ids)), taken, names[item]  # type: ignore[index]
 
@@ -814,6 +832,8 @@ def read_titles(path: Path, item_name: str = "") -> tuple[dict[str, tuple[str, s
         # MovieLens' own titles end in the year; RecBole cut it off.
         shown = f"{shown} ({when})" if shown and when and "(" + when not in shown else shown
         more = [(names[place], " ".join(LISTED.sub(" ", fields[place]).split())) for place in others]
+        if CONTROL.search(fields[item]):
+            raise ValueError("items must be without NUL bytes, tabs and other control characters")
         return fields[item], shown, ". ".join([shown, *(f"{name}: {value}" for name, value in more if value)])
 
     titles: dict[str, tuple[str, str]] = {}
@@ -836,7 +856,7 @@ PAIR = re.compile(rf"\s*({STRING})\s*:\s*({STRING}|[-+.\w]+|\[[^\[\]]*\])\s*(?:,
 def python2_dict(line: str) -> dict[str, str]:
     """Steam's {u'username': u'Zo\\xeb', u'hours': 1.5} as {key: literal}, without evaluating it.
 
-    Only token by token is it safe: texts hold quotes, braces and things that look like other fields.
+    Token by token, as texts hold quotes, braces and things that look like other fields; faster than literal_eval.
     """
     fields, end = {}, 1
     for pair in PAIR.finditer(line, end):
@@ -851,7 +871,7 @@ def python2_dict(line: str) -> dict[str, str]:
 def text_of(literal: str) -> str:
     """The value of a quoted literal (most have no escapes, and literal_eval takes 4 us); of any other, its letters."""
     if "\\" in literal:
-        return ast.literal_eval(literal)
+        return str(ast.literal_eval(literal))
     return literal.lstrip("u")[1:-1] if literal[-1:] in "'\"" else literal
 
 
@@ -995,7 +1015,7 @@ def fetch(folder: Path, public: Public) -> None:
 
 TABLE = re.compile(r"\.(inter|item|csv|tsv)(\.gz)?$", re.IGNORECASE)
 CACHE_FROM = 1 << 24  # bytes; smaller logs are read faster than anyone waits
-COPY_VERSION = 16  # of what a parsed copy holds
+COPY_VERSION = 17  # of what a parsed copy holds
 
 
 def dataset_name(name: str) -> str:
@@ -1067,6 +1087,7 @@ def load_dataset(
     titles, taken["titles"] = read_titles(paths[1], item_name) if paths[1:] else ({}, "no file of titles was found")
     once = name in PUBLIC and PUBLIC[name].once
     data = build(dataset_name(name), clicks, titles, taken, min_items, min_length, fraction, once)
+    data = replace(data, item_name=item_name)
     if titles_file and not any(data.texts):
         raise InputError(f"--titles {titles_file}: {data.taken['titles']}")
     if len(paths) > 1 and not any(data.texts):

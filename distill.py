@@ -207,7 +207,8 @@ def load_teachers(args: argparse.Namespace, data: Interactions) -> tuple[list[Pr
         teachers.append(with_text_columns(teacher).requires_grad_(False).to(pick_device(args.device)))
         made_by.append(without_seed(config))
         read_by.append(config.get("bert_folder") or config["settings"].get("bert"))
-    args.bert = args.bert or max(read_by, key=lambda bert: bert not in (None, "none"), default=None) or "minilm"
+    args.bert = args.bert or next((bert for bert in read_by if bert not in (None, "none")), None)
+    args.bert = args.bert or ("none" if "none" in read_by else "minilm")
     args.objective = args.objective or "next"
     return teachers, made_by, in_scores
 
@@ -244,11 +245,11 @@ def main() -> None:
     args.teacher = [str(Path(run)) for run in args.teacher or [usual]]
     teachers, made_by, in_scores = load_teachers(args, data)
     args.teacher = args.teacher if teachers else None
-    read = any((Path(run) / "texts.safetensors").exists() for run in args.teacher or [])
-    if read and not any(data.texts):
+    kept_texts = any((Path(run) / "texts.safetensors").exists() for run in args.teacher or [])
+    if kept_texts and not any(data.texts):
         print("note: the teacher read titles, and this log has none; --titles FILE names them")
     # BERT is loaded if a teacher's run kept texts, for new items, or if item vectors may start from titles.
-    needed = read or "text" in (args.item_init or ("text" if args.no_kd and sparse(data) else "pca"))
+    needed = kept_texts or "text" in (args.item_init or ("text" if args.no_kd and sparse(data) else "pca"))
     reader = load_bert(args.bert) if any(data.texts) and args.bert != "none" and needed else None
     args.item_init = args.item_init or (default_init(data, args.split, reader) if args.no_kd else "pca")
     settle(args, RECIPES, data)

@@ -290,7 +290,7 @@ def find_runs(runs: list[str] | None, data: Interactions) -> dict[str, tuple[Pre
             model, config, catalogue = load_run(run)
             check_catalogue(run, config, catalogue, data)
             made = read_json(run / "metrics.json") if (run / "metrics.json").exists() else {}
-        except InputError as error:
+        except (InputError, OSError) as error:
             if runs or (run == paths[-1] and not found):
                 raise
             print(f"skipped {error}")

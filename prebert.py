@@ -335,7 +335,7 @@ def rename_bert_weights(tensors: dict[str, Tensor], path: Path) -> tuple[dict[st
     for name in [name for name in ours if ".attention.query." in name]:
         parts = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
         shapes = [ours[part].shape for part in parts if part in ours]
-        if shapes == 3 * shapes[:1] and ours[name].ndim:  # else they will not fit
+        if len(shapes) == 3 and len({*shapes}) == 1 and shapes[0]:  # else `config_of` refuses them
             ours[name.replace(".query.", ".qkv.")] = torch.cat([ours.pop(part) for part in parts])
     return ours, ignored
 
@@ -349,6 +349,7 @@ def config_of(tensors: dict[str, Tensor], raw: dict, path: Path) -> BertConfig:
     hidden = table.shape[1] if table.ndim == 2 and len(table) else 0
     ups = [tensor.shape for name, tensor in tensors.items() if name.endswith(".feed_forward.up.weight")]
     qkvs = [tensor.shape for name, tensor in tensors.items() if name.endswith(".attention.qkv.weight")]
+    # Every layer must have matrices up (E, D) and qkv (3 D, D), with the same E.
     if not hidden or not ups or {*ups} != {(*ups[0][:1], hidden)} or qkvs != len(ups) * [(3 * hidden, hidden)]:
         raise InputError(f"{path}: these weights are not those of a BERT encoder")
     names = ("num_attention_heads", "hidden_act", "hidden_dropout_prob", "layer_norm_eps", "causal")
@@ -472,7 +473,7 @@ def prebert_from_bert(
 ) -> PreBert:
     """BERT with its words exchanged for items, whose rows are random until `set_item_table`; MASK and positions stay.
 
-    Raises InputError if BERT has fewer than max_length positions or no MASK.
+    Raises InputError if BERT has fewer than max_length positions or, with masked items, no MASK.
     """
     if max_length > bert.config.max_position_embeddings:
         raise InputError(f"--max-length {max_length}: this BERT has {bert.config.max_position_embeddings} positions")
@@ -492,7 +493,7 @@ def prebert_from_bert(
 
 
 def near_identity(model: PreBert) -> None:
-    """Start body and head near the identity, so that a state begins near the row of its item.
+    """Start body and head near the identity: with next items, a state begins near the row of its item.
 
     What attention and feed-forward add starts at a fifth of its size, the head's linear map near the identity (as in
     ReZero, Bachlechner et al. 2021, and LayerScale, Touvron et al. 2021). So items whose rows are alike are recommended
@@ -808,8 +809,9 @@ def nearby(new: Tensor, known: Tensor, rows: Tensor, bias: Tensor, count: int = 
     vectors are nearest, weighted by softmax(10 cosine). Where nothing is near, it is the mean row.
     """
     centre, row_centre = known.mean(0), rows.mean(0)
-    cosines = F.normalize(new - centre, dim=1) @ F.normalize(known - centre, dim=1).T  # (n, I)
-    best, nearest = cosines.topk(min(count, len(known)))  # (n, count) each
+    unit, count = F.normalize(known - centre, dim=1), min(count, len(known))  # (I, V)
+    tops = [(F.normalize(some - centre, dim=1) @ unit.T).topk(count) for some in new.split(1024)]  # n x I may not fit
+    best, nearest = (torch.cat(parts) for parts in zip(*tops, strict=True))  # (n, count) each
     shares = (10 * best).softmax(1)
     neighbours = rows[nearest] - row_centre  # (n, count, D)
     directions = F.normalize((shares[..., None] * neighbours).sum(1), dim=1)  # (n, D)
@@ -842,12 +844,12 @@ def start_from(model: PreBert, run: str, data: Interactions, vectors: Tensor | N
     known = matched > 0
     if not known.any():
         raise InputError(f"--start {run}: it knows none of the items of {data.name}")
-    weights, table = with_text_columns(old).state_dict(), model.item_embedding.weight.detach()
+    weights, table = with_text_columns(old).state_dict(), model.item_embedding.weight.detach().clone()
     rows = weights["item_embedding.weight"][matched]  # (I, D)
-    bias = torch.where(known, weights["item_bias"][matched - 1], weights["item_bias"].mean())
+    bias = torch.where(known, weights["item_bias"][matched - 1], weights["item_bias"].mean())  # [-1] is not used
     if vectors is not None and not known.all():
         table[1:-1][~known], bias[~known] = nearby(vectors[~known], vectors[known], rows[known], bias[known])
-    table[1:-1][known], table[-1] = rows[known], weights["item_embedding.weight"][-1]
+    table[1:-1][known], table[-1] = rows[known], weights["item_embedding.weight"][-1]  # the last: MASK's
     model.load_state_dict({**weights, "item_embedding.weight": table, "item_bias": bias})
     print(f"starting from {run}: {int(known.sum()):,} items known, {int((~known).sum()):,} new")
 

@@ -111,10 +111,11 @@ def compile_ahead(graph: TopK, package: Path) -> Callable:
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(action="ignore"):  # PyTorch's own
             program = torch.export.export(graph, (tokens, excluded, allowed), dynamic_shapes=shapes)
             made = torch._inductor.aoti_compile_and_package(program, package_path=f"{folder}/{package.name}")
-            write_atomic(package, Path(made).read_bytes())
+            content = Path(made).read_bytes()
     except Exception as error:  # the compiler's stack raises anything: no g++, no space, a path that g++ cannot read
         reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
         raise InputError(f"cannot compile, which needs a working C++ compiler such as g++: {reason[:120]}") from error
+    write_atomic(package, content)
     return load_package(package)
 
 
@@ -336,7 +337,7 @@ def add_new_items(recommender: Recommender, path: str) -> None:
     """The items of a table of titles that the run does not know; InputError for a file without items."""
     if not TABLE.search(path):
         raise InputError(f"--new-items {path}: it takes a .csv, .tsv or .item file with a header")
-    read, where = read_titles(Path(path))
+    read, where = read_titles(Path(path), recommender.config.get("item_name", ""))  # by the column of training
     if not read:
         raise InputError(f"{path}: no items with titles: {where}")
     new = {raw_id: both for raw_id, both in read.items() if raw_id not in recommender.by_id}
@@ -399,8 +400,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.out:
         check_replaceable(args.out, f"{HEADER}\n")
-        if args.out.suffix == ".gz":
-            parser.error(f"--out {args.out}: it would not be packed; name another file, such as out.tsv")
+        if args.out.suffix.lower() in (".gz", ".csv"):
+            parser.error(f"--out {args.out}: columns are separated by tabs, not packed; name another file, such as o.tsv")
     if (args.out is not None or args.user is not None) != (args.data is not None):
         parser.error("--data is the log of --out or --user: it goes with one of them, and they with it")
     recommender = Recommender(

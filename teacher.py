@@ -197,7 +197,7 @@ def train(
     the loss is not finite.
     """
     train_part, valid_part, _ = parts
-    if args.start and data.split == "last":  # of three items, the older log may have trained on two
+    if args.start and data.split == "last":  # who has three items now had two, which were trained on, both
         valid_part = valid_part[(valid_part.sizes > 1).nonzero()[:, 0]]
     has_valid = len(valid_part.targets) > 0  # not with --all and --final, where the last epoch's weights are the best
     windows = draw_windows(model, train_part, seeded(args.seed, "windows", 0))[0]
@@ -557,7 +557,7 @@ def titles_beside_counts(data: Interactions, parts: Parts, reader: Reader) -> fl
         return ndcg(rank_targets(score, valid, data.exclude_seen, 1, title="titles or counts"), 10).sum().item()
 
     nearest = quality(lambda history: rows[history[:, -1] - 1] @ rows.T)  # of scores (B, I)
-    return nearest / max(quality(Markov(parts[0], data.num_items)), 0.1)  # sums, not means; never 0
+    return nearest / max(quality(Markov(parts[0], data.num_items)), 0.1)  # sums, so 0.1 is next to nothing
 
 
 def default_init(data: Interactions, split: str, reader: Reader | None) -> str:
@@ -602,8 +602,8 @@ def settle(args: argparse.Namespace, recipes: dict[str, dict], data: Interaction
         label_smoothing=0.0 if args.negatives else recipe["label_smoothing"],
         near_identity=sparse(data) and not data.repeats,
     )  # fmt: skip
-    less = min(1.0, args.tokens / recipe["tokens"]) ** 0.5  # a step of fewer questions says less, and may change less
-    fill_in(args, lr=recipe["lr"] * less, body_lr=recipe["body_lr"] * less)
+    scale = min(1.0, args.tokens / recipe["tokens"]) ** 0.5  # a step of fewer questions says less, and may change less
+    fill_in(args, lr=recipe["lr"] * scale, body_lr=recipe["body_lr"] * scale)
     if args.epochs is None and suffix and not (args.minutes or args.start):
         args.epochs = best_epoch(args, replace(data, split=args.split), suffix)
     epochs = round(recipe["epochs"] * smaller**0.25)  # a hundredth of the data gets three times the passes
@@ -651,6 +651,7 @@ def describe(data: Interactions, model: PreBert, args: argparse.Namespace, teach
     return {
         "version": VERSION, "data": data.name, "num_items": data.num_items, "interactions": len(data.items),
         "fingerprint": data.fingerprint, "split": data.split, "exclude_seen": data.exclude_seen,
+        "item_name": data.item_name,
         "model": asdict(model.config),
         "seed": args.seed, "settings": settings, "teachers": teachers, "protocol": data.protocol,
         "bert_folder": str(Path(args.bert).resolve()) if args.bert and Path(args.bert).is_dir() else None,
@@ -692,10 +693,11 @@ def first_weights(model: PreBert, args: argparse.Namespace, data: Interactions, 
             raise InputError(f"--start {args.start}: {len(gone):,} of its items are gone, such as {min(gone)!r}, so "
                              "its log did not just grow, and what it was trained on may be held out here; use --all")
         for key in ("min_items", "min_length", "fraction"):
-            if data.split != "none" and type(was.get(key)) is int and getattr(args, key) > was[key]:
-                flag = f"--{key.replace('_', '-')}"
-                raise InputError(f"--start {args.start}: it had {flag} {was[key]}; with more, what it was trained on "
-                                 "may be held out here")  # fmt: skip
+            more = getattr(args, key) - was[key] if type(was.get(key)) is int else 0
+            # Of more of the log, the newest tenth of the sessions begins earlier.
+            if data.split != "none" and (more > 0 or (more and key == "fraction" and data.split == "sessions")):
+                raise InputError(f"--start {args.start}: it had --{key.replace('_', '-')} {was[key]}; with another, "
+                                 "what it was trained on may be held out here")  # fmt: skip
     elif args.near_identity and not args.start:
         near_identity(model)
 

@@ -161,8 +161,39 @@ def test_quotes_line_breaks_and_marks_that_were_read_wrongly_without_a_word(tmp_
     with pytest.raises(InputError, match="--columns time=visited,clock=time"):
         atomic(tmp_path, "user_id,item_id,visited,time\n1,5,2014-04-01,9:05\n", name="y.csv")
     assert data.steam_game("{u'id': u'0', u'app_name': u'Foo\\tBar\\n'}\n") == "0\tFoo Bar \t\t\t"
+    tags = "{u'id': u'7', u'app_name': u'X', u'tags': [u'Pok\\xe9mon', u'Indie']}"
+    assert data.steam_game(tags) == "7\tX\t\t['Pokémon', 'Indie']\t"
     (tmp_path / "y.items.csv").write_bytes("item_id,title\n1,\u201cCAFÉ\u201d crème\n".encode("cp1252"))
     assert atomic(tmp_path, "user_id,item_id\nu,1\n", name="y.csv").titles[1] == "\u201cCAFÉ\u201d crème"
+
+
+def test_ids_and_titles_are_read_the_same_whatever_stands_beside_them(tmp_path):
+    cut = "user_id,item_id,time,note\nJosé,a,1,ok\nJosé,b,2,caf".encode() + b"\xc3\nJos\xe9,c,3,ok\n"
+    log = atomic(tmp_path, cut, name="x.csv")  # the note is cut within a character; the last line is Windows-1252
+    assert log.user_ids == ["José"] and histories(log) == [["a", "b", "c"]]
+    sjis = "user_id,item_id,note\n田中,a,x\n田中,b,データ\n".encode("shift_jis")
+    assert len(atomic(tmp_path, sjis, name="x.csv").user_ids) == 1
+    (tmp_path / "x.items.tsv").write_text('item_id\ttitle\n1\t"Weird Al" and "Friends"\n2\t"He said ""hi"""\n')
+    log = atomic(tmp_path, "user_id\titem_id\nu\t1\nu\t2\n", name="x.tsv")
+    assert log.titles[1:] == ['"Weird Al" and "Friends"', 'He said "hi"']
+    (tmp_path / "x.items.tsv").write_text('item_id\ttitle\n1\t"He said ""hi""\nthere"\n')
+    with pytest.raises(InputError, match="a quote is not closed"):
+        atomic(tmp_path, "user_id\titem_id\nu\t1\n", name="x.tsv")
+    rows = "".join(f"u{n},a,{n},short\n" for n in range(300))
+    long = '"' + "\n".join(f"line {n}, and more" for n in range(60)) + '"'  # a review of sixty lines
+    log = atomic(tmp_path, f"user_id,item_id,timestamp,review\n{rows}v,b,5,{long}\n", name="y.csv")
+    assert log.num_users == 301 and "b" in log.raw_ids
+
+
+def test_a_clock_with_a_day_that_is_none_counts_from_its_date(tmp_path):
+    head, rows = "user_id,item_id,date,time\n", ("1,a,2020-01-03,{} 08:00:00", "1,b,2020-01-02,{} 09:00:00")
+    for day in ("1900-01-01", "1899-12-30"):
+        text = head + "\n".join(rows).format(day, day)
+        with pytest.raises(InputError, match="--columns time=date,clock=time"):
+            atomic(tmp_path, text, name="x.csv")
+        assert histories(atomic(tmp_path, text, name="x.csv", time="date", clock="time")) == [["b", "a"]]
+    rows = "".join(f"1,a{n},1970-01-01 00:00:0{n}\n" for n in range(9))  # a log that begins with the epoch
+    assert len(atomic(tmp_path, "user_id,item_id,timestamp\n" + rows, name="x.csv").items) == 9
 
 
 def test_columns_may_be_named_one_by_one(tmp_path):
@@ -279,6 +310,9 @@ def test_without_any_time_the_order_of_lines_counts_and_the_card_says_so(tmp_pat
         (b"PK\3\4\x14\0 and so on", "Excel"),
         ("user_id,item_id,time\nu,a,1/15/2011 8:00\n", ":2: .*write 2020-01-31"),
         ("user_id,item_id,date,time\nu,a,20160508,901\n", "time does not look like a time, but date could be one"),
+        ("user_id,item_id,day,time\nu,a,2,900\nu,b,1,1000\n", "time does not look like a time, but day could be one"),
+        ("Customer ID,StockCode\n13085,a\n13085.0,b\n", "ids are written in two ways, such as 13085 and 13085.0"),
+        ("user_id;item_id\nu;9,78014E+12\n", "ids were rounded, as by Excel, such as 9,78014E"),
         ("userId,venueId,timezoneOffset,seenTimestamp\n0,0,-240,2012-04-03 18:00:09\n", "--columns time=seenTimestamp"),
         ("visit_no,user_id,item_id,seen_ts\n1506825423271737,u,a,1506825423271\n", "--columns time=seen_ts"),
         ("user_id,item_id,purchased\nu,a,2020-03-01\n", "purchased could be one"),

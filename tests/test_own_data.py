@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from datetime import datetime, timedelta
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,9 +27,9 @@ from distill import load_teachers, states_of
 from evaluate import hit_rate, metrics, ndcg, target_ranks
 from prebert import (
     centred, encode_texts, item_vectors, load_bert, load_run, principal_components, read_safetensors,
-    start_from, text_columns, with_text_columns, without_seed, write_safetensors,
+    read_run, start_from, text_columns, with_text_columns, without_seed, write_safetensors,
 )  # fmt: skip
-from student import MiniBert, Recommender
+from student import MiniBert, Recommender, add_new_items
 from teacher import join_processes, world
 from test_prebert import bert_folder
 from test_student import write_run
@@ -213,7 +214,7 @@ def test_a_run_goes_on_with_a_catalogue_that_has_grown(trained):
     assert "trained on a longer log" in words
     stricter = [*flags, RUN, "--min-items", 6]  # may end histories earlier, where it was trained
     words = inside("distill.py", "--data", "grown.inter", *stricter, cwd=trained, expect=2)
-    assert "had --min-items 5; with more" in words
+    assert "had --min-items 5; with another" in words
     inside("distill.py", "--data", "ring.inter", *ON_RING, "--all", "--name", "seen", cwd=trained)
     words = inside("distill.py", "--data", "ring.inter", *flags, "runs/ring/seen-all", cwd=trained, expect=2)
     assert "everything is trained on" in words
@@ -557,6 +558,9 @@ def test_sessions_are_trained_and_evaluated(tmp_path):
     assert "Recall@20" in text and "MRR@20" in text
     row = json.loads((tmp_path / "s.json").read_text())["rows"][-1]
     assert row["Recall@20"] == row["HR@20"] > 0.3
+    inside("distill.py", *flags, *ON_RING, "--fraction", 2, "--name", "half", cwd=tmp_path)
+    more = [*flags, *ON_RING, "--start", "runs/s/half", "--name", "more"]  # the newest tenth would begin earlier
+    assert "had --fraction 2; with another" in inside("distill.py", *more, cwd=tmp_path, expect=2)
     both = [f"u\t{session}\t{rest}" for session, _, rest in (row.partition("\t") for row in rows)]
     (tmp_path / "both.tsv").write_text("user_id\tsession_id\titem_id\ttimestamp\n" + "\n".join(both))
     serve = ["--run", "runs/s/student-no-kd", "--data", "both.tsv", "--out", "o.tsv", "-k", 1]
@@ -609,6 +613,8 @@ def test_new_items_are_recommended_by_their_texts_and_change_no_other_score(trai
     text = inside("student.py", "New film", "id:103", "-k", 99, "--seen", "keep", *flags, cwd=trained)
     assert "New film  (id:900)" in text
     assert f"{tmp_path / 'new.csv'}: 1 new items, 1 known; titles from title and brand of new.csv, by item_id" in text
+    (tmp_path / "new.csv").write_text('item_id,title\n"9\t0",New film\n')  # would shift the columns of --out
+    assert "without NUL bytes, tabs" in inside("student.py", "id:103", *flags, cwd=trained, expect=2)
     for wrong in (tmp_path, ""):
         words = inside("student.py", "id:103", "--run", run, "--new-items", wrong, cwd=trained, expect=2)
         assert "it takes a .csv, .tsv or .item file" in words
@@ -618,6 +624,17 @@ def test_new_items_are_recommended_by_their_texts_and_change_no_other_score(trai
     write_safetensors(run / "texts.safetensors", {"texts": torch.zeros(3, 4)})
     with pytest.raises(InputError, match="does not fit the run"):
         Recommender(run, compile=False).add_items({"toy": "toy"})
+
+
+def test_new_items_are_named_by_the_column_that_training_took(trained, tmp_path, capsys):
+    assert read_run(trained / RUN)[0]["item_name"] == "item_id"
+    (tmp_path / "art.items.csv").write_text("id,Artikel,title\n1,A101,Red shoe\n2,A102,Blue shoe\n")
+    added: dict = {}
+    facts = {"config": {"item_name": "Artikel"}, "by_id": {"A101": 1}}
+    run = SimpleNamespace(**facts, add_items=lambda new, _: added.update(new))
+    add_new_items(run, str(tmp_path / "art.items.csv"))
+    words = "1 new items, 1 known; titles from title of art.items.csv, by Artikel"
+    assert [*added] == ["A102"] and words in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("distinct", [60, 5])
@@ -761,6 +778,7 @@ def test_raw_ids_in_lists_mean_that_item_alone(tmp_path):
     ("flags", "words"),
     [
         (["--out", "x.tsv"], "--data is the log of --out or --user"),
+        (["--out", "x.csv", "--data", "ring.inter"], "columns are separated by tabs"),
         (["--user", "1"], "--data is the log of --out or --user"),
         (["id:103", "--data", "ring.inter"], "--data is the log of --out or --user"),
         (["--out", "x.tsv", "--data", "other.inter"], "knows none of the items"),

@@ -401,7 +401,7 @@ def main() -> None:
     if args.out:
         check_replaceable(args.out, f"{HEADER}\n")
         if args.out.suffix.lower() in (".gz", ".csv"):
-            parser.error(f"--out {args.out}: columns are separated by tabs, not packed; name another file, such as o.tsv")
+            parser.error(f"--out {args.out}: columns are separated by tabs, not packed; name another file, as o.tsv")
     if (args.out is not None or args.user is not None) != (args.data is not None):
         parser.error("--data is the log of --out or --user: it goes with one of them, and they with it")
     recommender = Recommender(

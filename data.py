@@ -606,9 +606,9 @@ SESSION = "sessionid session usersession visitid sid"
 TIME_OF_DAY = "timeofday time clock hour eventtime ordertime purchasetime clicktime starttime uhrzeit hora heure ora"
 EVENTS = "event eventtype behavior behaviortype action actiontype"
 COLUMNS = {
-    "user": "userid user uid customerid customer reviewerid visitorid memberid accountid profileid playerid personid "
+    "user": "userid uid customerid user customer reviewerid visitorid memberid accountid profileid playerid personid "
     f"clientid readerid username {SESSION}",
-    "item": "itemid item iid productid product movieid articleid newsid trackid songid videoid bookid gameid appid "
+    "item": "itemid iid productid item product movieid articleid newsid trackid songid videoid bookid gameid appid "
     "businessid venueid artistid hotelid recipeid courseid postid contentid docid listingid adid isbn sku parentasin "
     "asin stockcode movie animeid locationid aid",
     "time": "timestamp time datetime date ts eventtime eventtimestamp eventdate unixtimestamp utctimestamp unixtime "

@@ -118,6 +118,8 @@ def test_joined_files_and_columns_of_numbers_and_lists_are_read(tmp_path):
     text = f"{head}\nu,a,1,x y,0,0,0,0\n\ufeff{head}\nu,b,2,z,0,0,0,0\n"
     assert histories(atomic(tmp_path, text, name="x.csv")) == [["a", "b"]]
     assert histories(atomic(tmp_path, "user,item\nsuperuser,item\n", name="x.csv")) == [["item"]]  # no header
+    orders = "user,customer_id,order_id,item,product_id\nclerk,c1,7,10,p1\nclerk,c1,7,20,p2\n"  # SAP's line numbers
+    assert histories(atomic(tmp_path, orders, name="x.csv")) == [["p1", "p2"]]
     assert histories(atomic(tmp_path, 'user_id;item_id;"notes, more, all"\nu;a;x\n', name="x.csv")) == [["a"]]
     spark = 'user_id,item_id,review,timestamp\nu,b,"He said \\"hi\\" and\nleft",2\nu,a,,1\n'
     with pytest.raises(InputError, match="not written twice in quotes"):

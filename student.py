@@ -337,7 +337,7 @@ def add_new_items(recommender: Recommender, path: str) -> None:
     """The items of a table of titles that the run does not know; InputError for a file without items."""
     if not TABLE.search(path):
         raise InputError(f"--new-items {path}: it takes a .csv, .tsv or .item file with a header")
-    read, where = read_titles(Path(path), recommender.config.get("item_name", ""))  # by the column of training
+    read, where = read_titles(Path(path), str(recommender.config.get("item_name", "")))  # by the column of training
     if not read:
         raise InputError(f"{path}: no items with titles: {where}")
     new = {raw_id: both for raw_id, both in read.items() if raw_id not in recommender.by_id}

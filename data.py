@@ -724,6 +724,14 @@ def says_yes(label: str) -> bool:
         raise ValueError(f"{label!r} is neither yes nor no; --columns label=none takes every line") from None
 
 
+def check_ids(path: Path, ids: dict[str, int]) -> None:
+    """InputError where a spreadsheet rounded ids, or files that were joined write them in two ways."""
+    if rounded := [raw_id for raw_id in ids if "+" in raw_id and ROUNDED.fullmatch(raw_id)]:
+        raise InputError(f"{path}: ids were rounded, as by Excel, such as {rounded[0]}; write them again, as text")
+    if both := [raw_id for raw_id in ids if raw_id[-2:] == ".0" and raw_id[:-2] in ids]:
+        raise InputError(f"{path}: ids are written in two ways, such as {both[0][:-2]} and {both[0]}; write one")
+
+
 def read_log(path: Path, given: dict[str, str], sessions: bool) -> tuple[Clicks, dict[str, str], str]:
     """A log, what was taken for what, and what it calls its items; `given` and `sessions` as in `find_columns`."""
     table, again = (open_table(path) for _ in range(2))
@@ -764,11 +772,8 @@ def read_log(path: Path, given: dict[str, str], sessions: bool) -> tuple[Clicks,
     left_out = sum(not clicked for clicked in rows_of(table, take))
     arrays = np.frombuffer(users, np.int64), np.frombuffer(items, np.int64), np.frombuffer(times, np.float64)
     check_unit(arrays[2], path)
-    if rounded := [raw_id for raw_id in (*user_ids, *item_ids) if "+" in raw_id and ROUNDED.fullmatch(raw_id)]:
-        raise InputError(f"{path}: ids were rounded, as by Excel, such as {rounded[0]}; write them again, as text")
-    for ids in (user_ids, item_ids):
-        if both := [raw_id for raw_id in ids if raw_id[-2:] == ".0" and raw_id[:-2] in ids]:
-            raise InputError(f"{path}: ids are written in two ways, such as {both[0][:-2]} and {both[0]}; write one")
+    check_ids(path, user_ids)
+    check_ids(path, item_ids)
     taken = what_was_taken(path, names, places, arrays[2], left_out, sessions and "user" not in given)
     return Clicks(*arrays, list(user_ids), list(item_ids)), taken, names[item]  # type: ignore[index]
 

@@ -486,6 +486,7 @@ def moment(text: str) -> float:
 def day_and_clock(day: str, clock: str) -> float:
     """`moment` of a date and, in another column, the time of day, such as 9:05, or milliseconds since something."""
     clock = NO_DAY.sub("", clock)
+    day = re.sub(r"^(\d{4})(\d\d)(\d\d)$", r"\1-\2-\3", day)  # 20200131
     if ":" in clock:
         return moment(f"{day[:10]} {'0' * (clock[1:2] == ':')}{clock}")  # Excel writes dates with a midnight
     if day[4:5] not in ("-", "/"):

@@ -239,9 +239,13 @@ def test_a_date_and_the_time_of_day_may_be_two_columns(tmp_path):
             atomic(tmp_path, hours, name="x.csv")
         columns = dict(part.split("=") for part in f"time={advice}".split(","))
         assert histories(atomic(tmp_path, hours, name="x.csv", **columns)) == [["a", "b"]]  # the advice works
-    for day in ("2020-01-31", "2020-01-31 00:00:00"):
+    compact = "user_id,item_id,date,time\nu,b,20200131,13:05\nu,a,20200131,9:00\nu,c,20200201,8:00\n"
+    with pytest.raises(InputError, match="--columns time=date,clock=time"):
+        atomic(tmp_path, compact, name="x.csv")
+    assert histories(atomic(tmp_path, compact, name="x.csv", time="date", clock="time")) == [["a", "b", "c"]]
+    for day in ("2020-01-31", "20200131", "2020-01-31 00:00:00"):
         assert data.day_and_clock(day, "9:05") == data.moment("2020-01-31 09:05")
-    for day, clock in (("20160502", "500"), ("2016-05-02", "9:65"), ("2016-05-02", "soon")):
+    for day, clock in (("160502", "500"), ("31012020", "9:05"), ("2016-05-02", "9:65"), ("2016-05-02", "soon")):
         with pytest.raises(ValueError, match="is not a"):
             data.day_and_clock(day, clock)
 

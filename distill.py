@@ -43,7 +43,7 @@ from teacher import (
 
 States = Callable[[Batch], list[Tensor]]  # every teacher's states where a batch asks, (Q, D) each
 TEACHER_TOP = 64  # items that the teachers find likeliest, looked at whatever is sampled besides
-BOTH = dict(lr=3e-3, body_lr=3e-3, tokens=4096, least_tokens=512, dropout=0.5, least_dropout=0.1, label_smoothing=0.0)
+BOTH = dict(lr=3e-3, body_lr=3e-3, tokens=4096, least_tokens=512, dropout=0.5, label_smoothing=0.0)
 RECIPES: dict[str, dict] = {"next": {"epochs": 8, **BOTH}, "masked": {"epochs": 20, **BOTH}}
 CACHE_AT_MOST = 2**32  # bytes of teachers' states
 

@@ -58,6 +58,7 @@ Loss = Callable[[PreBert, Batch], Tensor]
 # in the scores (`keep_texts`), and models start `near_identity`, unless users come back to items.
 SPARSE = 100
 MOST_DROPOUT = 32  # interactions per item up to which dropout is strongest; with each doubling it is 0.1 less
+LEAST_DROPOUT = 0.1
 TEXT_SIZE = 64  # columns of the item table for texts
 TITLES_TOO, TITLES_ALONE = 0.4, 0.6  # how well titles must predict, as a share of Markov's NDCG@10
 
@@ -66,8 +67,8 @@ TITLES_TOO, TITLES_ALONE = 0.4, 0.6  # how well titles must predict, as a share 
 # in a batch are for a million interactions; see `settle` for less.
 BOTH = dict(lr=1e-3, body_lr=3e-4, tokens=2048, least_tokens=2048)
 RECIPES: dict[str, dict] = {
-    "next": dict(epochs=6, dropout=0.4, least_dropout=0.2, label_smoothing=0.1, **BOTH),
-    "masked": dict(epochs=10, dropout=0.1, least_dropout=0.1, label_smoothing=0.0, **BOTH),
+    "next": dict(epochs=6, dropout=0.4, label_smoothing=0.1, **BOTH),
+    "masked": dict(epochs=10, dropout=0.1, label_smoothing=0.0, **BOTH),
 }
 
 
@@ -515,7 +516,7 @@ def add_training_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict]
     add("--body-lr", type=number(0, above=True), help=f"the same for encoder and positions {by_recipe('body_lr')}")
     add("--dropout", type=number(0, 0.9), help=f"share of activations zeroed {by_recipe('dropout')} up to "
         f"{MOST_DROPOUT} interactions per item; 0.1 less with each doubling; 0.2 less if users repeat items or a "
-        f"student is tiny, else 0.1 less with a teacher; at least {by_recipe('least_dropout')}")  # fmt: skip
+        f"student is tiny, else 0.1 less with a teacher; at least {LEAST_DROPOUT}")  # fmt: skip
     add("--item-dropout", type=number(0, 0.9), default=0.0, help="share of items read that training hides (default: 0)")
     add("--label-smoothing", type=number(0, 0.9), help=f"share of labels for all items {by_recipe('label_smoothing')}")
     add("--near-identity", action=argparse.BooleanOptionalAction,
@@ -596,7 +597,7 @@ def settle(args: argparse.Namespace, recipes: dict[str, dict], data: Interaction
     doublings = max(0.0, math.log2(len(data.items) / data.num_items / MOST_DROPOUT))
     tiny, taught = getattr(args, "size", "") == "tiny", getattr(args, "teacher", None)
     less = 0.2 if tiny or data.repeats else 0.1 if taught else 0.0
-    dropout = max(recipe["least_dropout"], round(recipe["dropout"] - 0.1 * doublings - less, 1))
+    dropout = max(LEAST_DROPOUT, round(recipe["dropout"] - 0.1 * doublings - less, 1))
     fill_in(
         args, tokens=max(recipe["least_tokens"], recipe["tokens"] // 2 ** round(math.log2(smaller))), dropout=dropout,
         label_smoothing=0.0 if args.negatives else recipe["label_smoothing"],

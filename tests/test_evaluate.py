@@ -1,16 +1,22 @@
 """Metrics against loops, baselines against counting by hand."""
 
+import contextlib
+import json
 import math
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import sparsity
 import torch
-from conftest import hand_log
+from conftest import TINY, hand_log
 
 from data import SPLITS, Spans, leave_one_out, pad_left
 from evaluate import (
     DRAWS, Markov, compare, hit_rate, metrics, ndcg, popularity, rank_targets, resampled, target_ranks, two_sided,
 )  # fmt: skip
+from prebert import read_safetensors
 
 
 def loop_rank(scores: list[float], target: int, seen: set[int]) -> int:
@@ -173,3 +179,27 @@ def test_a_p_at_the_floor_is_printed_as_at_most(capsys, sign):
     (pair,), _ = compare(values, np.arange(400))
     assert (pair["better"], pair["p"]) == ("a", 2 / DRAWS)
     assert "p <= 0.001" in capsys.readouterr().out.replace("≤", "<=")
+
+
+@pytest.mark.parametrize("flags", [["--size", "tiny"], ["--body"]])
+def test_sparsity_trains_on_a_share_of_the_users_and_evaluates_everybody(ring, tmp_path, monkeypatch, flags):
+    words = ["--data", str(ring), "--shares", "50", "--json", "report.json", *flags, *TINY]
+    monkeypatch.setattr(sys, "argv", ["sparsity.py", *words])
+    with contextlib.chdir(tmp_path):
+        sparsity.main()
+        runs = sorted(Path("runs/ring").glob("sparsity-*"))
+        rows = json.loads(Path("report.json").read_text())["rows"]
+        sparsity.main()  # again: its runs have ended, and its rows are replaced
+    assert json.loads((tmp_path / "report.json").read_text())["rows"] == rows
+    starts = {"text", "text+cooc"} if flags == ["--body"] else {"text", "text+cooc", "cooc"}
+    assert len(rows) == len(runs) == 2 and {row["item_init"] for row in rows} <= starts
+    users = {line.split("\t")[0] for line in ring.read_text().splitlines()[1:]}
+    lines = len(ring.read_text().splitlines()) - 1
+    for run in runs:
+        config, catalogue = (json.loads((tmp_path / run / f).read_text()) for f in ("config.json", "catalogue.json"))
+        assert config["interactions"] == lines  # everybody's histories are asked about
+        assert 0.35 * lines < sum(catalogue["counts"]) + len(users) < 0.65 * lines  # half of the users' but two items
+    if flags == ["--body"]:
+        first, second = (read_safetensors(tmp_path / run / "model.safetensors") for run in runs)
+        name = "encoder.layers.0.feed_forward.up.weight"
+        assert first[name].shape == second[name].shape and abs(first[name] - second[name]).mean() > 0.01

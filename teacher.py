@@ -525,8 +525,8 @@ def add_training_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict]
     add("--warmup", type=number(0, 0.99), default=0.05, help="share of the budget that the rate rises (default: 0.05)")
     add("--weight-decay", type=number(0), default=0.01, help="(default: %(default)s)")
     add("--max-length", type=number(3, kind=int), help="items the model reads (default: 200; a student as its teacher)")
-    add("--negatives", type=positive, help="sampled softmax with this many shared negatives, no smoothing "
-        f"(default: the full catalogue up to {FULL_SOFTMAX:,} items, then {NEGATIVES:,})")  # fmt: skip
+    add("--negatives", type=number(1, 2**20, kind=int), help="sampled softmax with this many shared negatives, no "
+        f"smoothing (default: the full catalogue up to {FULL_SOFTMAX:,} items, then {NEGATIVES:,})")  # fmt: skip
     add("--patience", type=positive, help="epochs without improvement before stopping (default: a third, at least 5)")
     add("--eval-users", type=positive, default=3000, help="validation targets after an epoch (default: %(default)s)")
     add("--seed", type=number(0, 2**32 - 1, kind=int), default=0, help="(default: %(default)s)")

@@ -786,6 +786,8 @@ def test_the_released_student_is_evaluated_where_nothing_is_trained(ring, tmp_pa
         (["teacher.py", "--data", "RING", "--bert", "none", "--device", "warp"], "--device warp"),
         (["teacher.py", "--data", "RING", "--seed", "10000000000000"], "at most 4,294,967,295"),
         (["teacher.py", "--data", "RING", "--max-length", "2"], "--max-length: '2' must be a whole number at least 3"),
+        (["teacher.py", "--data", "RING", "--negatives", "1e9"], "--negatives: '1e9' must be a whole number"),
+        (["teacher.py", "--data", "RING", "--negatives", "999999999"], "at most 1,048,576"),
         (["distill.py", "--data", "RING"], "train first"),
         (["distill.py", "--data", "RING", "--temperature", "0"], "--temperature"),
         (["distill.py", "--data", "RING", "--no-kd", "--counts", "0.2"], "--counts"),

@@ -3,9 +3,9 @@
     python teacher.py --data ml-1m
     torchrun --nproc-per-node 8 teacher.py --data ml-1m          # on several GPUs or machines
 
-On two cores of an EPYC with AVX-512-BF16, 52 CPU minutes: test NDCG@10 0.2001 +- 0.0013, three seeds
-(results/ml-1m/test.json). With --objective masked, the paper's own: 0.1845, with --epochs 16 --patience 16 0.1906, one
-seed each (longer-controls.json).
+On two cores of a Xeon, float32, 136 CPU minutes: test NDCG@10 0.2006 +- 0.0004, two seeds
+(results/ml-1m/less-dropout.json); an EPYC with AVX-512-BF16 takes 52. With --objective masked, the
+paper's own: 0.1845, with --epochs 16 --patience 16 0.1906, one seed each (longer-controls.json).
 
 Histories become questions, of one of two kinds (data.py): what follows each item, or which item stood where one is
 hidden (Sun et al. 2019, section 3.5; arXiv 2409.14810, section 3.2). distill.py trains students in the same loop

@@ -5,7 +5,7 @@
 
 On two cores of a Xeon, float32, 43 and 29 CPU minutes: test NDCG@10 0.2101 +- 0.0012 with the teacher, two seeds
 (results/ml-1m/less-dropout.json), 0.1987 +- 0.0006 without, three (no-teacher.json); an EPYC with AVX-512-BF16 takes 14
-with it. Several: `--teacher RUN RUN RUN`.
+to 16 with it, after its reading. Several: `--teacher RUN RUN RUN`.
 
 A label says that one film came next; the teacher's distribution says which others could have
 (Hinton et al. 2015; arXiv 2409.14810, section 3.3). Data, batches, loop, checkpoints: teacher.py. In order: the

@@ -623,8 +623,8 @@ YES, NO = {"true", "t", "yes", "y"}, {"false", "f", "no", "n"}  # besides number
 MISSING = {"", "null", "(null)", "none", "nan", "na", "<na>", "n/a", "#n/a", "undefined", "\\n"}
 ROUNDED = re.compile(r"\d[.,]\d+(E\+\d+|e\+(1[6-9]|[2-9]\d))")  # 9.78014E+12, 7.19e+18: many ids became one
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # what may move the cursor of a terminal
-LOOKS_LIKE_TIME = re.compile(r"(?i:time(?!s|_?spent)|date|stamp|epoch|when|datum|fecha|(^|_)(ts|dt|at|on|day)$)|"
-                             r"[a-z](At|On)$")  # fmt: skip
+LOOKS_LIKE_TIME = re.compile(r"(?i:time(?!s|_?spent)|date|stamp|epoch|when|datum|fecha|"
+                             r"(^|_)(ts|dt|at|on|day|hour|week|month)$|^year$)|[a-z](At|On)$")  # fmt: skip
 NO_DAY = re.compile(r"(1899-12-3[01]|1900-01-0[01]|1970-01-01)[ T]")  # as Excel, Access and pandas write a clock
 FINER = re.compile(r"^\d{9}|(?<![\d:])(?!00:00(:00)?(?!\d))\d\d?:\d\d")  # tells more than the day
 # What may be a time: seconds and finer since 1992, 1.6e9, 20140428, 28.04.2014 10:51, Apr 28 2014, 28-APR-14.

@@ -242,15 +242,16 @@ def main() -> None:
     fill_in(args, name="student-no-kd" if args.no_kd else "student")
     join_processes(args.device)
     data = load_asked(args)
+    asked = args.bert not in (None, "none")
     usual = f"runs/{data.name}/teacher{'-all' if args.all else '-final' if args.final else ''}"
     args.teacher = [str(Path(run)) for run in args.teacher or [usual]]
     teachers, made_by, in_scores = load_teachers(args, data)
     args.teacher = args.teacher if teachers else None
     kept_texts = any((Path(run) / "texts.safetensors").exists() for run in args.teacher or [])
-    if kept_texts and not any(data.texts):
-        print("note: the teacher read titles, and this log has none; --titles FILE names them")
-    # BERT is loaded if a teacher's run kept texts, for new items, or if item vectors may start from titles.
-    needed = kept_texts or "text" in (args.item_init or ("text" if args.no_kd and sparse(data) else "pca"))
+    if (kept_texts or asked) and not any(data.texts):
+        print("note: there are no titles for BERT to read; --titles FILE names them")
+    # BERT is loaded if a flag or a teacher's run names it, for new items, or if item vectors may start from titles.
+    needed = asked or kept_texts or "text" in (args.item_init or ("text" if args.no_kd and sparse(data) else "pca"))
     reader = load_bert(args.bert) if any(data.texts) and args.bert != "none" and needed else None
     args.item_init = args.item_init or (default_init(data, args.split, reader) if args.no_kd else "pca")
     settle(args, RECIPES, data)

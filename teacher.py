@@ -414,7 +414,11 @@ def world() -> tuple[int, int]:
 def join_processes(device: str) -> None:
     """Under torchrun, meet the other processes: NCCL between GPUs, gloo between CPUs. The first one prints."""
     if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE") or 1) > 1 and not dist.is_initialized():
+        if not {"LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+            raise InputError("RANK and WORLD_SIZE are set, but not all that torchrun sets; start it with torchrun")
         if device in ("auto", "cuda") and torch.cuda.is_available():
+            if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+                raise InputError(f"--nproc-per-node: this machine has {torch.cuda.device_count()} GPUs")
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group("nccl")
         else:
@@ -696,7 +700,7 @@ def first_weights(model: PreBert, args: argparse.Namespace, data: Interactions, 
         for key in ("min_items", "min_length", "fraction"):
             more = getattr(args, key) - was[key] if type(was.get(key)) is int else 0
             # Of more of the log, the newest tenth of the sessions begins earlier.
-            if data.split != "none" and (more > 0 or (more and key == "fraction" and data.split == "sessions")):
+            if data.split != "none" and (more > 0 or (more and data.split == "sessions")):
                 raise InputError(f"--start {args.start}: it had --{key.replace('_', '-')} {was[key]}; with another, "
                                  "what it was trained on may be held out here")  # fmt: skip
     elif args.near_identity and not args.start:

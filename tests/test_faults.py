@@ -121,6 +121,14 @@ def start_two(*arguments: object, cwd: Path) -> list[subprocess.Popen]:
     ]  # fmt: skip
 
 
+def test_processes_that_torchrun_did_not_start_are_told_so(tmp_path):
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("MASTER_", "LOCAL_"))}
+    line = [sys.executable, str(ROOT / "teacher.py"), "--bert", "none"]
+    env |= {"RANK": "0", "WORLD_SIZE": "2"}
+    result = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert result.returncode == 2 and "start it with torchrun" in result.stderr and "Traceback" not in result.stderr
+
+
 def same_curve(folder: Path, names: tuple[str, str], epochs: int) -> None:
     """Two runs' logs: the same steps, losses to rounding, and about the same validation NDCG@10 of 20 users."""
     one, two = (

@@ -561,6 +561,8 @@ def test_sessions_are_trained_and_evaluated(tmp_path):
     inside("distill.py", *flags, *ON_RING, "--fraction", 2, "--name", "half", cwd=tmp_path)
     more = [*flags, *ON_RING, "--start", "runs/s/half", "--name", "more"]  # the newest tenth would begin earlier
     assert "had --fraction 2; with another" in inside("distill.py", *more, cwd=tmp_path, expect=2)
+    more += ["--fraction", 2, "--min-items", 4]  # so it would with items that were too rare
+    assert "had --min-items 5; with another" in inside("distill.py", *more, cwd=tmp_path, expect=2)
     both = [f"u\t{session}\t{rest}" for session, _, rest in (row.partition("\t") for row in rows)]
     (tmp_path / "both.tsv").write_text("user_id\tsession_id\titem_id\ttimestamp\n" + "\n".join(both))
     serve = ["--run", "runs/s/student-no-kd", "--data", "both.tsv", "--out", "o.tsv", "-k", 1]

@@ -791,6 +791,7 @@ def test_the_released_student_is_evaluated_where_nothing_is_trained(ring, tmp_pa
         (["distill.py", "--data", "RING"], "train first"),
         (["distill.py", "--data", "RING", "--temperature", "0"], "--temperature"),
         (["distill.py", "--data", "RING", "--no-kd", "--counts", "0.2"], "--counts"),
+        (["distill.py", "--data", "RING", "--no-kd", "--item-init", "cooc", "--bert", "no-such-folder"], "no BERT"),
         (["distill.py", "--data", "RING", "--no-kd", "--alpha", "0.9"], "--no-kd"),
         (["distill.py", "--data", "RING", "--no-kd", "--item-init", "pca"], "--no-kd is without"),
         (["distill.py", "--data", "RING", "--no-kd", "--teacher", "a"], "--no-kd is without"),

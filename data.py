@@ -42,7 +42,7 @@ from datetime import UTC, datetime
 from functools import partial
 from operator import methodcaller
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -156,8 +156,7 @@ def leave_one_out(data: Interactions, final: bool = False) -> Parts:
 
 def in_seconds(times: np.ndarray) -> np.ndarray:
     """Times since 1970 in seconds; their size tells whether they are seconds, milli-, micro- or nanoseconds."""
-    latest = times.max()
-    return times / (1 if latest < 1e11 else 1e3 if latest < 1e14 else 1e6 if latest < 1e17 else 1e9)
+    return times / 1000.0 ** np.digitize(times.max(), [1e11, 1e14, 1e17])
 
 
 def last_day(data: Interactions, final: bool = False) -> Parts:
@@ -172,9 +171,8 @@ def last_day(data: Interactions, final: bool = False) -> Parts:
     if not 1992 < year < 2100:  # .NET's ticks, taken for nanoseconds, would be of 1990
         words = f"--split sessions needs times; the last would be of {year:.0f}; use ISO dates"
         raise InputError(f"{data.name}: {words}; its columns: {data.taken.get('columns')}")
-    test = days == days.max()
-    rest = np.flatnonzero(~test)
-    rest = rest[np.argsort(data.first_times[rest], kind="stable")]
+    order = np.argsort(data.first_times, kind="stable")
+    test, rest = np.flatnonzero(days == days.max()), order[days[order] < days.max()]
     if len(rest) < 10:
         raise InputError(f"{data.name}: --split sessions needs sessions before the last day, of which there are few")
     first_valid = len(rest) - (0 if final else len(rest) // 10)
@@ -190,7 +188,7 @@ def last_day(data: Interactions, final: bool = False) -> Parts:
         targets = items[first + places + 1]
         return Spans(items, first, first + places + 1, torch.where(known[targets - 1], targets, PAD))
 
-    return train, prefixes(valid), prefixes(np.flatnonzero(test))
+    return train, prefixes(valid), prefixes(test)
 
 
 SPLITS: dict[str, Callable[[Interactions], Parts]] = {
@@ -437,9 +435,8 @@ def read_lines(path: Path) -> Iterator[str]:
     """Lines of a (gzipped) file: UTF-8, or Windows-1252 where a field is not; InputError for files that are no text."""
     bar = tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name, leave=False, delay=1)
     with open(path, "rb") as raw, bar:
-        packed = path.suffix.lower() == ".gz"
         try:
-            text = io.TextIOWrapper(gzip.open(raw) if packed else raw, "utf-8", "surrogateescape")
+            text = io.TextIOWrapper(gzip.open(raw) if path.suffix.lower() == ".gz" else raw, "utf-8", "surrogateescape")
             for number, line in enumerate(text):
                 if not number and "\0" in line[:200]:
                     raise InputError(f"{path} is UTF-16, Excel, Parquet, SQLite or packed; save it as CSV, UTF-8")
@@ -472,13 +469,10 @@ def moment(text: str) -> float:
             when = datetime.fromisoformat(re.sub(r" (?=[+-]\d|Z)", "", text.replace("/", "-").removesuffix(" UTC")))
         elif text[:1] in "MTWFS" and MAIL.fullmatch(text):
             when = email.utils.parsedate_to_datetime(text)
-        if when:
-            number, most = (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp(), FOREVER
-        else:
-            number, most = float(text), 2.0**63
+        number = (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp() if when else float(text)
     except (ValueError, OverflowError):
-        number, most = math.nan, 0.0
-    if abs(number) < most:  # false for nan, too
+        number = math.nan
+    if abs(number) < (FOREVER if when else 2.0**63):  # false for nan, too
         return number
     raise ValueError(f"{text!r} is not a time; write 2020-01-31 10:00 or a number")
 
@@ -514,20 +508,10 @@ def plain(names: list[str]) -> list[str]:
 
 
 csv.field_size_limit(1 << 20)  # letters: descriptions may be long, but a quote that stays open is not read to the end
-Row = TypeVar("Row")
 
 
-class Table(NamedTuple):
-    """A file of rows that are cut into fields."""
-
-    path: Path
-    header: list[str]
-    names: list[str]  # of the columns: the header without RecBole's types
-    rows: Any  # those after the header, a csv.reader
-
-
-def open_table(path: Path) -> Table:
-    """A table with a header, or one of OFFICIAL; InputError where a name is twice.
+def open_table(path: Path) -> tuple[list[str], Callable]:
+    """The names of a table's columns, or of one of OFFICIAL, and `rows_of` its rows; InputError where a name is twice.
 
     Commas, semicolons and | cut as in CSV: not in quotes, and a quote in quotes is written twice. So do tabs where the
     header has quotes; else tabs always cut, and `rows_of` takes off the quotes around whole fields.
@@ -540,9 +524,8 @@ def open_table(path: Path) -> Table:
         raise InputError(f"{path}: its first line is empty; a header with the names of columns must be there")
     separator = max("\t,;|", key=re.sub('"[^"]*"', "", first).count)
     quoting: Any = csv.QUOTE_NONE if separator == "\t" and '"' not in first else csv.QUOTE_MINIMAL
-    rows = csv.reader(
-        itertools.chain([first], lines), delimiter=separator, quoting=quoting, skipinitialspace=True, strict=True
-    )
+    text = itertools.chain([first], lines)
+    rows: Any = csv.reader(text, delimiter=separator, quoting=quoting, skipinitialspace=True, strict=True)
     try:
         header = next(rows)
     except csv.Error as error:
@@ -551,16 +534,15 @@ def open_table(path: Path) -> Table:
     for name, word in zip(names, plain(names), strict=True):
         if word and plain(names).count(word) > 1:
             raise InputError(f"{path}:1: column {name!r} occurs twice; rename one, or write a header first")
-    return Table(path, header, names, rows)
+    return names, partial(rows_of, path, header, rows)
 
 
-def rows_of(table: Table, parse: Callable[[list[str]], Row]) -> Iterator[Row]:
+def rows_of(path: Path, header: list[str], rows: Any, parse: Callable[[list[str]], Any]) -> Iterator:
     """What `parse` makes of the rows; those at which it raises are reported, and an InputError if more than 1 %.
 
     Left out are empty rows and the headers of files that were joined.
     """
-    path, header, names, rows = table
-    width, tabs = len(names), rows.dialect.quoting == csv.QUOTE_NONE and path.name not in OFFICIAL
+    width, tabs = len(header), rows.dialect.quoting == csv.QUOTE_NONE and path.name not in OFFICIAL
     examples: list[str] = []
     lost = unread = 0  # lines; unread are those that OFFICIAL refused, which the reader does not count
     while True:
@@ -735,8 +717,8 @@ def check_ids(path: Path, ids: dict[str, int]) -> None:
 
 def read_log(path: Path, given: dict[str, str], sessions: bool) -> tuple[Clicks, dict[str, str], str]:
     """A log, what was taken for what, and what it calls its items; `given` and `sessions` as in `find_columns`."""
-    table, again = (open_table(path) for _ in range(2))
-    names, first = table.names, list(itertools.islice(rows_of(again, list), 100))
+    (names, read), (_, again) = (open_table(path) for _ in range(2))
+    first = list(itertools.islice(again(list), 100))
     places = find_columns(path, names, first, given, sessions)
     user, item, when, clock, label, owner = map(places.get, ("user", "item", "time", "clock", "label", "owner"))
     session = place_of(names, SESSION)
@@ -770,7 +752,7 @@ def read_log(path: Path, given: dict[str, str], sessions: bool) -> tuple[Clicks,
         times.append(time_of)
         return True
 
-    left_out = sum(not clicked for clicked in rows_of(table, take))
+    left_out = sum(not clicked for clicked in read(take))
     arrays = np.frombuffer(users, np.int64), np.frombuffer(items, np.int64), np.frombuffer(times, np.float64)
     check_unit(arrays[2], path)
     check_ids(path, user_ids)
@@ -818,8 +800,7 @@ def read_titles(path: Path, item_name: str = "") -> tuple[dict[str, tuple[str, s
     item_name: what the log calls its items, tried first. The text, which BERT reads, is the title and the columns that
     DESCRIBES knows, each after its name.
     """
-    table = open_table(path)
-    names = table.names
+    names, read = open_table(path)
     item = place_of(names, f"{plain([item_name])[0]} {COLUMNS['item']} id")
     stem = "" if item is None else re.sub("(id|code|key|number|no)$", "", plain(names)[item])
     title, year = place_of(names, f"title {stem}title {stem}name {TITLES}"), place_of(names, "releaseyear")
@@ -844,7 +825,7 @@ def read_titles(path: Path, item_name: str = "") -> tuple[dict[str, tuple[str, s
 
     titles: dict[str, tuple[str, str]] = {}
     twice = 0
-    for raw_id, shown, text in rows_of(table, parse):
+    for raw_id, shown, text in read(parse):
         if raw_id and shown:
             twice += titles.get(raw_id, (shown, text)) != (shown, text)
             titles[raw_id] = (shown, text)
@@ -1055,25 +1036,6 @@ def find_files(name: str, root: str | Path | None, titles: str | None = None) ->
     return [log, *[path for path in paths if path.is_file()][:1]]
 
 
-def read_copy(path: Path, source: list) -> Interactions | None:
-    """The parsed log, if it was made of this very source; numpy refuses pickles unless told otherwise."""
-    with suppress(ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile), np.load(path) as saved:
-        rest = json.loads(saved["rest"].tobytes())
-        arrays = {name: saved[name] for name in ("items", "offsets", "first_times")}
-        if rest.pop("source") == source:
-            return Interactions(**arrays, **rest)
-    return None  # or broken: made again
-
-
-def write_copy(path: Path, data: Interactions, source: list) -> None:
-    """Keep a parsed log, so that the next command starts at once; one per dataset and filter."""
-    arrays = {"items": data.items, "offsets": data.offsets, "first_times": data.first_times}
-    rest = {key: value for key, value in vars(data).items() if key not in arrays} | {"source": source}
-    buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, rest=np.frombuffer(json.dumps(rest).encode(), np.uint8), **arrays)
-    write_atomic(path, buffer.getvalue())
-
-
 def load_dataset(
     name: str, root: str | Path | None = None, min_items: int = 5, min_length: int = 5, fraction: int = 1,
     columns: dict[str, str] | None = None, titles_file: str | None = None, sessions: bool = False,
@@ -1087,8 +1049,11 @@ def load_dataset(
     source: list = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
     source.append([COPY_VERSION, fraction, columns or {}, sessions])
     copy = Path("runs") / dataset_name(name) / f"interactions-{min_items}-{min_length}.npz"
-    if copy.exists() and (data := read_copy(copy, source)):
-        return data
+    errors = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile)  # no copy, or a broken one
+    with suppress(*errors), np.load(copy) as saved:  # numpy refuses pickles unless told otherwise
+        rest = json.loads(saved["rest"].tobytes())
+        if rest.pop("source") == source:
+            return Interactions(**{key: saved[key] for key in saved.files if key != "rest"}, **rest)
     clicks, taken, item_name = read_log(paths[0], columns or {}, sessions)
     titles, taken["titles"] = read_titles(paths[1], item_name) if paths[1:] else ({}, "no file of titles was found")
     once = name in PUBLIC and PUBLIC[name].once
@@ -1099,7 +1064,11 @@ def load_dataset(
     if len(paths) > 1 and not any(data.texts):
         print(f"note: titles: {data.taken['titles']}", file=sys.stderr)
     if sum(size for _, size, _ in source[:-1]) >= CACHE_FROM:
-        write_if_possible(write_copy, copy, data, source)
+        arrays = {key: value for key, value in vars(data).items() if isinstance(value, np.ndarray)}
+        rest = {key: value for key, value in vars(data).items() if key not in arrays} | {"source": source}
+        buffer = io.BytesIO()
+        np.savez(buffer, allow_pickle=False, rest=np.frombuffer(json.dumps(rest).encode(), np.uint8), **arrays)
+        write_if_possible(write_atomic, copy, buffer.getvalue())
     return data
 
 
@@ -1179,10 +1148,8 @@ def load_asked(args: argparse.Namespace) -> Interactions:
     args.columns = {kind: name for given in args.columns for kind, name in given.items()}
     args.min_items = args.min_items or args.min_count or 5
     args.min_length = args.min_length or args.min_count or (2 if args.split == "sessions" else 5)
-    data = load_dataset(
-        args.data, args.root, args.min_items, args.min_length, args.fraction, args.columns, args.titles,
-        sessions=args.split == "sessions",
-    )
+    how = (args.min_items, args.min_length, args.fraction, args.columns, args.titles)
+    data = load_dataset(args.data, args.root, *how, sessions=args.split == "sessions")
     exclude_seen = data.exclude_seen if args.seen == "auto" else args.seen == "exclude"
     held_out = args.split + "-final" if args.final else args.split
     return replace(data, exclude_seen=exclude_seen, split="none" if args.all else held_out)

@@ -33,7 +33,7 @@ from data import (
 )  # fmt: skip
 from evaluate import Markov
 from prebert import (
-    ITEM_INITS, PreBert, Reader, check_catalogue, item_vectors, load_bert, load_run, pick_device, principal_components,
+    ITEM_INITS, PreBert, Reader, item_vectors, load_bert, load_run, pick_device, principal_components,
     set_item_table, with_text_columns, without_seed,
 )  # fmt: skip
 from student import STUDENTS, MiniBert
@@ -197,8 +197,7 @@ def load_teachers(args: argparse.Namespace, data: Interactions) -> tuple[list[Pr
     """
     teachers, made_by, read_by, in_scores = [], [], [], False
     for run in [] if args.no_kd else args.teacher:
-        teacher, config, catalogue = load_run(run)
-        check_catalogue(Path(run), config, catalogue, data)
+        teacher, config, _ = load_run(run, data)
         objective = "next" if teacher.config.causal else "masked"
         args.objective, args.max_length = args.objective or objective, args.max_length or teacher.max_length
         if args.objective != objective or args.max_length != teacher.max_length:

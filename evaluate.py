@@ -27,7 +27,7 @@ from data import (
     PAD, SPLITS, InputError, Interactions, Spans, add_data_flags, at_once, batches, check_replaceable, command_line,
     data_flags, entries_of, item_counts, load_asked, ragged, run_command, write_json,
 )  # fmt: skip
-from prebert import PreBert, check_catalogue, load_run, machine, pick_device, read_json, read_run, without_seed
+from prebert import PreBert, load_run, machine, pick_device, read_json, read_run, without_seed
 from student import TopK, compile_ahead
 
 Scorer = Callable[[Tensor], Tensor]  # history (B, T), left-padded, newest last -> scores (B, I) of items 1..I
@@ -290,8 +290,7 @@ def find_runs(runs: list[str] | None, data: Interactions) -> dict[str, tuple[Pre
     found: dict[str, tuple[PreBert, dict, dict]] = {}
     for run in paths:
         try:
-            model, config, catalogue = load_run(run)
-            check_catalogue(run, config, catalogue, data)
+            model, config, _ = load_run(run, data)
             made = read_json(run / "metrics.json") if (run / "metrics.json").exists() else {}
         except (InputError, OSError) as error:
             if runs or (run == paths[-1] and not found):

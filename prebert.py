@@ -110,9 +110,6 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.output = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, N, T or M, K)
-
     def forward(self, x: Tensor, mask: Tensor, queries: Tensor) -> Tensor:
         """x (B, T, D), mask (B, 1, 1 or M, T) very low where a key is hidden, queries (B, M, D), which may be x."""
         if queries.shape[1] == 1:
@@ -123,7 +120,9 @@ class SelfAttention(nn.Module):
             size = x.shape[-1]
             query = F.linear(queries, self.qkv.weight[:size], self.qkv.bias[:size])  # (B, M, D)
             key, value = F.linear(x, self.qkv.weight[size:], self.qkv.bias[size:]).chunk(2, dim=-1)  # (B, T, D)
-        mixed = attend(self.heads(query), self.heads(key), self.heads(value), mask.to(query.dtype))  # (B, N, M, K)
+        heads = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (query, key, value))
+        query, key, value = heads  # (B, N, M, K), then (B, N, T, K) twice
+        mixed = attend(query, key, value, mask.to(query.dtype))  # (B, N, M, K)
         return self.output(mixed.transpose(1, 2).flatten(2))  # (B, M, D)
 
     def one_query(self, x: Tensor, mask: Tensor, queries: Tensor) -> Tensor:
@@ -224,6 +223,7 @@ class PreBert(nn.Module):
     def __init__(self, config: BertConfig, num_items: int, text_size: int = 0):
         super().__init__()
         self.config, self.num_items, self.mask_id = config, num_items, num_items + 1
+        self.max_length = config.max_position_embeddings  # tokens that the model reads, the MASK at the end included
         self.item_dropout = 0.0  # share of the items that are read as MASK in training; `train` sets it
         size = config.hidden_size
         self.item_embedding = nn.Embedding(num_items + 2, size + text_size)  # PAD (read as zeros), items, MASK
@@ -237,11 +237,6 @@ class PreBert(nn.Module):
                 nn.init.normal_(module.weight, std=config.initializer_range)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
-
-    @property
-    def max_length(self) -> int:
-        """Tokens that the model reads, the MASK at the end included."""
-        return self.config.max_position_embeddings
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """tokens (B, T) left-padded, positions (B, M): states ready for `logits`, (B, M, D + C)."""
@@ -354,10 +349,8 @@ def config_of(tensors: dict[str, Tensor], raw: dict, path: Path) -> BertConfig:
         raise InputError(f"{path}: these weights are not those of a BERT encoder")
     names = ("num_attention_heads", "hidden_act", "hidden_dropout_prob", "layer_norm_eps", "causal")
     raw = {**dict.fromkeys(names[:2]), **raw}  # those two must be in config.json
-    config = BertConfig(
-        hidden_size=hidden, num_hidden_layers=len(ups), intermediate_size=ups[0][0], max_position_embeddings=len(table),
-        **{name: raw[name] for name in names if name in raw},
-    )  # fmt: skip
+    read = {name: raw[name] for name in names if name in raw}
+    config = BertConfig(hidden, len(ups), intermediate_size=ups[0][0], max_position_embeddings=len(table), **read)
     heads, numbers = config.num_attention_heads, (config.hidden_dropout_prob, config.layer_norm_eps)
     good = type(heads) is int and heads > 0 and hidden % heads == 0 and str(config.hidden_act) in ACTIVATIONS
     good &= all(type(value) in (int, float) and 0 <= value < 1 for value in numbers) and type(config.causal) is bool
@@ -391,33 +384,26 @@ CONVERT = (
 )
 
 
-def download_bert(repository: str) -> Path:
-    """The folder of a model of the Hugging Face hub, its weights in one file or in shards; else InputError."""
-    from huggingface_hub import constants, snapshot_download  # a slow import that only a first run needs
-
-    try:  # without a network, what was downloaded before
-        return Path(snapshot_download(repository, allow_patterns=[*BERT_FILES, "model-*.safetensors"]))
-    except Exception as error:  # the client's errors have no class in common
-        words = f"no {repository} from {constants.ENDPOINT} ({type(error).__name__})"
-        where = f"download {', '.join(BERT_FILES)} of https://huggingface.co/{repository} elsewhere"
-        raise InputError(f"{words}; {where} and pass their folder as --bert") from error
-
-
 def find_bert(source: str) -> Path:
     """The folder of a BERT: `source`, or where its download is if it is a name of HUB or ORG/NAME; else InputError."""
     if Path(source).is_dir():
         return Path(source)
     if source not in HUB and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):
         raise InputError(f"no BERT {source!r} here; --bert takes {', '.join(HUB)}, ORG/NAME, none or a folder")
-    if source != "minilm":
-        return download_bert(HUB.get(source, source))
-    folder = cache_folder() / source
-    if not all((folder / name).exists() for name in BERT_FILES):
-        try:
-            return download_bert(HUB[source])
-        except InputError as error:
-            print(str(error).partition(";")[0], file=sys.stderr)
-        fetch(folder, MINILM)
+    folder, repository = cache_folder() / source, HUB.get(source, source)
+    if source == "minilm" and all((folder / name).exists() for name in BERT_FILES):
+        return folder
+    from huggingface_hub import constants, snapshot_download  # a slow import that only a first run needs
+
+    try:  # weights in one file or in shards; without a network, what was downloaded before
+        return Path(snapshot_download(repository, allow_patterns=[*BERT_FILES, "model-*.safetensors"]))
+    except Exception as error:  # the client's errors have no class in common
+        words = f"no {repository} from {constants.ENDPOINT} ({type(error).__name__})"
+        if source != "minilm":
+            where = f"download {', '.join(BERT_FILES)} of https://huggingface.co/{repository} elsewhere"
+            raise InputError(f"{words}; {where} and pass their folder as --bert") from error
+    print(words, file=sys.stderr)
+    fetch(folder, MINILM)
     return folder
 
 
@@ -596,8 +582,8 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def read_run(run: Path) -> tuple[dict, dict]:
-    """config.json and catalogue.json {raw_ids, titles, counts}; InputError if one is missing, broken or out of date."""
+def read_run(run: Path, data: Interactions | None = None) -> tuple[dict, dict]:
+    """config.json and catalogue.json {raw_ids, titles, counts}; InputError if broken, out of date or not of `data`."""
     config, catalogue = read_json(run / "config.json"), read_json(run / "catalogue.json")
     if config.get("version") != VERSION:
         raise InputError(f"{run}: made by version {config.get('version')} of this code, which is version {VERSION}")
@@ -613,25 +599,9 @@ def read_run(run: Path) -> tuple[dict, dict]:
         raise InputError(f"{run / 'catalogue.json'}: ids and titles must be without control characters")
     if not all(0 <= count < 2**53 for count in catalogue["counts"]):
         raise InputError(f"{run / 'catalogue.json'}: counts must be from 0 to 2^53")
+    if data is not None:
+        check_catalogue(run, config, catalogue, data)
     return config, catalogue
-
-
-def load_run(run: str | Path) -> tuple[PreBert, dict, dict]:
-    """The model of a run folder with its config and catalogue, see `read_run`; InputError if they do not fit."""
-    path = Path(run) / "model.safetensors"
-    if (path.parent / "train_state.pt").exists():
-        print(f"note: {run} is not trained to its end; its command goes on with --resume", file=sys.stderr)
-    if not path.exists():
-        kind = "".join(f" --{kind}" for kind in ("all", "final") if str(run).endswith(f"-{kind}"))
-        raise InputError(f"no model in {run}; train first, with its --data: teacher.py{kind}, then distill.py{kind}")
-    config, catalogue = read_run(path.parent)
-    tensors, num_items = read_safetensors(path), len(catalogue["raw_ids"]) - 1
-    if num_items < 1 or tensors.get("item_bias", torch.empty(0)).shape != (num_items,):
-        raise InputError(f"{run}: catalogue.json and model.safetensors have different numbers of items, or none")
-    shape = config_of(tensors, config["model"], path)
-    columns = tensors.get("item_embedding.weight", torch.empty(0)).numel() // (num_items + 2)
-    model = PreBert(shape, num_items, max(0, columns - shape.hidden_size))
-    return with_weights(model, tensors, path), config, catalogue
 
 
 def check_catalogue(run: Path, config: dict, catalogue: dict, data: Interactions) -> None:
@@ -648,6 +618,24 @@ def check_catalogue(run: Path, config: dict, catalogue: dict, data: Interactions
         was, now = config["interactions"], len(data.items)
         what = "as many, but others or in another order" if was == now else f"{was} of them, not {now}"
         raise InputError(f"{run} was trained on other interactions of the same items ({what}); pass the log it knows")
+
+
+def load_run(run: str | Path, data: Interactions | None = None) -> tuple[PreBert, dict, dict]:
+    """The model of a run folder with its config and catalogue, see `read_run`; InputError if they do not fit."""
+    path = Path(run) / "model.safetensors"
+    if (path.parent / "train_state.pt").exists():
+        print(f"note: {run} is not trained to its end; its command goes on with --resume", file=sys.stderr)
+    if not path.exists():
+        kind = "".join(f" --{kind}" for kind in ("all", "final") if str(run).endswith(f"-{kind}"))
+        raise InputError(f"no model in {run}; train first, with its --data: teacher.py{kind}, then distill.py{kind}")
+    config, catalogue = read_run(path.parent, data)
+    tensors, num_items = read_safetensors(path), len(catalogue["raw_ids"]) - 1
+    if num_items < 1 or tensors.get("item_bias", torch.empty(0)).shape != (num_items,):
+        raise InputError(f"{run}: catalogue.json and model.safetensors have different numbers of items, or none")
+    shape = config_of(tensors, config["model"], path)
+    columns = tensors.get("item_embedding.weight", torch.empty(0)).numel() // (num_items + 2)
+    model = PreBert(shape, num_items, max(0, columns - shape.hidden_size))
+    return with_weights(model, tensors, path), config, catalogue
 
 
 def without_seed(config: dict) -> str:
@@ -734,10 +722,8 @@ def text_vectors(bert: Bert, tokenizer: Tokenizer, texts: list[str]) -> Tensor:
     for tensor in bert.state_dict().values():
         digest.update(tensor.numpy().tobytes())
     path = cache_folder() / "titles" / f"{digest.hexdigest()[:32]}.safetensors"
-    if path.exists():
-        with suppress(InputError):  # broken: made again
-            if len(vectors := read_safetensors(path).get("titles", torch.empty(0))) == len(texts):
-                return vectors
+    with suppress(InputError, KeyError):  # none there, or a broken one: made again
+        return read_safetensors(path)["titles"]
     vectors = encode_texts(bert, tokenizer, texts)
     write_if_possible(write_safetensors, path, {"titles": vectors})
     return vectors

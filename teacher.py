@@ -48,7 +48,7 @@ from data import (
 )  # fmt: skip
 from evaluate import Markov, Scorer, hit_rate, ndcg, rank_targets
 from prebert import (
-    ITEM_INITS, NEVER, VERSION, BertConfig, PreBert, Reader, centred, check_catalogue, item_vectors, load_bert,
+    ITEM_INITS, NEVER, VERSION, BertConfig, PreBert, Reader, centred, item_vectors, load_bert,
     load_run, machine, near_identity, peak_memory_gb, pick_device, prebert_from_bert, read_json, read_run,
     set_item_table, start_from, text_columns, text_vectors, with_text_columns, write_safetensors,
 )  # fmt: skip
@@ -116,11 +116,10 @@ def schedule(progress: float, warmup: float) -> float:
 
 def autocast_dtype(device: torch.device, precision: str) -> torch.dtype:
     """bfloat16 where the hardware multiplies it (`auto`), else float32; bf16 without hardware is slower."""
-    if precision != "auto":
-        return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
     on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     on_cpu = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if on_gpu or on_cpu else torch.float32
+    bf16 = on_gpu or on_cpu if precision == "auto" else precision == "bf16"
+    return torch.bfloat16 if bf16 else torch.float32
 
 
 def keep_freed_memory() -> None:
@@ -337,8 +336,7 @@ def find_state(run: Path, data: Interactions, args: argparse.Namespace, config: 
         return "fresh", b""
     if not args.resume:
         raise InputError(f"{run} exists; --resume goes on with it, --overwrite starts again, --name makes another")
-    before, catalogue = read_run(run)
-    check_catalogue(run, before, catalogue, data)
+    before, _ = read_run(run, data)
     beside = ("teachers", "model", "exclude_seen")
     then, now = (c["settings"] | {key: c.get(key) for key in beside} for c in (before, config))
     for key in now:
@@ -602,11 +600,10 @@ def settle(args: argparse.Namespace, recipes: dict[str, dict], data: Interaction
     tiny, taught = getattr(args, "size", "") == "tiny", getattr(args, "teacher", None)
     less = 0.2 if tiny or data.repeats else 0.1 if taught else 0.0
     dropout = max(LEAST_DROPOUT, round(recipe["dropout"] - 0.1 * doublings - less, 1))
-    fill_in(
-        args, tokens=max(recipe["least_tokens"], recipe["tokens"] // 2 ** round(math.log2(smaller))), dropout=dropout,
-        label_smoothing=0.0 if args.negatives else recipe["label_smoothing"],
-        near_identity=sparse(data) and not data.repeats,
-    )  # fmt: skip
+    tokens = max(recipe["least_tokens"], recipe["tokens"] // 2 ** round(math.log2(smaller)))
+    smoothing = 0.0 if args.negatives else recipe["label_smoothing"]
+    near = sparse(data) and not data.repeats
+    fill_in(args, tokens=tokens, dropout=dropout, label_smoothing=smoothing, near_identity=near)
     scale = min(1.0, args.tokens / recipe["tokens"]) ** 0.5  # a step of fewer questions says less, and may change less
     fill_in(args, lr=recipe["lr"] * scale, body_lr=recipe["body_lr"] * scale)
     if args.epochs is None and suffix and not (args.minutes or args.start):
@@ -629,8 +626,7 @@ def best_epoch(args: argparse.Namespace, data: Interactions, suffix: str) -> int
     if ended.get("valid_NDCG@10") is None:
         advice = "train without --all and --final first, or give --epochs N"
         raise InputError(f"{run} does not tell the best epoch; {advice}")
-    config, catalogue = read_run(run)
-    check_catalogue(run, config, catalogue, data)
+    config, _ = read_run(run, data)
     may_differ = ("name", "seed", "epochs", "minutes", "patience", "eval_users", "precision", "teacher", "all")
     for name, value in config["settings"].items():
         if name not in may_differ and getattr(args, name, None) != value:

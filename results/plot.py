@@ -77,7 +77,7 @@ def bench(file: Path, reported: dict) -> None:
         speed.plot([*times], [*times.values()], "o-", color=color, markersize=4)
         speed.annotate(label.partition(" (")[0], (max(times), times[max(times)]), **beside)
         trade.errorbar(times[1], mean, yerr=std, fmt="o", color=color, capsize=3)
-        below = {} if std else {"xytext": (4, -14)}  # clear of its neighbour's bar
+        below = {} if std else {"xytext": (4, -20)}  # clear of its neighbour's bar
         trade.annotate(label, (times[1], mean), **beside | below)
     speed.set(xscale="log", yscale="log")
     trade.set_xscale("log")

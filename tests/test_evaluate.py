@@ -145,7 +145,7 @@ def test_bootstrap_of_several_seeds_adds_their_spread():
     users = np.arange(1000)
     wide, narrow = resampled(values, users).std(), resampled(values.mean(0, keepdim=True), users).std()
     of_seeds = values.mean(1).std().item() / 5**0.5  # of a mean of five seeds; torch divides by n - 1
-    assert wide == pytest.approx((narrow**2 + of_seeds**2) ** 0.5, rel=0.1) and wide > 5 * narrow
+    assert wide == pytest.approx((narrow**2 + of_seeds**2) ** 0.5, rel=0.05) and wide > 5 * narrow
 
 
 def test_p_values_have_a_floor_and_are_uniform_without_a_difference():

@@ -6,7 +6,7 @@ Prints what is in a dataset: on ML-1M 6,040 users, 3,416 items and 999,611 inter
 and items with fewer than five are left out, repeatedly), 3 seconds on two CPU cores. `--data` is the name of a public
 set or a path to a table of your own with a header.
 
-The first 400 lines are what a recommender needs to know; the rest is about files. In order: sequences -> batches ->
+The first 420 lines are what a recommender needs to know; the rest is about files. In order: sequences -> batches ->
 questions -> filtering -> lines -> tables -> public datasets -> datasets by name or path -> the command.
 
 Letters: B batch (users), T sequence length, S whole history, M asked positions of a row, U users, R rows of a `Spans`,
@@ -114,7 +114,7 @@ class Spans:
     items: Tensor  # (L,) the whole log; all parts share it
     starts: Tensor  # (R,)
     ends: Tensor  # (R,)
-    targets: Tensor  # (R,) ids; with sessions PAD where training never saw the item: a miss; (0,) in the training part
+    targets: Tensor  # (R,) ids, or PAD, a miss, where training never saw a session's item; (0,) in the training part
 
     @property
     def sizes(self) -> Tensor:
@@ -160,7 +160,7 @@ def in_seconds(times: np.ndarray) -> np.ndarray:
 
 
 def last_day(data: Interactions, final: bool = False) -> Parts:
-    """Sessions as users: test is those of the last day (UTC) on which any begins, validation the newest tenth before.
+    """Each session is a user. Test: those that begin on the log's last day (UTC); validation: the newest tenth before.
 
     Every prefix of a held-out session asks for its next item, as session-based recommenders are evaluated
     (Hidasi et al. 2016, section 4). final: all but the last day is trained on, and the validation part is empty.
@@ -236,8 +236,8 @@ def fixed_windows(part: Spans, length: int) -> tuple[Tensor, Tensor]:
     return torch.maximum(part.starts[rows], ends - length - 1), ends
 
 
-LAST_SHARE = 0.1  # of a masked model's windows: only their last item is hidden
-MASK_RATE = 0.2  # of the items of its other windows: hidden (Sun et al. 2019, for ML-1M)
+LAST_SHARE = 0.1  # share of a masked model's windows in which just the last item is hidden
+MASK_RATE = 0.2  # share of the items hidden in its other windows (Sun et al. 2019, for ML-1M)
 
 
 def random_windows(part: Spans, length: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -251,10 +251,10 @@ def random_windows(part: Spans, length: int, generator: Generator) -> tuple[Tens
     uniform = torch.rand(2, len(rows), generator=generator)
     last_only = (uniform[0] < LAST_SHARE) & (sizes[rows] >= 2)
     newest = places == 0
-    # Earliest end of a window: with last_only after 2 items, of the newest after all, else after `length`.
+    # Where a window may end at the earliest: with last_only after 2 items, the newest after all, others after `length`.
     least = torch.where(last_only, 2, torch.where(newest, sizes[rows], length)).minimum(sizes[rows])
     cut = least + (uniform[1] * (sizes[rows] - least + 1)).long()
-    ends = part.starts[rows] + cut.minimum(sizes[rows])  # a uniform number may round up to 1
+    ends = part.starts[rows] + cut
     return torch.maximum(part.starts[rows], ends - length), ends, last_only
 
 
@@ -267,7 +267,7 @@ def batches(sizes: Tensor, tokens: int, most: int = sys.maxsize, generator: Gene
     order = torch.argsort(sizes + noise, stable=True)
     groups, begin = [], len(order)
     while begin > 0:  # longest first: a batch is as wide as its last row
-        count = min(max(1, tokens // max(1, int(sizes[order[begin - 1]]))), most)
+        count = min(max(1, tokens // int(sizes[order[begin - 1]])), most)
         groups.append(order[max(0, begin - count) : begin])
         begin -= count
     if generator:
@@ -348,11 +348,12 @@ def core_filter(users: np.ndarray, items: np.ndarray, min_items: int, min_length
 def without_copies(clicks: Clicks, keep: np.ndarray, once: bool) -> np.ndarray:
     """The entries `keep`, sorted by user and time, without lines that were written twice: same user, item and time.
 
-    once: a user's first line of each item alone; else, if all times are equal, all lines: repeats look the same.
+    Where the whole log has one time none is left out, since lines written twice then look like repeats. once: of each
+    item a user's first line alone is kept.
     """
     if not once and clicks.times.min() == clicks.times.max():
         return keep
-    begins = np.diff(clicks.users[keep], prepend=-1) != 0  # of a user's lines or, unless once, of those of one time
+    begins = np.diff(clicks.users[keep], prepend=-1) != 0  # where a user's lines begin; unless once, those of one time
     if not once:
         begins |= np.diff(clicks.times[keep], prepend=-np.inf) != 0
     keys = np.cumsum(begins) * len(clicks.raw_items) + clicks.items[keep]
@@ -513,8 +514,8 @@ csv.field_size_limit(1 << 20)  # letters: descriptions may be long, but a quote 
 def open_table(path: Path) -> tuple[list[str], Callable]:
     """The names of a table's columns, or of one of OFFICIAL, and `rows_of` its rows; InputError where a name is twice.
 
-    Commas, semicolons and | cut as in CSV: not in quotes, and a quote in quotes is written twice. So do tabs where the
-    header has quotes; else tabs always cut, and `rows_of` takes off the quotes around whole fields.
+    Fields are cut as in CSV: not inside quotes, where a quote is written twice. Tables with tabs are read so only if
+    their header has quotes; in others every tab cuts, and `rows_of` takes off the quotes around whole fields.
     """
     lines = read_lines(path)
     if path.name in OFFICIAL:
@@ -549,7 +550,7 @@ def rows_of(path: Path, header: list[str], rows: Any, parse: Callable[[list[str]
         before = rows.line_num
         try:
             fields = next(rows)
-            if rows.line_num - before > 50:  # rows, or the lines of a long text?
+            if rows.line_num - before > 50:  # many rows after an open quote, or one long text?
                 inside = [line.count(rows.dialect.delimiter) == width - 1 for line in max(fields, key=len).split("\n")]
                 if sum(inside) > len(inside) / 2:
                     raise ValueError("a quote is closed only 50 lines later")

@@ -10,8 +10,8 @@ A label says that one film came next; the teacher's distribution says which othe
 (Hinton et al. 2015; arXiv 2409.14810, section 3.3). Data, batches, loop, checkpoints: teacher.py. In order: the
 loss -> what the teachers say -> building the student -> the command.
 
-Letters: B batch, T sequence length (in the loss: temperature), Q asked positions of a batch, I items, N negatives,
-D hidden size, L log entries.
+Letters: B batch, T sequence length (in the loss: temperature), M asked positions of a row, Q of a batch,
+I items, N negatives, D hidden size, L log entries.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from teacher import (
 )  # fmt: skip
 
 States = Callable[[Batch], list[Tensor]]  # every teacher's states where a batch asks, (Q, D) each
-TEACHER_TOP = 64  # items that the teachers find likeliest, looked at whatever is sampled besides
+TEACHER_TOP = 64  # with a sampled softmax: how many of the teachers' likeliest items are always candidates
 BOTH = dict(lr=3e-3, body_lr=3e-3, tokens=4096, least_tokens=512, dropout=0.5, label_smoothing=0.0)
 RECIPES: dict[str, dict] = {"next": {"epochs": 8, **BOTH}, "masked": {"epochs": 20, **BOTH}}
 CACHE_AT_MOST = 2**32  # bytes of teachers' states
@@ -163,7 +163,8 @@ def teacher_states(teachers: list[PreBert], part: Spans, dtype: torch.dtype, cac
     def states_at(batch: Batch) -> list[Tensor]:
         is_asked = batch.labels != PAD  # (B, M)
         if cache:
-            memory.extend(states_of(teacher, part, dtype) for teacher in teachers[len(memory) :])  # when first asked
+            if not memory:  # not before a batch asks: --resume of an ended run reads nothing
+                memory.extend(states_of(teacher, part, dtype) for teacher in teachers)
             return [states[batch.entries[is_asked].cpu()].to(is_asked.device) for states in memory]
         return [teacher(batch.tokens, batch.positions)[is_asked] for teacher in teachers]
 
@@ -180,9 +181,10 @@ def build_student(
     torch.manual_seed(args.seed)
     model = MiniBert(args.size, data.num_items, args.max_length, args.objective == "next", args.dropout)
     size = model.config.hidden_size
-    vectors = item_vectors(args.item_init, data, part, size, reader)  # None for pca
     if teacher and args.item_init == "pca":
-        vectors = principal_components(teacher.item_embedding.weight[1:-1].detach().cpu(), size)
+        vectors: Tensor | None = principal_components(teacher.item_embedding.weight[1:-1].detach().cpu(), size)
+    else:
+        vectors = item_vectors(args.item_init, data, part, size, reader)
     set_item_table(model, vectors, 1.0)
     first_weights(model, args, data, vectors)
     return model
@@ -240,7 +242,7 @@ def main() -> None:
     fill_in(args, name="student-no-kd" if args.no_kd else "student")
     join_processes(args.device)
     data = load_asked(args)
-    asked = args.bert not in (None, "none")
+    asked = args.bert not in (None, "none")  # by the flag; load_teachers fills in the teacher's
     usual = f"runs/{data.name}/teacher{'-all' if args.all else '-final' if args.final else ''}"
     args.teacher = [str(Path(run)) for run in args.teacher or [usual]]
     teachers, made_by, in_scores = load_teachers(args, data)
@@ -249,7 +251,8 @@ def main() -> None:
     if (kept_texts or asked) and not any(data.texts):
         print("note: there are no titles for BERT to read; --titles FILE names them")
     # BERT is loaded if a flag or a teacher's run names it, for new items, or if item vectors may start from titles.
-    needed = asked or kept_texts or "text" in (args.item_init or ("text" if args.no_kd and sparse(data) else "pca"))
+    likely = "text" if args.no_kd and sparse(data) else "pca"  # where --item-init does not say
+    needed = asked or kept_texts or "text" in (args.item_init or likely)
     reader = load_bert(args.bert) if any(data.texts) and args.bert != "none" and needed else None
     args.item_init = args.item_init or (default_init(data, args.split, reader) if args.no_kd else "pca")
     settle(args, RECIPES, data)

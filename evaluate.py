@@ -81,8 +81,9 @@ def rank_targets(
     score reads at most the newest max_length items; what is left out as seen is the whole history.
     """
     ranks = torch.zeros(len(part.targets), dtype=torch.long)
-    limits = at_once(torch.device(device), int(part.items.max()))
-    sizes = part.sizes.clamp(max=max(max_length, 200))  # below 200, too many rows share a huge one's width
+    limits = at_once(torch.device(device), int(part.items.max()))  # the log holds every item
+    # Grouped by lengths up to 200 at least: with less, short histories would be padded to the width of huge ones.
+    sizes = part.sizes.clamp(max=max(max_length, 200))
     for rows in tqdm(batches(sizes, *limits), desc=title, leave=False, delay=1, disable=not title):
         seen = part.histories(rows, torch.device(device))  # (B, S)
         scores = score(seen[:, -max_length:])  # (B, I)
@@ -101,8 +102,8 @@ def resampled(values: Tensor, owners: np.ndarray, stream: int = 0) -> np.ndarray
 
     owners (R,): the user, from 0, of each value; a session with several questions is drawn as one. Calls with the same
     owners draw the same users, so that two models are compared on the same ones; their seeds are drawn apart, by the
-    number `stream`. The variance of a mean of E draws from E seeds is (E - 1) / E of that of E new seeds, too little:
-    the draws are widened.
+    number `stream`. Draws from E seeds vary (E - 1) / E as much as E new seeds would, so each draw's distance from the
+    mean of the seeds is widened by sqrt(E / (E - 1)).
     """
     users, seeds = np.random.default_rng(0), np.random.default_rng([stream, 1])
     table, means, count = values.numpy(), np.empty(DRAWS), owners.max() + 1

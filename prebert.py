@@ -63,7 +63,8 @@ ACTIVATIONS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"} 
 class Dropout(nn.Module):
     """Zero a share `p` of the entries, in steps of 1 / 256, and scale up the rest.
 
-    On a CPU a random 64-bit integer decides for eight entries: nn.Dropout's number for each takes a tenth of a step.
+    nn.Dropout draws a number for each entry, which on a CPU takes a tenth of a training step. Here one random integer
+    of 64 bits decides for eight.
     """
 
     def __init__(self, p: float):
@@ -129,7 +130,7 @@ class SelfAttention(nn.Module):
         """The same mix of values for one query per row, queries (B, 1, D), without keys and values of all T positions.
 
         q (W_k x + b_k) = (W_k^T q) x + q b_k, which the softmax drops, since it is the same for every x; and
-        sum p (W_v x + b_v) = W_v (sum p x) + b_v, since sum p = 1. Without it a compiled call takes 8 to 13 % longer.
+        sum p (W_v x + b_v) = W_v (sum p x) + b_v, since sum p = 1. Else a compiled call takes 8 to 13 % longer.
         """
         query_matrix, key_matrix, value_matrix = self.qkv.weight.unflatten(0, (3, self.num_heads, -1))  # (N, K, D) each
         query_bias, _, value_bias = self.qkv.bias.unflatten(0, (3, self.num_heads, -1))  # (N, K) each
@@ -224,7 +225,6 @@ class PreBert(nn.Module):
         super().__init__()
         self.config, self.num_items, self.mask_id = config, num_items, num_items + 1
         self.max_length = config.max_position_embeddings  # tokens that the model reads, the MASK at the end included
-        self.item_dropout = 0.0  # share of the items that are read as MASK in training; `train` sets it
         size = config.hidden_size
         self.item_embedding = nn.Embedding(num_items + 2, size + text_size)  # PAD (read as zeros), items, MASK
         self.position_embedding = nn.Embedding(config.max_position_embeddings, size)
@@ -242,9 +242,6 @@ class PreBert(nn.Module):
         """tokens (B, T) left-padded, positions (B, M): states ready for `logits`, (B, M, D + C)."""
         places = self.position_embedding.weight[self.max_length - tokens.shape[1] :]  # (T, D)
         real, steps, size = tokens != PAD, len(self.convolution), self.config.hidden_size
-        if self.training and self.item_dropout:  # so that no one item is relied on; Bowman et al. 2016
-            hidden = (torch.rand(tokens.shape, device=tokens.device) < self.item_dropout) & real
-            tokens = tokens.masked_fill(hidden, self.mask_id)
         rows = self.item_embedding(tokens) * real[..., None]  # (B, T, D + C)
         before = F.pad(rows, (0, 0, steps, 0))  # (B, 3 + T, D + C)
         x = rows[..., :size] + places  # (B, T, D)
@@ -777,8 +774,8 @@ def item_vectors(kind: str, data: Interactions, train: Spans, size: int, reader:
 def set_item_table(model: PreBert, table: Tensor | None, norm: float) -> None:
     """Put (num_items, D) vectors, centred, with root-mean-square row length `norm`, into the item rows; None: keep.
 
-    The tied softmax reads the table's scale directly, and the first LayerNorm weighs it against the positions. A
-    pre-trained body expects the mean length of its own words; without one it is 1.
+    norm decides how much the rows weigh beside the positions, and how far apart the first logits are, which use the
+    same rows. BERT's body expects the mean length of its own word vectors; random bodies and students take 1.
     """
     if table is not None:
         with torch.no_grad():
@@ -791,8 +788,9 @@ def set_item_table(model: PreBert, table: Tensor | None, norm: float) -> None:
 def nearby(new: Tensor, known: Tensor, rows: Tensor, bias: Tensor, count: int = 5) -> tuple[Tensor, Tensor]:
     """Item rows (n, D) and biases (n,) of n new items with vectors (n, V), from known ones with vectors (I, V).
 
-    Seen from the mean row, a new row has the average direction and length of the `count` known rows (I, D) whose
-    vectors are nearest, weighted by softmax(10 cosine). Where nothing is near, it is the mean row.
+    rows (I, D) and bias (I,) are what the known items have learnt. A new row is their mean row plus an offset, whose
+    direction and length are the averages over the `count` known items with the nearest vectors, weighted by
+    softmax(10 cosine). Where nothing is near, the offset is 0.
     """
     centre, row_centre = known.mean(0), rows.mean(0)
     unit, count = F.normalize(known - centre, dim=1), min(count, len(known))  # (I, V)
@@ -805,12 +803,36 @@ def nearby(new: Tensor, known: Tensor, rows: Tensor, bias: Tensor, count: int = 
     return row_centre + directions * lengths, (shares * bias[nearest]).sum(1)
 
 
-def start_from(model: PreBert, run: str, data: Interactions, vectors: Tensor | None) -> None:
+def check_start(run: str, config: dict, catalogue: dict, data: Interactions, filters: dict[str, int]) -> None:
+    """InputError where what is held out here may have been trained on in the run that --start begins from.
+
+    So it may where the run's log was longer, another as long or held out otherwise, where items are gone, and where its
+    filter was looser. filters: min_items, min_length and fraction of `data`.
+    """
+    split, longer = config["split"], config["interactions"] - len(data.items)
+    if data.split not in (split, f"{split}-final"):
+        raise InputError(f"--start {run}: its split is {HELD_OUT.get(split, split)}; start from another, or use --all")
+    if longer > 0 or (longer == 0 and config.get("fingerprint") != replace(data, split=split).fingerprint):
+        what = "a longer log" if longer > 0 else "another log of the same length"
+        raise InputError(f"--start {run}: it was trained on {what}, which may hold what is held out here")
+    if gone := set(catalogue["raw_ids"]) - set(data.raw_ids):
+        raise InputError(f"--start {run}: {len(gone):,} of its items are gone, such as {min(gone)!r}, so its log did "
+                         "not just grow, and what it was trained on may be held out here; use --all")  # fmt: skip
+    for key, now in filters.items():
+        was = config["settings"].get(key)
+        # Of more of the log, the newest tenth of the sessions begins earlier.
+        if type(was) is int and (now > was or (now < was and data.split == "sessions")):
+            raise InputError(f"--start {run}: it had --{key.replace('_', '-')} {was}; with another, what it was "
+                             "trained on may be held out here")  # fmt: skip
+
+
+def start_from(
+    model: PreBert, run: str, data: Interactions, vectors: Tensor | None, filters: dict[str, int]
+) -> None:  # fmt: skip
     """Begin from the weights of a run on an older log; its items are found by their raw ids.
 
     vectors: first vectors (num_items, D) of `item_vectors`, by which a new item finds its `nearby` known ones. Raises
-    InputError for a model of another shape, and where the run's log was longer, another as long, or held out otherwise:
-    what is held out here may have been trained on there.
+    InputError for a model of another shape, and see `check_start`.
     """
     old, config, catalogue = load_run(run)
     theirs = old.config
@@ -818,13 +840,8 @@ def start_from(model: PreBert, run: str, data: Interactions, vectors: Tensor | N
         shape = f"{theirs.num_hidden_layers} layers of {theirs.hidden_size}"
         kind = f"--max-length {theirs.max_position_embeddings}, --objective {'next' if theirs.causal else 'masked'}"
         raise InputError(f"--start {run}: it has {shape}, {kind}; ask for the same kind of model")
-    split, longer = config["split"], config["interactions"] - len(data.items)
-    if data.split not in ("none", split, f"{split}-final"):
-        raise InputError(f"--start {run}: its split is {HELD_OUT.get(split, split)}; start from another, or use --all")
-    other = longer == 0 and config.get("fingerprint") != replace(data, split=split).fingerprint
-    if data.split != "none" and (longer > 0 or other):
-        what = "a longer log" if longer > 0 else "another log of the same length"
-        raise InputError(f"--start {run}: it was trained on {what}, which may hold what is held out here")
+    if data.split != "none":
+        check_start(run, config, catalogue, data, filters)
     by_raw_id = {raw_id: item for item, raw_id in enumerate(catalogue["raw_ids"]) if item}
     matched = torch.tensor([by_raw_id.get(raw_id, 0) for raw_id in data.raw_ids[1:]])  # (I,) 0 for a new item
     known = matched > 0
@@ -843,14 +860,14 @@ def start_from(model: PreBert, run: str, data: Interactions, vectors: Tensor | N
 def text_columns(vectors: Tensor, size: int) -> Tensor:
     """Columns of an item table, (I, C), C at most `size`, from what BERT reads in texts, (I, V).
 
-    Their products are the cosines of the vectors, or, with fewer columns than V, close to them.
+    The product of two items' columns is the cosine of their vectors or, with fewer columns than V, close to it.
     """
     unit = F.normalize(vectors - vectors.mean(0), dim=1, eps=1e-3)  # of an item without a text: nearly 0
     return unit @ torch.linalg.eigh((unit.T @ unit).double())[1][:, -size:].float()
 
 
 def with_text_columns(model: PreBert, columns: Tensor | None = None) -> PreBert:
-    """The model with these columns (I, C) behind its item rows, instead of those that stood there; None: with none."""
+    """A copy of the model whose text columns are `columns` (I, C), or that has none."""
     table = model.item_embedding.weight.detach().cpu()[:, : model.config.hidden_size]
     if columns is not None:
         table = torch.cat([table, F.pad(columns, (0, 0, 1, 1))], dim=1)

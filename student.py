@@ -8,7 +8,8 @@ Prints what to watch next, with scores and the milliseconds that it took. Mini-B
 al. 2019), on next items nearer to a SASRec (Kang & McAuley 2018). distill.py trains it. In order: the model -> top k ->
 native code -> `Recommender` -> the command.
 
-Letters: B batch (users), T sequence length, S whole history, V catalogue (items + PAD + MASK), k how many.
+Letters: B batch (users), T sequence length, S whole history, D hidden size, C text columns, A all ids (items,
+PAD and MASK), k how many.
 """
 
 import argparse
@@ -53,20 +54,20 @@ class MiniBert(PreBert):
 
 
 def scores_by_id(model: PreBert, states: Tensor) -> Tensor:
-    """`PreBert.logits` of states (B, D + C) with one column per item id, -inf for PAD and MASK, (B, V or V - 1, even).
+    """`PreBert.logits` of states (B, D + C) with one column per item id, -inf for PAD and MASK, (B, A or A - 1, even).
 
     In two halves of the table at once: without them a compiled call with 200 items takes 12 % longer, since MKL reads a
     matrix with a single core for one user.
     """
     table = model.item_embedding.weight
     rows = len(table) // 2 * 2  # an odd table's last row is MASK's
-    halves = states.expand(2, -1, -1) @ table[:rows].unflatten(0, (2, -1)).transpose(1, 2)  # (2, B, V / 2)
+    halves = states.expand(2, -1, -1) @ table[:rows].unflatten(0, (2, -1)).transpose(1, 2)  # (2, B, A / 2)
     bias = F.pad(model.item_bias, (1, rows - 1 - model.num_items), value=-torch.inf)
     return halves.transpose(0, 1).flatten(1) + bias
 
 
 class TopK(nn.Module):
-    """tokens (B, T), see `PreBert.question`, to the k best items of those `allowed` (V,), without `excluded` (B, S).
+    """tokens (B, T), see `PreBert.question`, to the k best items of those `allowed` (A,), without `excluded` (B, S).
 
     Returns scores (B, k), -inf where nothing is left, and item ids (B, k), best first.
     """
@@ -76,7 +77,7 @@ class TopK(nn.Module):
         self.model, self.k = model, min(k, model.num_items)
 
     def forward(self, tokens: Tensor, excluded: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
-        scores = scores_by_id(self.model, self.model.last_state(tokens)).float()  # (B, V or V - 1)
+        scores = scores_by_id(self.model, self.model.last_state(tokens)).float()  # (B, A or A - 1)
         scores = scores.masked_fill(~allowed[: scores.shape[1]], -torch.inf)
         best_scores, items = scores.scatter(1, excluded, -torch.inf).topk(self.k, dim=1)
         return best_scores, items
@@ -97,13 +98,13 @@ def load_package(package: Path) -> Callable:
 def compile_ahead(graph: TopK, package: Path) -> Callable:
     """The graph as native code for any number of users and any length, kept in `package`.
 
-    Compiling takes some ten seconds, loading a twentieth of one; a history costs what its own length costs,
+    Compiling takes some ten seconds, loading a twentieth of a second; a history costs what its own length costs,
     without padding. Raises InputError where it cannot be compiled, such as without a C++ compiler.
     """
     longest, device = graph.model.max_length, graph.model.item_bias.device
     tokens = torch.ones(3, min(8, longest), dtype=torch.long, device=device)  # (B, T)
     excluded = torch.ones(3, 9, dtype=torch.long, device=device)  # (B, S)
-    allowed = torch.ones(graph.model.num_items + 2, dtype=torch.bool, device=device)  # (V,)
+    allowed = torch.ones(graph.model.num_items + 2, dtype=torch.bool, device=device)  # (A,)
     users, history = torch.export.Dim("users", min=1, max=2**16), torch.export.Dim("history", min=2, max=2**16)
     length = torch.export.Dim("length", min=2, max=longest)
     shapes: tuple[dict, ...] = ({0: users, 1: length}, {0: users, 1: history}, {})
@@ -177,7 +178,7 @@ class Recommender:
             if not fallback:
                 raise
             print(f"note: {error}; serving without it", file=sys.stderr)
-        self.allowed = torch.full((model.num_items + 2,), allowed is None)  # (V,)
+        self.allowed = torch.full((model.num_items + 2,), allowed is None)  # (A,)
         self.allowed[[PAD, model.mask_id]] = False
         if allowed is not None:
             self.allowed[self.items(allowed)] = True
@@ -191,6 +192,7 @@ class Recommender:
         """Serve with a model of these items, whose places in the lists are their internal ids; returns its graph."""
         self.model, self.raw_ids, self.titles, self.counts = model.requires_grad_(False), raw_ids, titles, counts
         self.by_id = {composed(raw_id): item for item, raw_id in enumerate(raw_ids) if item != PAD}
+        # An id as it is written wins over the `composed` spelling of another.
         self.by_id |= {raw_id: item for item, raw_id in enumerate(raw_ids) if item != PAD}
         self.by_title: dict[str, list[int]] = {}  # in lower case
         for item, title in enumerate(titles[1:], 1):
@@ -270,7 +272,7 @@ class Recommender:
         popular = [] if all(known) else self.best(self.popularity, allowed)
         answers, asked = [popular[:] for _ in known], [row for row, history in enumerate(known) if history]
         sizes = torch.tensor([min(len(known[row]), self.model.max_length) for row in asked])
-        # One user, as of a live service, waits for no grouping.
+        # A single user, the case of a live service, needs no grouping.
         groups = [torch.arange(1)] if len(asked) == 1 else batches(sizes, *at_once(self.device, self.model.num_items))
         allowed = allowed.to(self.device)
         for group in groups:
@@ -285,7 +287,7 @@ class Recommender:
         return answers
 
     def best(self, scores: Tensor, allowed: Tensor) -> Ranked:
-        """The k best by scores (num_items + 1,) of the items `allowed` (V,)."""
+        """The k best by scores (num_items + 1,) of the items `allowed` (A,)."""
         return self.named(*scores.masked_fill(~allowed[:-1], -torch.inf).topk(min(self.k, self.model.num_items)))
 
     def named(self, scores: Tensor, items: Tensor) -> Ranked:

@@ -57,7 +57,7 @@ Loss = Callable[[PreBert, Batch], Tensor]
 # Data with fewer interactions per item are sparse: item vectors may start from titles (`default_init`), texts count
 # in the scores (`keep_texts`), and models start `near_identity`, unless users come back to items.
 SPARSE = 100
-MOST_DROPOUT = 32  # interactions per item up to which dropout is strongest; with each doubling it is 0.1 less
+FULL_DROPOUT_TO = 32  # interactions per item; with each doubling above, dropout is 0.1 less
 LEAST_DROPOUT = 0.1
 TEXT_SIZE = 64  # columns of the item table for texts
 TITLES_TOO, TITLES_ALONE = 0.4, 0.6  # how well titles must predict, as a share of Markov's NDCG@10
@@ -86,7 +86,7 @@ def item_loss(model: PreBert, batch: Batch, label_smoothing: float = 0.0, sample
     else:
         negatives, correction = draw_candidates(sampler, columns[:, None])
         logits = candidate_logits(model, states, columns[:, None], negatives) + correction  # (Q, 1 + N)
-        columns = torch.zeros_like(columns)
+        columns = torch.zeros_like(columns)  # the label is the first candidate
     return F.cross_entropy(logits, columns, label_smoothing=label_smoothing, reduction="sum") / max(1, len(columns))
 
 
@@ -197,7 +197,7 @@ def train(
     the loss is not finite.
     """
     train_part, valid_part, _ = parts
-    if args.start and data.split == "last":  # who has three items now had two, which were trained on, both
+    if args.start and data.split == "last":  # who has three items now may have had two, both trained on
         valid_part = valid_part[(valid_part.sizes > 1).nonzero()[:, 0]]
     has_valid = len(valid_part.targets) > 0  # not with --all and --final, where the last epoch's weights are the best
     windows = draw_windows(model, train_part, seeded(args.seed, "windows", 0))[0]
@@ -207,7 +207,6 @@ def train(
         keep_freed_memory()
     device, seed, (process, processes) = pick_device(args.device), args.seed, world()
     dtype = autocast_dtype(device, args.precision)
-    model.item_dropout = args.item_dropout
     optimizer = make_optimizer(model.train().to(device), args.lr, args.body_lr, args.weight_decay)
     with locked(run):
         state = open_run(run, model, optimizer, data, train_part, args, config)
@@ -360,10 +359,10 @@ def open_run(
 ) -> dict | None:  # fmt: skip
     """The state to start or to go on from, or None if the run has ended. The first process decides for all."""
     process, processes = world()
-    box = [find_state(run, data, args, config) if process == 0 else None]
+    box: list = [find_state(run, data, args, config) if process == 0 else None]
     if processes > 1:
         dist.broadcast_object_list(box)
-    kind, checkpoint = box[0] or ("", b"")
+    kind, checkpoint = box[0]
     if kind == "ended":
         print(f"the training of {run} has ended; --overwrite starts it again")
         return None
@@ -458,11 +457,12 @@ class Sampler(NamedTuple):
 
 
 def draw_candidates(sampler: Sampler, certain: Tensor) -> tuple[Tensor, Tensor]:
-    """Candidates, not the catalogue: at Q positions `certain` columns (Q, C), label first, and shared negatives.
+    """Draw negatives, and say how scores are to be corrected so that a softmax over few items estimates one over all.
 
-    Returns the negatives' columns (N,) and what to add to the scores of both, (Q, C + N). For a negative that is
-    log(times drawn / times expected): the sum of exponentials then estimates that over the catalogue without bias
-    (Bengio & Senecal 2008). For a certain column it is 0. What stands in a row twice counts once.
+    certain (Q, C): the columns that each position looks at whatever is drawn, its label first. Returns the columns of
+    the negatives (N,), which all positions share, and what to add to the scores, (Q, C + N): 0 for certain columns; for
+    negatives log(times drawn / times expected), with which the sum of exponentials estimates that over the catalogue
+    without bias (Bengio & Senecal 2008); NEVER for a column that the row holds already.
     """
     drawn = torch.multinomial(sampler.chance, sampler.draws, replacement=True)
     columns, times = drawn.unique(return_counts=True)  # ascending
@@ -510,16 +510,15 @@ def add_training_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict]
     add("--objective", choices=tuple(recipes), help="predict each next item, or fill in blanks, the paper's own")
     budget = group.add_mutually_exclusive_group()
     budget.add_argument("--epochs", type=number(0, kind=int), help=f"passes, more on small data {by_recipe('epochs')}; "
-        "a fifth with --start; 0: its weights with today's catalogue")  # fmt: skip
+        "a fifth with --start; 0, with --start: the old weights with today's catalogue")  # fmt: skip
     budget.add_argument("--minutes", type=number(0, above=True), help="budget by the clock instead of --epochs")
     add("--tokens", type=positive, help=f"positions in a batch, over all processes {by_recipe('tokens')}; "
         f"on small data as few as {recipes['next']['least_tokens']}")  # fmt: skip
     add("--lr", type=number(0, above=True), help=f"peak learning rate; less with fewer --tokens {by_recipe('lr')}")
     add("--body-lr", type=number(0, above=True), help=f"the same for encoder and positions {by_recipe('body_lr')}")
     add("--dropout", type=number(0, 0.9), help=f"share of activations zeroed {by_recipe('dropout')} up to "
-        f"{MOST_DROPOUT} interactions per item; 0.1 less with each doubling; 0.2 less if users repeat items or a "
+        f"{FULL_DROPOUT_TO} interactions per item; 0.1 less with each doubling; 0.2 less if users repeat items or a "
         f"student is tiny, else 0.1 less with a teacher; at least {LEAST_DROPOUT}")  # fmt: skip
-    add("--item-dropout", type=number(0, 0.9), default=0.0, help="share of items read that training hides (default: 0)")
     add("--label-smoothing", type=number(0, 0.9), help=f"share of labels for all items {by_recipe('label_smoothing')}")
     add("--near-identity", action=argparse.BooleanOptionalAction,
         help=f"at first, body and head nearly hand on what they read (default: below {SPARSE} interactions per item, "
@@ -530,7 +529,7 @@ def add_training_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict]
     add("--negatives", type=number(1, 2**20, kind=int), help="sampled softmax with this many shared negatives, no "
         f"smoothing (default: the full catalogue up to {FULL_SOFTMAX:,} items, then {NEGATIVES:,})")  # fmt: skip
     add("--patience", type=positive, help="epochs without improvement before stopping (default: a third, at least 5)")
-    add("--eval-users", type=positive, default=3000, help="validation targets after an epoch (default: %(default)s)")
+    add("--eval-users", type=positive, default=10_000, help="validation targets after an epoch (default: %(default)s)")
     add("--seed", type=number(0, 2**32 - 1, kind=int), default=0, help="(default: %(default)s)")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where the hardware has it")
@@ -596,7 +595,7 @@ def settle(args: argparse.Namespace, recipes: dict[str, dict], data: Interaction
         raise InputError("--epochs 0 trains nothing; it is for --start RUN without --all and --final")
     smaller = max(1.0, 1e6 / len(data.items))  # small data: smaller batches, so that an epoch has as many steps
     # Models overfit less the more interactions an item has, and where they are tiny, have a teacher, or items repeat.
-    doublings = max(0.0, math.log2(len(data.items) / data.num_items / MOST_DROPOUT))
+    doublings = max(0.0, math.log2(len(data.items) / data.num_items / FULL_DROPOUT_TO))
     tiny, taught = getattr(args, "size", "") == "tiny", getattr(args, "teacher", None)
     less = 0.2 if tiny or data.repeats else 0.1 if taught else 0.0
     dropout = max(LEAST_DROPOUT, round(recipe["dropout"] - 0.1 * doublings - less, 1))
@@ -629,7 +628,7 @@ def best_epoch(args: argparse.Namespace, data: Interactions, suffix: str) -> int
     config, _ = read_run(run, data)
     may_differ = ("name", "seed", "epochs", "minutes", "patience", "eval_users", "precision", "teacher", "all")
     for name, value in config["settings"].items():
-        if name not in may_differ and getattr(args, name, None) != value:
+        if name not in may_differ and vars(args).get(name, value) != value:
             flag = f"--{name.replace('_', '-')}, {str(value)[:40]}"
             raise InputError(f"{run} has another {flag}; its best epoch says nothing here; use the same or --epochs N")
     try:
@@ -646,7 +645,7 @@ def describe(data: Interactions, model: PreBert, args: argparse.Namespace, teach
     """
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    # No settings: what does not decide what is learnt, and flags whose outcome stands beside them.
+    # Not among the settings: flags that do not change what is learnt, and those whose effect has a key of its own.
     hidden = ("resume", "overwrite", "device", "root", "data", "columns", "no_cache", "final", "seen", "min_count")
     settings = {key: value for key, value in vars(args).items() if key not in hidden}
     return {
@@ -680,25 +679,12 @@ def build_teacher(args: argparse.Namespace, data: Interactions, part: Spans, rea
 
 
 def first_weights(model: PreBert, args: argparse.Namespace, data: Interactions, vectors: Tensor | None) -> None:
-    """Weights of --start, see `start_from`, or near the identity; a checkpoint's, with --resume, come over them.
-
-    Raises InputError where the run of --start had a looser filter or items that are gone: what is held out has moved.
-    """
+    """Weights of --start, see `start_from`, or near the identity; a checkpoint's, with --resume, replace them."""
     run = Path("runs") / data.name / args.name
     begun = all((run / name).exists() for name in ("config.json", "catalogue.json", "train_state.pt"))
     if args.start and not (args.resume and begun):
-        start_from(model, args.start, data, vectors)
-        config, catalogue = read_run(Path(args.start))
-        was, gone = config["settings"], set(catalogue["raw_ids"]) - set(data.raw_ids)
-        if data.split != "none" and gone:
-            raise InputError(f"--start {args.start}: {len(gone):,} of its items are gone, such as {min(gone)!r}, so "
-                             "its log did not just grow, and what it was trained on may be held out here; use --all")
-        for key in ("min_items", "min_length", "fraction"):
-            more = getattr(args, key) - was[key] if type(was.get(key)) is int else 0
-            # Of more of the log, the newest tenth of the sessions begins earlier.
-            if data.split != "none" and (more > 0 or (more and data.split == "sessions")):
-                raise InputError(f"--start {args.start}: it had --{key.replace('_', '-')} {was[key]}; with another, "
-                                 "what it was trained on may be held out here")  # fmt: skip
+        filters = {"min_items": args.min_items, "min_length": args.min_length, "fraction": args.fraction}
+        start_from(model, args.start, data, vectors, filters)
     elif args.near_identity and not args.start:
         near_identity(model)
 
@@ -736,7 +722,7 @@ def main() -> None:
     args = parser.parse_args()
     join_processes(args.device)
     data = load_asked(args)
-    torch.manual_seed(args.seed)  # of first weights and co-occurrence; BERT's are drawn, too, before they are read
+    torch.manual_seed(args.seed)  # for first weights and co-occurrence; load_bert draws, too, before it reads
     reader = None if args.bert == "none" else load_bert(args.bert)
     args.item_init = args.item_init or default_init(data, args.split, reader)
     settle(args, RECIPES, data)

@@ -38,7 +38,6 @@ MODELS = {
     "student-tiny": "distill.py --teacher RUNS/teacher-sSEED --size tiny",
     "student-no-kd": "distill.py --no-kd",
     "student-no-kd-smooth": "distill.py --no-kd --label-smoothing 0.1",
-    "student-no-kd-hidden": "distill.py --no-kd --dropout 0.1 --item-dropout 0.15",
     "student-no-kd-cooc": "distill.py --no-kd --item-init cooc",  # without texts, where there are any
     "student-no-kd-text": "distill.py --no-kd --item-init text",
     "student-no-kd-sum": "distill.py --no-kd --item-init text+cooc",
@@ -70,7 +69,7 @@ OF_SESSIONS = "--size small --epochs 6 --patience 9"  # students there: most ses
 STARTS_OF = ("student-no-kd-text", "student-no-kd-sum", "student-no-kd-random", "student-of-starts")
 ONLY_ON = {  # data sets of the models that are not trained on all
     **dict.fromkeys(STARTS_OF, ("ml-1m", "steam", "beauty")),  # where there are titles
-    **dict.fromkeys(("teacher-masked", "student-masked", "student-no-kd-hidden"), ("ml-1m",)),
+    **dict.fromkeys(("teacher-masked", "student-masked"), ("ml-1m",)),
     "student-of-counts": ("sessions",),
 }
 FINAL = {"teacher", "student", "student-no-kd", "student-of-counts"}  # also trained with --final
@@ -100,7 +99,7 @@ def training(data: str, name: str, seed: int) -> list[str]:
     if data.startswith("sessions"):
         flags = flags.replace("distill.py", f"distill.py {OF_SESSIONS}")  # the model's own flags come after
     shown = f"sessions-{name}" if data.startswith("sessions") else name
-    words = f"{flags} {DATA[data]} --seed {seed} --name {shown}-s{seed} --eval-users 10000 --resume"
+    words = f"{flags} {DATA[data]} --seed {seed} --name {shown}-s{seed} --resume"
     return [sys.executable, *shlex.split(words)]
 
 

@@ -67,7 +67,7 @@ def one_run(name: str, data: Interactions, label: str, flags: list[str], percent
     """Train the model of that label, unless that was done, and evaluate; a row of the report."""
     script = teacher if label in BODIES + WORDS else distill
     left = data.items[: len(data.items) * percent // 100]  # as many interactions, for what depends on their number
-    kind = ["--seed", str(seed), "--eval-users", "10000", *flags]
+    kind = ["--seed", str(seed), *flags]
     # Share and random body are no flags: they are in the run's name, and patched in behind main's back.
     words = ["sparsity", re.sub("[',]", "", label).replace(" ", "-"), str(percent), *flags, f"s{seed}"]
     run = "-".join(word.strip("-") for word in words).replace("/", "_")

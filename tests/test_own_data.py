@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import datetime, timedelta
 from types import SimpleNamespace
 
@@ -413,7 +414,7 @@ def test_new_items_start_near_those_with_the_nearest_vectors(trained):
     vectors[6] = vectors[10]  # item 7's first vector is that of item 11: with one neighbour, its row would be, too
     model = MiniBert("tiny", 60, 16, True)
     log.raw_ids[7] = "an item of today"
-    start_from(model, str(trained / RUN), log, vectors)
+    start_from(model, str(trained / RUN), replace(log, split="none"), vectors, {})
     others = [item for item in range(1, 61) if item != 7]
     assert torch.equal(model.item_embedding.weight[others], table[others])
     cosines = torch.nn.functional.cosine_similarity(model.item_embedding.weight[7] - table[others].mean(0),

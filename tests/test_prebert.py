@@ -206,24 +206,6 @@ def test_an_item_is_read_with_shares_of_the_three_before_it():
             assert torch.allclose(read[-1][0, place], expected, atol=1e-6)
 
 
-def test_hidden_items_are_read_as_mask_in_training_alone():
-    model = shaken(PreBert(BertConfig(16, 2, 4, 32, 50, hidden_dropout_prob=0.0, causal=True), 20))
-    seen: list[torch.Tensor] = []
-    model.item_embedding.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
-    tokens = torch.randint(0, 21, (400, 50)).sort(1).values  # 0 is PAD, which the sort puts on the left
-    positions = torch.arange(50).expand(400, 50)
-    model.item_dropout = 0.3
-    with torch.no_grad():
-        in_training, served = model.train()(tokens, positions), model.eval()(tokens, positions)
-        hidden = seen[0] != tokens
-        assert (seen[0][hidden] == model.mask_id).all() and not hidden[tokens == PAD].any()
-        assert hidden[tokens != PAD].double().mean().item() == pytest.approx(0.3, abs=0.02)
-        model.item_dropout = 0.0
-        by_hand = model.train()(tokens.masked_fill(hidden, 21), positions)
-    assert torch.allclose(in_training, by_hand, atol=1e-5) and torch.equal(seen[1], tokens)
-    assert not torch.allclose(in_training, served, atol=1e-2)
-
-
 @pytest.mark.parametrize("causal", [False, True])
 def test_text_columns_add_the_likeness_to_the_newest_items(causal):
     narrow = shaken(PreBert(BertConfig(8, 1, 2, 16, 12, hidden_dropout_prob=0.0, causal=causal), 20)).eval()

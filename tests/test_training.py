@@ -359,8 +359,8 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(ring, tmp_path
     assert "has ended" in capsys.readouterr().out
     with pytest.raises(InputError, match="tokens was 64, now 32"):  # flags after the end are not ignored
         go(log, tmp_path / "parts", item_loss, "--resume", **{**same, "tokens": 32})
-    with pytest.raises(InputError, match=r"item_dropout was 0\.0, now 0\.1"):
-        go(log, tmp_path / "parts", item_loss, "--resume", "--item-dropout", "0.1", **same)
+    with pytest.raises(InputError, match=r"warmup was 0\.05, now 0\.1"):
+        go(log, tmp_path / "parts", item_loss, "--resume", "--warmup", "0.1", **same)
     (tmp_path / "parts" / "metrics.json").unlink()  # weights alone, such as a copy of someone's: they must survive
     with pytest.raises(InputError, match="no checkpoint to go on from"):
         go(log, tmp_path / "parts", item_loss, "--resume", **same)

@@ -34,6 +34,7 @@ MODELS = {
     "teacher": "teacher.py",
     "student": "distill.py --teacher RUNS/teacher-sSEED",
     "student-of-student": "distill.py --teacher RUNS/student-sSEED",  # a second round
+    "student-of-students": "distill.py --teacher RUNS/student-s1 RUNS/student-s2 RUNS/student-s3",
     "student-small": "distill.py --teacher RUNS/teacher-sSEED --size small",
     "student-tiny": "distill.py --teacher RUNS/teacher-sSEED --size tiny",
     "student-no-kd": "distill.py --no-kd",

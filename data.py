@@ -435,6 +435,7 @@ def windows_1252(field: re.Match) -> str:
 def read_lines(path: Path) -> Iterator[str]:
     """Lines of a (gzipped) file: UTF-8, or Windows-1252 where a field is not; InputError for files that are no text."""
     bar = tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name, leave=False, delay=1)
+    guessed = ""
     with open(path, "rb") as raw, bar:
         try:
             text = io.TextIOWrapper(gzip.open(raw) if path.suffix.lower() == ".gz" else raw, "utf-8", "surrogateescape")
@@ -442,10 +443,13 @@ def read_lines(path: Path) -> Iterator[str]:
                 if not number and "\0" in line[:200]:
                     raise InputError(f"{path} is UTF-16, Excel, Parquet, SQLite or packed; save it as CSV, UTF-8")
                 if not line.isascii() and re.search("[\udc80-\udcff]", line):
-                    line = re.sub('[^\t,;|"]+', windows_1252, line)
+                    line = guessed = re.sub('[^\t,;|"]+', windows_1252, line)
                 yield line.removeprefix("\ufeff")  # a byte-order mark, also of a file that was joined
                 if not number & 0x3FFF and raw.seekable():  # a pipe has no place
                     bar.update(raw.tell() - bar.n)
+            if guessed:
+                print(f"note: not all of {path} is UTF-8; the rest is read as Windows-1252: {guessed.strip()[:60]!r}",
+                      file=sys.stderr)  # fmt: skip
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise InputError(f"{path}: broken gzip file ({error}); download it again") from error
 
@@ -464,6 +468,8 @@ def moment(text: str) -> float:
     """
     when = None
     try:
+        if (text[:1] == "0" and text[1:2].isdigit()) or "_" in text:  # 311219 with a day below ten; Python reads 1_2
+            raise ValueError
         if len(text) in (10, 12, 14) and text[:2] in ("19", "20") and COMPACT.fullmatch(text):
             text = f"{text[:4]}-{text[4:6]}-{text[6:8]}T{text[8:]}"
         if len(text) > 9 and text[4] in "-/":
@@ -486,7 +492,9 @@ def day_and_clock(day: str, clock: str) -> float:
         return moment(f"{day[:10]} {'0' * (clock[1:2] == ':')}{clock}")  # Excel writes dates with a midnight
     if day[4:5] not in ("-", "/"):
         raise ValueError(f"{day!r} is not a date; write 2020-01-31")
-    return moment(day) + moment(clock) / 1000
+    if not re.fullmatch(r"\d+(\.\d+)?", clock) or float(clock) >= 86_400_000:
+        raise ValueError(f"{clock!r} is not a time of day; write 9:05, or milliseconds")
+    return moment(day) + float(clock) / 1000
 
 
 def check_unit(times: np.ndarray, path: Path) -> None:
@@ -521,7 +529,9 @@ def open_table(path: Path) -> tuple[list[str], Callable]:
     if path.name in OFFICIAL:
         line_of, first = OFFICIAL[path.name]
         lines = map(line_of, filter(str.strip, lines))
-    elif not (first := next(lines, "")).strip():
+    elif re.fullmatch(r'"?sep=."?\s*', first := next(lines, "")):  # for Excel
+        first = next(lines, "")
+    if not first.strip():
         raise InputError(f"{path}: its first line is empty; a header with the names of columns must be there")
     separator = max("\t,;|", key=re.sub('"[^"]*"', "", first).count)
     quoting: Any = csv.QUOTE_NONE if separator == "\t" and '"' not in first else csv.QUOTE_MINIMAL
@@ -538,6 +548,13 @@ def open_table(path: Path) -> tuple[list[str], Callable]:
     return names, partial(rows_of, path, header, rows)
 
 
+def unquoted(fields: list[str]) -> list[str]:
+    """Fields between tabs without the quotes around whole ones; ValueError where one is not closed."""
+    if re.fullmatch('"([^"]|"")*', fields[-1]):
+        raise ValueError("a quote is not closed; if quotes are meant as in CSV, put some into the header")
+    return [f[1:-1].replace('""', '"') if re.fullmatch('"([^"]|"")*"', f) else f for f in fields]
+
+
 def rows_of(path: Path, header: list[str], rows: Any, parse: Callable[[list[str]], Any]) -> Iterator:
     """What `parse` makes of the rows; those at which it raises are reported, and an InputError if more than 1 %.
 
@@ -550,14 +567,12 @@ def rows_of(path: Path, header: list[str], rows: Any, parse: Callable[[list[str]
         before = rows.line_num
         try:
             fields = next(rows)
-            if rows.line_num - before > 50:  # many rows after an open quote, or one long text?
+            if rows.line_num - before > 4:  # many rows after an open quote, or one long text?
                 inside = [line.count(rows.dialect.delimiter) == width - 1 for line in max(fields, key=len).split("\n")]
                 if sum(inside) > len(inside) / 2:
-                    raise ValueError("a quote is closed only 50 lines later")
+                    raise ValueError(f"a quote is closed only {rows.line_num - before - 1} lines later")
             if tabs and any(field[:1] == '"' for field in fields):  # pandas quotes here, too
-                if re.fullmatch('"([^"]|"")*', fields[-1]):
-                    raise ValueError("a quote is not closed; if quotes are meant as in CSV, put some into the header")
-                fields = [f[1:-1].replace('""', '"') if re.fullmatch('"([^"]|"")*"', f) else f for f in fields]
+                fields = unquoted(fields)
             if fields and fields[0] in header and {*fields} == {*header}:
                 if fields != header:
                     raise InputError(f"{path}:{before + 1}: here the order of columns changes; found {fields}")
@@ -570,10 +585,13 @@ def rows_of(path: Path, header: list[str], rows: Any, parse: Callable[[list[str]
         except InputError:
             raise
         except (csv.Error, ValueError, IndexError, KeyError, SyntaxError) as error:
+            read = rows.line_num > before and not isinstance(error, csv.Error)
+            if read and all(place_of(fields, COLUMNS[kind]) is not None for kind in ("user", "item")):
+                raise InputError(f"{path}:{before + 1}: a header again, with other names; found {fields}") from error
             kinds = {IndexError: "fields are missing", KeyError: f"no field {error}",
                      csv.Error: f"a quote is not closed, or not written twice in quotes ({error})"}  # fmt: skip
             number = before + unread + (path.name not in OFFICIAL)
-            found = "" if rows.line_num == before or isinstance(error, csv.Error) else f"; found {str(fields)[:60]}"
+            found = f"; found {str(fields)[:60]}" if read else ""
             examples.append(f"{path}:{number}: {kinds.get(type(error), error)}{found}")
             unread += rows.line_num == before
             lost += max(1, rows.line_num - before)
@@ -587,8 +605,9 @@ def rows_of(path: Path, header: list[str], rows: Any, parse: Callable[[list[str]
 # Common public spellings, in order of preference, without case, blanks and underscores.
 SESSION = "sessionid session usersession visitid sid"
 # Of the time of day, beside a date.
-TIME_OF_DAY = "timeofday time clock hour eventtime ordertime purchasetime clicktime starttime uhrzeit hora heure ora"
-EVENTS = "event eventtype behavior behaviortype action actiontype"
+TIME_OF_DAY = "timeofday time clock hour eventtime ordertime purchasetime clicktime starttime transtime hourofday "
+TIME_OF_DAY += "uhrzeit zeit tijd hora heure ora"
+EVENTS = "event eventtype behavior behaviortype action actiontype type"
 COLUMNS = {
     "user": "userid uid customerid user customer reviewerid visitorid memberid accountid profileid playerid personid "
     f"clientid readerid username {SESSION}",
@@ -604,7 +623,8 @@ COLUMNS = {
 YES, NO = {"true", "t", "yes", "y"}, {"false", "f", "no", "n"}  # besides numbers; no: shown, but not clicked
 # How databases, pandas and R write what is not there.
 MISSING = {"", "null", "(null)", "none", "nan", "na", "<na>", "n/a", "#n/a", "undefined", "\\n"}
-ROUNDED = re.compile(r"\d[.,]\d+(E\+\d+|e\+(1[6-9]|[2-9]\d))")  # 9.78014E+12, 7.19e+18: many ids became one
+# 9.78014E+12, 7.19e+18, 9.78014e+12: many ids became one.
+ROUNDED = re.compile(r"\d[.,]\d+(E\+\d+|e\+(1[6-9]|[2-9]\d))|\d\.\d{5}e\+(0[6-9]|1\d)")
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # what may move the cursor of a terminal
 LOOKS_LIKE_TIME = re.compile(r"(?i:time(?!s|_?spent)|date|stamp|epoch|when|datum|fecha|"
                              r"(^|_)(ts|dt|at|on|day|hour|week|month)$|^year$)|[a-z](At|On)$")  # fmt: skip
@@ -613,7 +633,8 @@ FINER = re.compile(r"^\d{9}|(?<![\d:])(?!00:00(:00)?(?!\d))\d\d?:\d\d")  # tells
 # What may be a time: seconds and finer since 1992, 1.6e9, 20140428, 28.04.2014 10:51, Apr 28 2014, 28-APR-14.
 DATED = re.compile(r"([7-9]\d{8}|1\d{9})(\d{3}){0,3}(\.\d+)?|\d\.\d+[eE]\+?\d\d?|(19|20)\d{6}(T.*)?|"
                    r"\d{1,4}[-/.]\d\d?[-/.]\d\d?.*|[A-Z][a-z]{2,8}\.? \d\d?,? .*|\d\d?[- .][A-Za-z]{3,9}[- .,].*\d\d.*|"
-                   r"(Mon|Tue|Wed|Thu|Fri|Sat|Sun)[a-z]*,? .*\d\d:\d\d.*|\d\d?:\d\d.* \d\d?[-/.]\d.*")  # fmt: skip
+                   r"(Mon|Tue|Wed|Thu|Fri|Sat|Sun)[a-z]*,? .*\d\d:\d\d.*|\d\d?:\d\d.* \d\d?[-/.]\d.*|"
+                   r"\d+[^\d:].*\d\d?:\d\d.*|\d{4}\D\d\d?\D\d\d?\D.*")  # fmt: skip
 
 
 def place_of(names: list[str], known: str) -> int | None:
@@ -646,6 +667,9 @@ def find_columns(
     if len(names) < 2:
         raise InputError(f"{path}:1: found one column, {names[0][:60]!r}; save the log as CSV with a header: commas, "
                          "semicolons, tabs or | between columns, and no quotes around whole lines")  # fmt: skip
+    numbers = [str(number) for number in range(len(first) + 1)]
+    if {*map(len, first)} == {len(names) + 1} and [row[0] for row in first] in (numbers[:-1], numbers[1:]):
+        raise InputError(f"{path}: its rows begin with their number, which the header does not name; name it there")
     if lists := [name for name in names if name.endswith("_list") and place_of([name[:-5]], COLUMNS["item"]) == 0]:
         raise InputError(f"{path}: {lists[0]} holds histories; write one line a click: user_id, item_id, timestamp")
     levels = how_fine(names, first)
@@ -774,12 +798,17 @@ def what_was_taken(
     taken = {"columns": f"{columns} of {path.name}{no_time}{not_read}"}
     if "label" in named:
         taken["left out"] = f"{left_out:,} lines whose {named['label']} says no"
-    kinds = [names[place] for known in (EVENTS, "rating stars score") if (place := place_of(names, known)) is not None]
+    found = (place_of(names, known) for known in (EVENTS, "rating stars score overall", "quantity"))
+    kinds = [names[place] for place in found if place is not None]
     if kinds:
         taken["not read"] = f"{' and '.join(kinds)}: a line is an interaction, whatever stands there"
     if sessions and place_of(names, SESSION) is None:
         taken["sessions"] = "no column is known as the session, so each user is one; name it: --columns user=NAME"
-    if len(times) and times.max() >= 1e8 and len(undated := times[np.abs(times) < 1e8]):
+    if "time" in named and len(times):
+        ends = np.array([times.min(), times.max()])
+        days = in_seconds(ends).astype(np.int64).astype("M8[s]").astype("M8[D]")
+        taken["times"] = f"{days[0]} to {days[1]}" if ends[1] >= 1e8 else f"{ends[0]:g} to {ends[1]:g}, not dates"
+    if len(times) and times.max() >= 1e8 and len(undated := times[times < 1e8]):
         taken["no dates"] = f"{len(undated):,} of the times, such as {undated[0]:.0f}; they are taken as the oldest"
     return taken
 
@@ -1001,9 +1030,10 @@ def fetch(folder: Path, public: Public) -> None:
 
 # ---------------------------------------------------------------- datasets by name or path
 
+TITLES_IN = [end + gz for gz in ("", ".gz") for end in (".item", ".items.csv", ".items.tsv")]
 TABLE = re.compile(r"\.(inter|item|csv|tsv)(\.gz)?$", re.IGNORECASE)
 CACHE_FROM = 1 << 24  # bytes; smaller logs are read faster than anyone waits
-COPY_VERSION = 17  # of what a parsed copy holds
+COPY_VERSION = 18  # of what a parsed copy holds
 
 
 def dataset_name(name: str) -> str:
@@ -1032,7 +1062,7 @@ def find_files(name: str, root: str | Path | None, titles: str | None = None) ->
         raise InputError(f"{what} {name!r}; --data takes {', '.join(PUBLIC)} or a path to a .inter, .csv or .tsv file")
     # The titles of x.inter, x.csv.gz or x.train.inter are in x.item or x.items.csv.
     stems = [log.name[: dot.start()] for dot in re.finditer(r"\.", log.name)][::-1]
-    beside = [log.with_name(stem + end) for stem in stems for end in (".item", ".items.csv", ".items.tsv", ".item.gz")]
+    beside = [log.with_name(stem + end) for stem in stems for end in TITLES_IN]
     paths = [Path(titles)] if titles else [*beside, *others]
     return [log, *[path for path in paths if path.is_file()][:1]]
 
@@ -1146,6 +1176,8 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
 
 def load_asked(args: argparse.Namespace) -> Interactions:
     """The dataset that the flags of `add_data_flags` ask for; fills in args.min_items and min_length."""
+    if empty := [flag for flag, value in vars(args).items() if value == ""]:
+        raise InputError(f"--{empty[0]} is empty; is a shell's variable not set?")
     args.columns = {kind: name for given in args.columns for kind, name in given.items()}
     args.min_items = args.min_items or args.min_count or 5
     args.min_length = args.min_length or args.min_count or (2 if args.split == "sessions" else 5)

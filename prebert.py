@@ -803,6 +803,12 @@ def nearby(new: Tensor, known: Tensor, rows: Tensor, bias: Tensor, count: int = 
     return row_centre + directions * lengths, (shares * bias[nearest]).sum(1)
 
 
+def same_column(config: dict, data: Interactions) -> None:
+    """A note where the log's items come from a column of another name than the run's, and may be others."""
+    if (was := config.get("item_name")) and was != data.item_name:
+        print(f"note: the run's items were the column {was}, here {data.item_name}: are these the same ids?")
+
+
 def check_start(run: str, config: dict, catalogue: dict, data: Interactions, filters: dict[str, int]) -> None:
     """InputError where what is held out here may have been trained on in the run that --start begins from.
 
@@ -812,7 +818,8 @@ def check_start(run: str, config: dict, catalogue: dict, data: Interactions, fil
     split, longer = config["split"], config["interactions"] - len(data.items)
     if data.split not in (split, f"{split}-final"):
         raise InputError(f"--start {run}: its split is {HELD_OUT.get(split, split)}; start from another, or use --all")
-    if longer > 0 or (longer == 0 and config.get("fingerprint") != replace(data, split=split).fingerprint):
+    others = config.get("fingerprint") != replace(data, split=split).fingerprint or catalogue["raw_ids"] != data.raw_ids
+    if longer > 0 or (longer == 0 and others):
         what = "a longer log" if longer > 0 else "another log of the same length"
         raise InputError(f"--start {run}: it was trained on {what}, which may hold what is held out here")
     if gone := set(catalogue["raw_ids"]) - set(data.raw_ids):
@@ -835,6 +842,7 @@ def start_from(
     InputError for a model of another shape, and see `check_start`.
     """
     old, config, catalogue = load_run(run)
+    same_column(config, data)
     theirs = old.config
     if replace(theirs, hidden_dropout_prob=model.config.hidden_dropout_prob) != model.config:
         shape = f"{theirs.num_hidden_layers} layers of {theirs.hidden_size}"

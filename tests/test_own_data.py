@@ -83,7 +83,7 @@ def test_recommendations_for_users_with_enough_items(trained):
 def test_one_user_and_one_that_is_not_in_the_log(trained):
     on = ("--run", RUN, "--data", "ring.inter", "-k", 3)
     text = inside("student.py", *on, "--user", "u7", cwd=trained)
-    assert len(text.splitlines()) == 1 + 1 + 3 + 1
+    assert len(text.splitlines()) == 1 + 1 + 1 + 3 + 1 and "columns: user = user_id, item = item_id, time" in text
     row = next(line for line in (trained / "ring.inter").read_text().splitlines() if line.startswith("u7\t"))
     (trained / "seen.txt").write_text(row.split("\t")[1])  # the only item allowed, which u7 has had
     assert "nothing is left" in inside("student.py", *on, "--user", "u7", "--only", "seen.txt", cwd=trained)
@@ -420,6 +420,20 @@ def test_new_items_start_near_those_with_the_nearest_vectors(trained):
     cosines = torch.nn.functional.cosine_similarity(model.item_embedding.weight[7] - table[others].mean(0),
                                                     table[others] - table[others].mean(0))  # fmt: skip
     assert others[int(cosines.argmax())] == 11 and cosines.max() > 0.9
+
+
+def test_items_from_another_column_than_the_run_s_are_told(trained):
+    rows = [line.split("\t") for line in (trained / "ring.inter").read_text().splitlines()[1:]]
+    items = sorted({row[1] for row in rows})
+    backwards = dict(zip(items, reversed(items), strict=True))
+    lines = "".join(f"{user},{item},{backwards[item]},{when}\n" for user, item, _, when in rows)
+    (trained / "shop.csv").write_text("user_id,item_id,sku,timestamp\n" + lines)
+    on = ("--data", "shop.csv", "--columns", "item=sku")
+    words = inside("student.py", "--run", RUN, *on, "--user", "u7", cwd=trained)
+    assert "note: the run's items were the column item_id, here sku" in words and "item = sku" in words
+    start = ("--start", RUN, "--epochs", 1, "--name", "other")
+    words = inside("distill.py", *on, *ON_RING, *start, cwd=trained, expect=2)
+    assert "another log of the same length" in words
 
 
 def test_final_training_uses_everything_and_cannot_be_evaluated(trained):
@@ -787,6 +801,8 @@ def test_raw_ids_in_lists_mean_that_item_alone(tmp_path):
         (["--out", "x.tsv", "--data", "other.inter"], "knows none of the items"),
         (["--device", "meta", "id:103"], "--device meta"),
         (["--only", "empty.txt", "id:103"], "leave nothing"),
+        (["--columns", "item=sku", "id:103"], "of the log --data, which is missing"),
+        (["--out", "x.tsv", "--data", "ring.inter", "--titles", ""], "--titles is empty"),
         (["--only", "empty.txt", "--similar", "id:103"], "leave nothing"),
         (["--new-items", "empty.txt", "--similar", "id:103"], "with a header"),
     ],

@@ -555,13 +555,12 @@ def unquoted(fields: list[str]) -> list[str]:
     return [f[1:-1].replace('""', '"') if re.fullmatch('"([^"]|"")*"', f) else f for f in fields]
 
 
-def rows_of(path: Path, header: list[str], rows: Any, parse: Callable[[list[str]], Any]) -> Iterator:
-    """What `parse` makes of the rows; those at which it raises are reported, and an InputError if more than 1 %.
+def rows_of(path: Path, header: list[str], rows: Any, parse: Callable, examples: list[str]) -> Iterator:
+    """What `parse` makes of the rows; those at which it raises go to `examples`, and are an InputError if above 1 %.
 
     Left out are empty rows and the headers of files that were joined.
     """
     width, tabs = len(header), rows.dialect.quoting == csv.QUOTE_NONE and path.name not in OFFICIAL
-    examples: list[str] = []
     lost = unread = 0  # lines; unread are those that OFFICIAL refused, which the reader does not count
     while True:
         before = rows.line_num
@@ -743,13 +742,11 @@ def check_ids(path: Path, ids: dict[str, int]) -> None:
 def read_log(path: Path, given: dict[str, str], sessions: bool) -> tuple[Clicks, dict[str, str], str]:
     """A log, what was taken for what, and what it calls its items; `given` and `sessions` as in `find_columns`."""
     (names, read), (_, again) = (open_table(path) for _ in range(2))
-    first = list(itertools.islice(again(list), 100))
+    first = list(itertools.islice(again(list, []), 100))
     places = find_columns(path, names, first, given, sessions)
     user, item, when, clock, label, owner = map(places.get, ("user", "item", "time", "clock", "label", "owner"))
     session = place_of(names, SESSION)
-    other = ""
-    if session is not None and session != user:
-        other = f"; the session may be: --columns {shlex.quote(f'user={names[session]}')}"
+    other = "" if session in (None, user) else f"; or take sessions: --columns {shlex.quote(f'user={names[session]}')}"
     user_ids: dict[str, int] = {}
     item_ids: dict[str, int] = {}
     owners: dict[str, str] = {}  # of sessions
@@ -777,12 +774,14 @@ def read_log(path: Path, given: dict[str, str], sessions: bool) -> tuple[Clicks,
         times.append(time_of)
         return True
 
-    left_out = sum(not clicked for clicked in read(take))
+    unread: list[str] = []
+    left_out = sum(not clicked for clicked in read(take, unread))
     arrays = np.frombuffer(users, np.int64), np.frombuffer(items, np.int64), np.frombuffer(times, np.float64)
     check_unit(arrays[2], path)
     check_ids(path, user_ids)
     check_ids(path, item_ids)
     taken = what_was_taken(path, names, places, arrays[2], left_out, sessions and "user" not in given)
+    taken |= {"skipped": f"{len(unread):,} rows could not be read"} if unread else {}
     return Clicks(*arrays, list(user_ids), list(item_ids)), taken, names[item]  # type: ignore[index]
 
 
@@ -855,7 +854,7 @@ def read_titles(path: Path, item_name: str = "") -> tuple[dict[str, tuple[str, s
 
     titles: dict[str, tuple[str, str]] = {}
     twice = 0
-    for raw_id, shown, text in read(parse):
+    for raw_id, shown, text in read(parse, []):
         if raw_id and shown:
             twice += titles.get(raw_id, (shown, text)) != (shown, text)
             titles[raw_id] = (shown, text)

@@ -351,7 +351,7 @@ def add_new_items(recommender: Recommender, path: str) -> None:
 def histories(recommender: Recommender, data: Interactions) -> list[list[str]]:
     """The raw ids of every user's items in a log; those that the run does not know are left out."""
     same_column(recommender.config, data)
-    for what in [key for key in ("columns", "left out", "order") if key in data.taken]:
+    for what in [key for key in ("columns", "left out", "skipped", "order") if key in data.taken]:
         print(f"{what}: {data.taken[what]}")
     known = [raw_id if raw_id in recommender.by_id else "" for raw_id in data.raw_ids]
     people = [[known[item] for item in own if known[item]] for own in np.split(data.items, data.offsets[1:-1])]

@@ -468,14 +468,14 @@ def moment(text: str) -> float:
     """
     when = None
     try:
-        if (text[:1] == "0" and text[1:2].isdigit()) or "_" in text:  # 311219 with a day below ten; Python reads 1_2
-            raise ValueError
         if len(text) in (10, 12, 14) and text[:2] in ("19", "20") and COMPACT.fullmatch(text):
             text = f"{text[:4]}-{text[4:6]}-{text[6:8]}T{text[8:]}"
         if len(text) > 9 and text[4] in "-/":
             when = datetime.fromisoformat(re.sub(r" (?=[+-]\d|Z)", "", text.replace("/", "-").removesuffix(" UTC")))
         elif text[:1] in "MTWFS" and MAIL.fullmatch(text):
             when = email.utils.parsedate_to_datetime(text)
+        elif (text[:1] == "0" and text[1:2].isdigit()) or "_" in text:  # 011219, a day first; Python reads 1_2 as 12
+            raise ValueError
         number = (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp() if when else float(text)
     except (ValueError, OverflowError):
         number = math.nan
@@ -485,7 +485,7 @@ def moment(text: str) -> float:
 
 
 def day_and_clock(day: str, clock: str) -> float:
-    """`moment` of a date and, in another column, the time of day, such as 9:05, or milliseconds since something."""
+    """`moment` of a date and, in another column, the time of day, such as 9:05 or in milliseconds."""
     clock = NO_DAY.sub("", clock)
     day = re.sub(r"^(\d{4})(\d\d)(\d\d)$", r"\1-\2-\3", day)  # 20200131
     if ":" in clock:
@@ -1148,7 +1148,7 @@ positive = number(1, kind=int)
 def column_names(text: str) -> dict[str, str]:
     """An argparse type: user=customer_id,item=sku,time=when."""
     found = {kind.strip(): name.strip() for kind, _, name in (part.partition("=") for part in text.split(","))}
-    if not all(found.values()) or found.keys() - COLUMNS.keys():
+    if not all(found.values()) or found.keys() - COLUMNS.keys() or len(found) <= text.count(","):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form {','.join(f'{kind}=NAME' for kind in COLUMNS)}")
     return found
 

@@ -130,7 +130,7 @@ class SelfAttention(nn.Module):
         """The same mix of values for one query per row, queries (B, 1, D), without keys and values of all T positions.
 
         q (W_k x + b_k) = (W_k^T q) x + q b_k, which the softmax drops, since it is the same for every x; and
-        sum p (W_v x + b_v) = W_v (sum p x) + b_v, since sum p = 1. Else a compiled call takes 8 to 13 % longer.
+        sum p (W_v x + b_v) = W_v (sum p x) + b_v, since sum p = 1. Without this a compiled call takes 8 to 13 % longer.
         """
         query_matrix, key_matrix, value_matrix = self.qkv.weight.unflatten(0, (3, self.num_heads, -1))  # (N, K, D) each
         query_bias, _, value_bias = self.qkv.bias.unflatten(0, (3, self.num_heads, -1))  # (N, K) each

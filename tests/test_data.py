@@ -1,5 +1,6 @@
 """data.py against logs small enough to work out by hand, and a local HTTP server in place of GroupLens."""
 
+import argparse
 import gzip
 import hashlib
 import io
@@ -1022,3 +1023,10 @@ def test_what_excel_adds_and_what_is_not_utf8(tmp_path, capsys):
     (tmp_path / "x.items.csv.gz").write_bytes(gzip.compress("item_id,title\na,Amélie\n".encode("cp1252")))
     assert atomic(tmp_path, "user_id,item_id\nu,a\nu,b\n", name="x.csv").titles == ["", "Amélie", "b"]
     assert "is read as Windows-1252: 'a,Amélie'" in capsys.readouterr().err
+
+
+def test_columns_are_named_once():
+    assert data.column_names("user=who, item=sku") == {"user": "who", "item": "sku"}
+    for text in ("item=a,item=b", "item", "item=", "shelf=a", "user=Customer, Name"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is not of the form"):
+            data.column_names(text)

@@ -518,7 +518,7 @@ def add_training_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict]
     add("--body-lr", type=number(0, above=True), help=f"the same for encoder and positions {by_recipe('body_lr')}")
     add("--dropout", type=number(0, 0.9), help=f"share of activations zeroed {by_recipe('dropout')} up to "
         f"{FULL_DROPOUT_TO} interactions per item; 0.1 less with each doubling; 0.2 less if users repeat items or a "
-        f"student is tiny, else 0.1 less with a teacher; at least {LEAST_DROPOUT}")  # fmt: skip
+        f"student is tiny, else with a teacher as for twice the interactions; at least {LEAST_DROPOUT}")  # fmt: skip
     add("--label-smoothing", type=number(0, 0.9), help=f"share of labels for all items {by_recipe('label_smoothing')}")
     add("--near-identity", action=argparse.BooleanOptionalAction,
         help=f"at first, body and head nearly hand on what they read (default: below {SPARSE} interactions per item, "
@@ -594,10 +594,11 @@ def settle(args: argparse.Namespace, recipes: dict[str, dict], data: Interaction
     if args.epochs == 0 and (suffix or not args.start):
         raise InputError("--epochs 0 trains nothing; it is for --start RUN without --all and --final")
     smaller = max(1.0, 1e6 / len(data.items))  # small data: smaller batches, so that an epoch has as many steps
-    # Models overfit less the more interactions an item has, and where they are tiny, have a teacher, or items repeat.
-    doublings = max(0.0, math.log2(len(data.items) / data.num_items / FULL_DROPOUT_TO))
-    tiny, taught = getattr(args, "size", "") == "tiny", getattr(args, "teacher", None)
-    less = 0.2 if tiny or data.repeats else 0.1 if taught else 0.0
+    # Models overfit less the more interactions an item has, where they are tiny, and where items repeat. What a teacher
+    # says is worth as much as the interactions.
+    less = 0.2 if getattr(args, "size", "") == "tiny" or data.repeats else 0.0
+    worth = len(data.items) / data.num_items * (2 if getattr(args, "teacher", None) and not less else 1)
+    doublings = max(0.0, math.log2(worth / FULL_DROPOUT_TO))
     dropout = max(LEAST_DROPOUT, round(recipe["dropout"] - 0.1 * doublings - less, 1))
     tokens = max(recipe["least_tokens"], recipe["tokens"] // 2 ** round(math.log2(smaller)))
     smoothing = 0.0 if args.negatives else recipe["label_smoothing"]

@@ -447,7 +447,7 @@ def read_lines(path: Path) -> Iterator[str]:
                 yield line.removeprefix("\ufeff")  # a byte-order mark, also of a file that was joined
                 if not number & 0x3FFF and raw.seekable():  # a pipe has no place
                     bar.update(raw.tell() - bar.n)
-            if guessed:
+            if guessed and path.name not in OFFICIAL:
                 print(f"note: not all of {path} is UTF-8; the rest is read as Windows-1252: {guessed.strip()[:60]!r}",
                       file=sys.stderr)  # fmt: skip
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:

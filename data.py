@@ -604,8 +604,10 @@ def rows_of(path: Path, header: list[str], rows: Any, parse: Callable, examples:
 # Common public spellings, in order of preference, without case, blanks and underscores.
 SESSION = "sessionid session usersession visitid sid"
 # Of the time of day, beside a date.
-TIME_OF_DAY = "timeofday time clock hour eventtime ordertime purchasetime clicktime starttime transtime hourofday "
-TIME_OF_DAY += "uhrzeit zeit tijd hora heure ora"
+TIME_OF_DAY = (
+    "timeofday time clock hour eventtime ordertime purchasetime clicktime starttime transtime hourofday uhrzeit zeit "
+    "tijd hora heure ora"
+)
 EVENTS = "event eventtype behavior behaviortype action actiontype type"
 COLUMNS = {
     "user": "userid uid customerid user customer reviewerid visitorid memberid accountid profileid playerid personid "
@@ -774,14 +776,14 @@ def read_log(path: Path, given: dict[str, str], sessions: bool) -> tuple[Clicks,
         times.append(time_of)
         return True
 
-    unread: list[str] = []
-    left_out = sum(not clicked for clicked in read(take, unread))
+    skipped: list[str] = []
+    left_out = sum(not clicked for clicked in read(take, skipped))
     arrays = np.frombuffer(users, np.int64), np.frombuffer(items, np.int64), np.frombuffer(times, np.float64)
     check_unit(arrays[2], path)
     check_ids(path, user_ids)
     check_ids(path, item_ids)
     taken = what_was_taken(path, names, places, arrays[2], left_out, sessions and "user" not in given)
-    taken |= {"skipped": f"{len(unread):,} rows could not be read"} if unread else {}
+    taken |= {"skipped": f"{len(skipped):,} rows could not be read"} if skipped else {}
     return Clicks(*arrays, list(user_ids), list(item_ids)), taken, names[item]  # type: ignore[index]
 
 

@@ -385,7 +385,8 @@ def print_ranked(ranked: Ranked) -> None:
         print(f"{place:>4}  {score:7.2f}  {title}{'' if title == raw_id else f'  (id:{raw_id})'}")
 
 
-def main() -> None:
+def parse_flags() -> argparse.Namespace:
+    """The command's flags; those that do not go together end it."""
     parser = argparse.ArgumentParser(description="Recommend what comes next after the given items, oldest first.")
     ways = parser.add_mutually_exclusive_group()
     ways.add_argument("items", nargs="*", default=[], help='titles or raw ids, such as "Heat (1995)"; id:RAW: a raw id')
@@ -411,6 +412,11 @@ def main() -> None:
         parser.error("--data is the log of --out or --user: it goes with one of them, and they with it")
     if args.data is None and (args.columns or args.titles or args.root or args.fraction > 1 or args.split != "last"):
         parser.error("--columns, --titles, --root, --fraction and --split are of the log --data, which is missing")
+    return args
+
+
+def main() -> None:
+    args = parse_flags()
     recommender = Recommender(
         args.run, args.k, args.device, compile=args.compile or None,  # None: if it was compiled before
         fallback=not args.compile, exclude_seen=None if args.seen == "auto" else args.seen == "exclude",

@@ -27,7 +27,7 @@ from data import (
     PAD, SPLITS, InputError, Interactions, Spans, add_data_flags, at_once, batches, check_replaceable, command_line,
     data_flags, entries_of, item_counts, load_asked, ragged, run_command, write_json,
 )  # fmt: skip
-from prebert import PreBert, load_run, machine, pick_device, read_json, read_run, without_seed
+from prebert import PreBert, learning_curve, load_run, machine, pick_device, read_json, read_run, without_seed
 from student import TopK, compile_ahead
 
 Scorer = Callable[[Tensor], Tensor]  # history (B, T), left-padded, newest last -> scores (B, I) of items 1..I
@@ -254,6 +254,7 @@ def compare(values: dict[str, list[Tensor]], owners: np.ndarray) -> tuple[list[d
 
     values: {model: NDCG@10 of each target (R,), one tensor per seed}; owners as in `resampled`. Prints and returns
     gains, None over a model that has nothing, and {model: seeds, mean and standard deviation of NDCG@10 over seeds}.
+    A gain's interval is that of the difference, as a share of the worse model's mean.
     """
     tables = {name: torch.stack(parts) for name, parts in values.items()}  # (E, R) each
     draws = {name: resampled(table, owners, stream) for stream, (name, table) in enumerate(tables.items())}
@@ -266,12 +267,15 @@ def compare(values: dict[str, list[Tensor]], owners: np.ndarray) -> tuple[list[d
     pairs: list[dict] = []
     for pair in itertools.combinations(tables, 2):
         better, worse = sorted(pair, key=lambda name: -tables[name].mean().item())
-        base, p = tables[worse].mean().item(), two_sided(draws[better] - draws[worse])
-        gain = tables[better].mean().item() / base - 1 if base else None
-        sign = "<=" if p <= 2 / DRAWS else "="
-        shown = "undefined gain in" if gain is None else f"{gain:+.2%}"
-        print(f"{better} over {worse}: {shown} NDCG@10, bootstrap p {sign} {p:.3f}")
-        pairs.append({"better": better, "worse": worse, "gain": gain, "p": p})
+        base, differences = tables[worse].mean().item(), draws[better] - draws[worse]
+        gain, interval, shown = None, None, "undefined gain in NDCG@10"
+        if base:
+            gain = tables[better].mean().item() / base - 1
+            interval = (np.percentile(differences, [2.5, 97.5]) / base).tolist()
+            shown = f"{gain:+.2%} NDCG@10, 95 % interval {interval[0]:+.1%} to {interval[1]:+.1%}"
+        p = two_sided(differences)
+        print(f"{better} over {worse}: {shown}, bootstrap p {'<=' if p <= 2 / DRAWS else '='} {p:.3f}")
+        pairs.append({"better": better, "worse": worse, "gain": gain, "ci95": interval, "p": p})
     return pairs, seeds
 
 
@@ -293,6 +297,7 @@ def find_runs(runs: list[str] | None, data: Interactions) -> dict[str, tuple[Pre
         try:
             model, config, _ = load_run(run, data)
             made = read_json(run / "metrics.json") if (run / "metrics.json").exists() else {}
+            made |= {"curve": learning_curve(run)} if (run / "log.csv").exists() else {}
         except (InputError, OSError) as error:
             if runs or (run == paths[-1] and not found):
                 raise
@@ -302,7 +307,7 @@ def find_runs(runs: list[str] | None, data: Interactions) -> dict[str, tuple[Pre
         row: dict = {"params": params, "body_params": params - model.item_embedding.weight.numel()}
         row["mb"] = (run / "model.safetensors").stat().st_size / 1e6
         row |= {key: config[key] for key in ("command", "seed", "commit", "machine") if key in config}
-        row |= {key: made[key] for key in ("minutes", "cpu_minutes", "peak_memory_gb", "steps") if key in made}
+        row |= {key: made[key] for key in ("minutes", "cpu_minutes", "peak_memory_gb", "steps", "curve") if key in made}
         name = str(run.resolve()) if run.name in (*found, "popularity", "markov") else run.name
         found[name] = model, config, row
     return found

@@ -635,6 +635,15 @@ def load_run(run: str | Path, data: Interactions | None = None) -> tuple[PreBert
     return with_weights(model, tensors, path), config, catalogue
 
 
+def learning_curve(run: Path) -> list[tuple[float, float]]:
+    """Minutes and validation NDCG@10 after each epoch, as log.csv has them; InputError if it is broken."""
+    try:
+        rows = (line.split(",") for line in (run / "log.csv").read_text().split()[1:])
+        return [(finite(row[2]), finite(row[4])) for row in rows]
+    except (ValueError, IndexError) as error:
+        raise InputError(f"{run / 'log.csv'} is broken ({error})") from error
+
+
 def without_seed(config: dict) -> str:
     """What makes two runs the same model: all of config.json that decides the weights but the seed.
 
@@ -865,13 +874,14 @@ def start_from(
     print(f"starting from {run}: {int(known.sum()):,} items known, {int((~known).sum()):,} new")
 
 
-def text_columns(vectors: Tensor, size: int) -> Tensor:
-    """Columns of an item table, (I, C), C at most `size`, from what BERT reads in texts, (I, V).
+def text_columns(vectors: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Columns of an item table, (I, C), C at most `size`, of what BERT reads in texts, (I, V), and the map, (V, C).
 
     The product of two items' columns is the cosine of their vectors or, with fewer columns than V, close to it.
     """
     unit = F.normalize(vectors - vectors.mean(0), dim=1, eps=1e-3)  # of an item without a text: nearly 0
-    return unit @ torch.linalg.eigh((unit.T @ unit).double())[1][:, -size:].float()
+    directions = torch.linalg.eigh((unit.T @ unit).double())[1][:, -size:].float()
+    return unit @ directions, directions
 
 
 def with_text_columns(model: PreBert, columns: Tensor | None = None) -> PreBert:
@@ -889,22 +899,22 @@ def with_new_items(model: PreBert, run: Path, source: str, texts: list[str]) -> 
 
     source: of the BERT that reads. Raises InputError for a run without texts.
     """
-    path = run / "texts.safetensors"
+    path, size = run / "texts.safetensors", model.config.hidden_size
     if not path.exists():
         raise InputError(f"{run} has no texts.safetensors: its training read no titles, so new items have no vectors")
     bert, tokenizer = load_bert(source)
-    known = read_safetensors(path).get("texts", torch.empty(0)).float()  # (I, V), I items that were trained
-    if known.ndim != 2 or known.shape[1] != bert.config.hidden_size or not 0 < len(known) <= model.num_items:
-        raise InputError(f"{path} does not fit the run and its BERT, {source}; train again")
+    kept, width = read_safetensors(path), bert.config.hidden_size
+    known = kept.get("texts", torch.empty(0)).float()  # (I, V), I items that were trained
+    directions = kept.get("directions", torch.empty(width, 0))  # (V, C)
     table, bias = model.item_embedding.weight.detach().cpu(), model.item_bias.detach().cpu()
-    centre, size = known.mean(0), model.config.hidden_size
-    items, columns = table[1 : len(known) + 1, :size], table[1 : len(known) + 1, size:]
+    fits = known.ndim == 2 and known.shape[1] == width and 0 < len(known) <= model.num_items
+    if not fits or directions.shape != (width, table.shape[1] - size):
+        raise InputError(f"{path} does not fit the run and its BERT, {source}; train again")
+    centre = known.mean(0)
     vectors = encode_texts(bert, tokenizer, texts, centre)  # (n, V)
-    rows, biases = nearby(vectors, known, items, bias)  # (n, D), (n,)
-    # Known columns are U Q: U unit vectors, Q eigenvectors of U^T U. So U^T (U Q), normalised by column, is Q.
-    with_text = columns.norm(dim=1) > 0.1 * columns.norm(dim=1).mean()
-    q = F.normalize(F.normalize(known - centre, dim=1)[with_text].T @ columns[with_text], dim=0, eps=1e-2)  # (V, C)
-    rows = torch.cat([rows, F.normalize(vectors - centre, dim=1, eps=1e-3) @ q], dim=1)  # (n, D + C)
-    ours = {"item_embedding.weight": torch.cat([table[:-1], rows, table[-1:]]), "item_bias": torch.cat([bias, biases])}
+    rows, biases = nearby(vectors, known, table[1 : len(known) + 1, :size], bias)  # (n, D), (n,)
+    columns = F.normalize(vectors - centre, dim=1, eps=1e-3) @ directions  # (n, C), see `text_columns`
+    table = torch.cat([table[:-1], torch.cat([rows, columns], dim=1), table[-1:]])
+    ours = {"item_embedding.weight": table, "item_bias": torch.cat([bias, biases])}
     larger = PreBert(model.config, model.num_items + len(texts), table.shape[1] - size)
     return with_weights(larger, {**model.state_dict(), **ours}, run)

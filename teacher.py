@@ -48,7 +48,7 @@ from data import (
 )  # fmt: skip
 from evaluate import Markov, Scorer, hit_rate, ndcg, rank_targets
 from prebert import (
-    ITEM_INITS, NEVER, VERSION, BertConfig, PreBert, Reader, centred, item_vectors, load_bert,
+    ITEM_INITS, NEVER, VERSION, BertConfig, PreBert, Reader, centred, item_vectors, learning_curve, load_bert,
     load_run, machine, near_identity, peak_memory_gb, pick_device, prebert_from_bert, read_json, read_run,
     set_item_table, start_from, text_columns, text_vectors, with_text_columns, write_safetensors,
 )  # fmt: skip
@@ -632,11 +632,8 @@ def best_epoch(args: argparse.Namespace, data: Interactions, suffix: str) -> int
         if name not in may_differ and vars(args).get(name, value) != value:
             flag = f"--{name.replace('_', '-')}, {str(value)[:40]}"
             raise InputError(f"{run} has another {flag}; its best epoch says nothing here; use the same or --epochs N")
-    try:
-        scores = [float(row.split(",")[4]) for row in (run / "log.csv").read_text().split()[1:]]
-        return 1 + scores.index(max(scores))
-    except (OSError, ValueError, IndexError) as error:
-        raise InputError(f"{run / 'log.csv'} is broken ({error}); give --epochs N") from error
+    scores = [score for _, score in learning_curve(run)] or [0.0]
+    return 1 + scores.index(max(scores))
 
 
 def describe(data: Interactions, model: PreBert, args: argparse.Namespace, teachers: list[str] | None = None) -> dict:
@@ -699,12 +696,14 @@ def keep_texts(run: Path, data: Interactions, reader: Reader | None, in_scores: 
     """
     if reader and any(data.texts) and world()[0] == 0 and not (run / "texts.safetensors").exists():
         vectors = text_vectors(*reader, data.texts[1:])  # (I, V)
+        kept = {"texts": vectors.half()}
         with locked(run):
             if in_scores and sparse(data):
-                model = with_text_columns(load_run(run)[0], text_columns(vectors, TEXT_SIZE))
+                columns, kept["directions"] = text_columns(vectors, TEXT_SIZE)
+                model = with_text_columns(load_run(run)[0], columns)
                 write_safetensors(run / "model.safetensors", model.state_dict())
                 print("in the scores, texts now count beside what was learnt: few interactions per item", flush=True)
-            write_safetensors(run / "texts.safetensors", {"texts": vectors.half()})  # last: the sign that all is done
+            write_safetensors(run / "texts.safetensors", kept)  # last: the sign that all is done
 
 
 # ---------------------------------------------------------------- the command

@@ -25,7 +25,7 @@ REPORTED = {
     "teacher-s1": ("teacher", "test.json", "teacher-s1"),
     "student-s1": ("student", "test.json", "student-s1"),
     "student-small-s1": ("small student (one seed)", "", ""),
-    "student-tiny-s1": ("tiny student", "students.json", "student-tiny-s1"),
+    "student-tiny-s1": ("tiny student", "test.json", "student-tiny-s1"),
 }
 # Curves of peers.json, by the name of a run without its seed, or of a model of RecTools.
 CURVES = {

@@ -5,7 +5,8 @@
     python results/run.py --only beauty --models student-no-kd student-no-kd-cooc --list     # what would be run
 
 A run that has ended is skipped, an interrupted one goes on, since every command has --resume. Files are
-results/<data>/test.json and validation.json; each row there has its command, seed, commit, machine and minutes.
+results/<data>/test.json and validation.json, of all models that are trained by then, also with --models; each row there
+has its command, seed, commit, machine and minutes. Files that no command here writes keep what they say.
 Beauty is RecBole's amazon-beauty, at $PREBERT_DATA/amazon-beauty/beauty.inter, else data/amazon-beauty/beauty.inter.
 For the numbers in results/, Steam and YooChoose are cut as results/README.md says; the official files are far larger.
 """
@@ -57,7 +58,7 @@ NEW_ITEMS = "tests/new_items.py runs/new-items --size tiny --epochs 12 --seeds 1
 SPARSITY = "tests/sparsity.py --size tiny --seeds 1 2 3 --json"
 STARTS = "tests/sparsity.py --size tiny --starts text text+cooc cooc --shares 5 10 25"
 BODIES = "tests/sparsity.py --body --seeds 1 2 3"
-WORDS = "tests/sparsity.py --words --shares 10 100 --seeds 1 2 3 --json"
+WORDS = "tests/sparsity.py --words --shares 10 --seeds 1 2 3 --json"
 BENCH = "evaluate.py --bench --runs RUNS/teacher-s1 RUNS/student-s1 RUNS/student-small-s1 RUNS/student-tiny-s1 --json"
 STUDIES = {  # by data set, what else the READMEs report: FILE.json and its command
     "ml-1m": {"bench": BENCH, "sparsity": SPARSITY, "starts": f"{STARTS} --json",
@@ -112,6 +113,11 @@ def evaluation(data: str, names: list[str], seeds: list[int], part: str) -> list
     return [*words, "--runs", *folders]
 
 
+def ended(data: str, name: str, seeds: list[int]) -> bool:
+    """Whether all runs of a model are trained."""
+    return all((ROOT / folder(data, f"{name}-s{seed}") / "metrics.json").exists() for seed in seeds)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train, evaluate and draw what the READMEs report.")
     parser.add_argument("--only", nargs="+", choices=tuple(DATA), default=list(DATA), help="data sets (default: all)")
@@ -126,7 +132,8 @@ def main() -> None:
         names = [name for name in models_of(data) if name in (args.models or MODELS)]
         commands += [training(data, name, seed) for name in names for seed in args.seeds]
         parts = [part for part in args.parts if part == "test" or not data.endswith("-final")]
-        commands += [evaluation(data, names, args.seeds, part) for part in parts if names]
+        shown = [name for name in models_of(data) if name in names or ended(data, name, args.seeds)]
+        commands += [evaluation(data, shown, args.seeds, part) for part in parts if names]
         for file, study in STUDIES.get(data, {}).items() if not args.models else ():
             words = f"{filled_in(study, data)} results/{data}/{file}.json {DATA[data]}"
             commands.append([sys.executable, *shlex.split(words)])

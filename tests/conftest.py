@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from data import InputError, Interactions
 
 ROOT = Path(__file__).parent.parent
+REAL = Path(os.environ.get("PREBERT_DATA") or ROOT / "data").resolve()  # where it is missing, its tests are skipped
 HEAD = "user_id:token\titem_id:token\ttimestamp:float\n"
 TINY = ["--epochs", "2", "--max-length", "16", "--tokens", "256", "--eval-users", "20"]
 

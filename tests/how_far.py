@@ -8,6 +8,7 @@ The slope of a column is the exponent p of cost ~ size^p between the first and t
 import argparse
 import json
 import math
+import shlex
 import subprocess
 import sys
 import time
@@ -89,7 +90,7 @@ def main() -> None:
     args = parser.parse_args()
     folder = args.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    report: dict = {"machine": machine(), "rows": [], "slopes": {}}
+    report: dict = {"command": shlex.join(["python", *sys.argv]), "machine": machine(), "rows": [], "slopes": {}}
     known: dict[tuple, dict] = {}
     for place, (group, cases) in enumerate(GROUPS.items()):
         for case in cases:

@@ -465,15 +465,17 @@ def main() -> None:
         return work(*args.worker, args.threads)
     from prebert import machine
 
+    command = shlex.join(["python", *sys.argv])
     if args.accuracy:
         report = accuracy(args.data, args.runs, args.models, args.length, args.minutes, args.venvs.resolve())
-        report = {"command": shlex.join(["python", *sys.argv]), "machine": machine(), **report}
+        report = {"command": command, "machine": machine(), **report}
         if args.json:
             args.json.write_text(json.dumps(report, indent=1) + "\n")
             print(f"written to {args.json}")
         return None
     report = float32(args.rounds) if args.float32 else compare(args.venvs.resolve(), args.rounds, args.threads)
-    report = {"machine": machine(), "threads": args.threads, "shape": f"{HIDDEN} x {LAYERS}, length {LENGTH}", **report}
+    shape = f"{HIDDEN} x {LAYERS}, length {LENGTH}"
+    report = {"command": command, "machine": machine(), "threads": args.threads, "shape": shape, **report}
     for kind, ratio in report["ratios"].items():
         print(f"{kind:<20}{ratio:6.2f} x")
     if args.json:

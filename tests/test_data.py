@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import HEAD, hand_log, inside
+from conftest import HEAD, REAL, hand_log, inside
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -1030,3 +1030,16 @@ def test_columns_are_named_once():
     for text in ("item=a,item=b", "item", "item=", "shelf=a", "user=Customer, Name"):
         with pytest.raises(argparse.ArgumentTypeError, match="is not of the form"):
             data.column_names(text)
+
+
+@pytest.mark.parametrize(
+    "log, counts",
+    [
+        ("ml-1m/ratings.dat", "6,040 users, 3,416 items, 999,611 interactions"),
+        ("amazon-beauty/beauty.inter", "22,363 users, 12,101 items, 198,502 interactions"),
+    ],
+)
+def test_the_cards_of_real_data(tmp_path, log, counts):
+    if not (REAL / log).exists():
+        pytest.skip(f"needs {REAL / log}")
+    assert counts in inside("data.py", "--data", REAL / log if ".inter" in log else "ml-1m", "--root", REAL, cwd=tmp_path)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import sparsity
 import torch
-from conftest import TINY, hand_log
+from conftest import REAL, TINY, hand_log, inside
 
 from data import SPLITS, Spans, leave_one_out, pad_left
 from evaluate import (
@@ -166,10 +166,20 @@ def test_every_pair_is_compared_seeds_being_averaged(capsys):
     gains = {frozenset((pair["better"], pair["worse"])): pair["gain"] for pair in pairs}
     assert len(pairs) == 6 and gains[frozenset(("teacher", "student"))] == pytest.approx(0.75 / 0.625 - 1)
     assert gains[frozenset(("teacher", "none"))] is None and gains[frozenset(("none", "nil"))] is None  # not NaN
+    assert all((pair["ci95"] is None) == (pair["gain"] is None) for pair in pairs)
     assert all(2 / DRAWS <= pair["p"] <= 1 for pair in pairs)
     assert seeds == {"student": {"seeds": 2, "mean": pytest.approx(0.625), "std": pytest.approx(0.75 / 2**0.5)}}
     printed = capsys.readouterr().out
     assert "teacher over student: +20.00% NDCG@10" in printed and "nan" not in printed.lower()
+
+
+def test_the_interval_of_a_gain_is_that_of_a_mean_of_many():
+    generator = torch.Generator().manual_seed(0)
+    worse = torch.rand(1, 10_000, generator=generator).double() + 0.5
+    better = worse + 0.1 + torch.randn(1, 10_000, generator=generator).double()
+    (pair,), _ = compare({"a": list(better), "b": list(worse)}, np.arange(10_000))
+    half = 1.96 * ((better - worse).std() / 100 / worse.mean()).item()  # by the normal distribution
+    assert pair["ci95"] == pytest.approx([pair["gain"] - half, pair["gain"] + half], abs=0.1 * half)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -177,7 +187,7 @@ def test_a_p_at_the_floor_is_printed_as_at_most(capsys, sign):
     better, worse = torch.full((400,), 0.5).double(), torch.full((400,), 0.25).double()
     values = {"a": [better], "b": [worse]} if sign > 0 else {"b": [worse], "a": [better]}
     (pair,), _ = compare(values, np.arange(400))
-    assert (pair["better"], pair["p"]) == ("a", 2 / DRAWS)
+    assert (pair["better"], pair["p"], pair["ci95"]) == ("a", 2 / DRAWS, [1.0, 1.0])  # twice as good for everybody
     assert "p <= 0.001" in capsys.readouterr().out.replace("≤", "<=")
 
 
@@ -203,3 +213,12 @@ def test_sparsity_trains_on_a_share_of_the_users_and_evaluates_everybody(ring, t
         first, second = (read_safetensors(tmp_path / run / "model.safetensors") for run in runs)
         name = "encoder.layers.0.feed_forward.up.weight"
         assert first[name].shape == second[name].shape and abs(first[name] - second[name]).mean() > 0.01
+
+
+@pytest.mark.skipif(not (REAL / "ml-1m/ratings.dat").exists(), reason="needs ML-1M")
+def test_the_released_student_has_the_figures_of_the_readme(tmp_path):
+    printed = inside("evaluate.py", "--root", REAL, "--json", "o.json", cwd=tmp_path)
+    row = json.loads((tmp_path / "o.json").read_text())["rows"][2]
+    assert "evaluating the released student" in printed and row["name"] == "student"
+    assert (round(row["NDCG@10"], 4), round(row["HR@10"], 4)) == (0.2090, 0.3483)
+    assert len(row["curve"]) > 5 and max(quality for _, quality in row["curve"]) == pytest.approx(0.2162, abs=1e-4)

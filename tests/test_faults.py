@@ -40,7 +40,7 @@ from evaluate import hit_rate, ndcg, target_ranks
 from prebert import VERSION, load_run, peak_memory_gb, read_safetensors, write_safetensors
 from student import Recommender
 
-KILLS = int(os.environ.get("KILLS", "5"))  # the README's figure: KILLS=50 MUTANTS=100000
+KILLS = int(os.environ.get("KILLS", "5"))  # by hand, before a release: KILLS=50 MUTANTS=100000
 MUTANTS = int(os.environ.get("MUTANTS", "10000"))
 
 

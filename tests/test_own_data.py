@@ -35,6 +35,9 @@ from teacher import join_processes, world
 from test_prebert import bert_folder
 from test_student import write_run
 
+sys.path.insert(0, str(ROOT / "results"))
+import run as results_run
+
 ON_RING = ["--no-kd", "--size", "tiny", "--item-init", "cooc", *TINY]
 BEST = [*ON_RING[:-8], *TINY[2:]]  # the same without --epochs
 
@@ -665,8 +668,8 @@ def test_text_columns_of_new_items_are_those_that_their_texts_would_have_had(tra
     chance = random.Random(1)
     texts = [" ".join(chance.choice(["toy", "story"]) for _ in range(8)) for _ in range(distinct)] * (60 // distinct)
     read = encode_texts(*bert, [*texts[:59], ""])  # an item without a text stands where the others do on average
-    write_safetensors(run / "texts.safetensors", {"texts": read.half()})
-    columns = text_columns(read, 64)
+    columns, directions = text_columns(read, 64)
+    write_safetensors(run / "texts.safetensors", {"texts": read.half(), "directions": directions})
     write_safetensors(run / "model.safetensors", with_text_columns(model, columns).state_dict())
     recommend = Recommender(run, k=100, compile=False)
     recommend.add_items({"new": texts[9], "other": texts[20], "": " ", "unseen": "story"})
@@ -716,7 +719,7 @@ def test_a_run_keeps_what_bert_read_of_its_items(tmp_path):
     namespace = argparse.Namespace(teacher=[str(run)], device="cpu", **empty)
     (answering,), _, in_scores = load_teachers(namespace, load_dataset(str(log)))
     # Texts count beside the rows that training left, which is what a student learns from.
-    wide, columns = load_run(run)[0], text_columns(expected, 64)
+    wide, (columns, _) = load_run(run)[0], text_columns(expected, 64)
     assert wide.item_embedding.weight.shape == (62, 64 + columns.shape[1])
     assert in_scores and answering.item_embedding.weight.shape == (62, 64)
     plain, history = with_text_columns(wide), torch.tensor([[5, 6, 7]])
@@ -751,6 +754,20 @@ def test_texts_are_in_the_scores_where_a_model_or_its_teacher_starts_from_them(t
     assert "has ended" in inside("distill.py", *both, "--resume", cwd=tmp_path)
     inside("teacher.py", *flags, "--item-init", start, "--overwrite", "--seed", 7, cwd=tmp_path)
     assert "trained anew" in inside("distill.py", *both, "--resume", cwd=tmp_path, expect=2)
+
+
+def test_some_models_are_evaluated_beside_those_that_are_trained(tmp_path, monkeypatch, capsys):
+    flags = ["--only", "steam", "--models", "student-tiny", "--seeds", "1", "2", "--list"]
+    monkeypatch.setattr(results_run, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["run.py", *flags])
+    for made in ("teacher-s1", "teacher-s2", "student-s1"):
+        (tmp_path / "runs/steam" / made).mkdir(parents=True)
+        (tmp_path / "runs/steam" / made / "metrics.json").write_text("{}")
+    results_run.main()
+    *trained, _, test = capsys.readouterr().out.splitlines()
+    assert len(trained) == 2 and all("--size tiny" in line for line in trained)
+    shown = test.partition(" --runs ")[2].split()
+    assert shown == [f"runs/steam/{name}-s{seed}" for name in ("teacher", "student-tiny") for seed in (1, 2)]
 
 
 def test_the_commands_behind_the_results_have_flags_that_exist():

@@ -232,13 +232,13 @@ def test_text_columns_add_the_likeness_to_the_newest_items(causal):
 def test_products_of_text_columns_are_cosines_as_far_as_they_go():
     vectors = torch.randn(50, 40) + 3
     vectors[49] = vectors[:49].mean(0)  # as of an item without a text
-    columns = text_columns(vectors, 64)
+    columns, _ = text_columns(vectors, 64)
     middle = vectors[:49] - vectors.mean(0)
     cosines = F.cosine_similarity(middle[:, None], middle[None], dim=2)
     assert torch.allclose(columns[:49] @ columns[:49].T, cosines, atol=1e-4) and columns[49].norm() < 0.01
     many = torch.randn(300, 200) * torch.linspace(2, 0, 200)
     unit = F.normalize(many - many.mean(0), dim=1)
-    wanted, best = unit @ unit.T, text_columns(many, 64)
+    wanted, best = unit @ unit.T, text_columns(many, 64)[0]
     left, sizes, right = torch.linalg.svd(wanted)
     assert best.shape[1] == 64 and torch.allclose(best @ best.T, left[:, :64] * sizes[:64] @ right[:64], atol=1e-3)
 

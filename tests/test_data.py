@@ -1042,4 +1042,5 @@ def test_columns_are_named_once():
 def test_the_cards_of_real_data(tmp_path, log, counts):
     if not (REAL / log).exists():
         pytest.skip(f"needs {REAL / log}")
-    assert counts in inside("data.py", "--data", REAL / log if ".inter" in log else "ml-1m", "--root", REAL, cwd=tmp_path)
+    name = REAL / log if log.endswith(".inter") else "ml-1m"
+    assert counts in inside("data.py", "--data", name, "--root", REAL, cwd=tmp_path)

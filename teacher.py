@@ -28,7 +28,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -733,20 +733,7 @@ def main() -> None:
     loss = partial(item_loss, label_smoothing=args.label_smoothing, sampler=sampler)
     train(model, loss, data, parts, run, args, describe(data, model, args))
     keep_texts(run, data, reader, "text" in args.item_init)
-    suffix = "-all" * args.all + "-final" * args.final
-    plain, student = str(run).removesuffix(suffix), run.with_name("student")
-    more = ["--overwrite"] if run.with_name(f"student{suffix}").exists() else []
-    with suppress(InputError):  # no student yet, or a broken one
-        more += ["--size", str(read_run(student)[0]["settings"].get("size", "base"))]
-        more += ["--start", str(student)] if args.start and (student / "model.safetensors").exists() else []
-    if not args.start and suffix and not Path(plain, "metrics.json").exists():
-        more += ["--epochs", str(args.epochs)]
-    commands = [command_line("distill.py", *data_flags(args), "--teacher", str(run), *more)]
-    if suffix and Path(plain, "metrics.json").exists() and not (student / "metrics.json").exists():
-        # The student's own best epoch tells how long.
-        args.all = args.final = False
-        commands.insert(0, command_line("distill.py", *data_flags(args), "--teacher", plain))
-    print(f"the best weights are in {run}; next: " + "\nthen: ".join(commands))
+    print(f"the best weights are in {run}; next:", command_line("distill.py", *data_flags(args), "--teacher", str(run)))
 
 
 if __name__ == "__main__":

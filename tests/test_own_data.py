@@ -479,6 +479,11 @@ def test_training_on_validation_too_leaves_test_alone(trained):
     words = inside("distill.py", *flags, *BEST, "--overwrite", cwd=trained, expect=2)
     assert "does not tell the best epoch" in words
     (trained / RUN / "metrics.json").write_text(log)
+    curve = (trained / RUN / "log.csv").read_text()
+    for rest, wrong in ((curve.splitlines()[0], "does not tell the best"), (f"{curve}3,x\n", "log.csv is broken")):
+        (trained / RUN / "log.csv").write_text(rest)
+        assert wrong in inside("distill.py", *flags, *BEST, "--overwrite", cwd=trained, expect=2)
+    (trained / RUN / "log.csv").write_text(curve)
     for name in ("student-no-kd-final", "on-final"):
         shutil.rmtree(trained / "runs/ring" / name)
 

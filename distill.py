@@ -80,7 +80,7 @@ def with_counts(answers: Tensor, counts: Tensor, columns: Tensor, share: float) 
     """Log of (1 - share) softmax(answers) + share * what followed the newest item in the training part, (Q, I).
 
     counts (Q, I): how often each item followed. One is this very question's, at its label's column, columns (Q,): it is
-    taken off, not to give the label away. Where nothing else ever followed, answers stay.
+    subtracted, not to give the label away. If nothing else ever followed, the answers stay as they are.
     """
     counts = counts.scatter_add(1, columns[:, None], counts.new_full((len(columns), 1), -1))  # (Q, I)
     total = counts.sum(1, keepdim=True)  # (Q, 1)

@@ -126,7 +126,7 @@ def two_sided(differences: np.ndarray) -> float:
 
 
 def popularity(train: Spans, num_items: int) -> Scorer:
-    """Score = how often an item occurs in the training part, whoever asks."""
+    """Score = how often an item occurs in the training part, the same for all users."""
     counts = item_counts(train, num_items).double()  # (I,)
     return lambda history: counts.expand(len(history), -1)
 

@@ -43,7 +43,7 @@ from data import (
 
 @dataclass(frozen=True)
 class BertConfig:
-    """Shape of an encoder, MiniLM's where nothing is said, under the names of Hugging Face's config.json."""
+    """Shape of an encoder, by default MiniLM's, with the names of Hugging Face's config.json."""
 
     hidden_size: int = 384
     num_hidden_layers: int = 6
@@ -312,7 +312,7 @@ RENAMES = {  # Hugging Face's words -> ours, replaced in this order
 
 
 def rename_bert_weights(tensors: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """Weights under our names, query / key / value joined, and names of other weights; InputError for two encoders."""
+    """Weights under our names, with query, key and value joined, and names of the rest; InputError for two encoders."""
     ours, ignored = {}, []
     for name, tensor in tensors.items():
         if not (inside := ENCODER.match(name)):
@@ -333,9 +333,9 @@ def rename_bert_weights(tensors: dict[str, Tensor], path: Path) -> tuple[dict[st
 
 
 def config_of(tensors: dict[str, Tensor], raw: dict, path: Path) -> BertConfig:
-    """Sizes as the tensors have them, the rest as config.json says; InputError if that is no model.
+    """The sizes of the tensors, and the rest from config.json; InputError if that is no model.
 
-    So the memory that a model takes is bounded by the file, whatever is written beside it.
+    So a model takes no more memory than its file, whatever config.json says.
     """
     table = tensors.get("position_embedding.weight", torch.empty(0))
     hidden = table.shape[1] if table.ndim == 2 and len(table) else 0
@@ -382,7 +382,7 @@ CONVERT = (
 
 
 def find_bert(source: str) -> Path:
-    """The folder of a BERT: `source`, or where its download is if it is a name of HUB or ORG/NAME; else InputError."""
+    """The folder of a BERT: `source` itself, or the download of a name of HUB or of ORG/NAME; else InputError."""
     if Path(source).is_dir():
         return Path(source)
     if source not in HUB and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):
@@ -602,7 +602,7 @@ def read_run(run: Path, data: Interactions | None = None) -> tuple[dict, dict]:
 
 
 def check_catalogue(run: Path, config: dict, catalogue: dict, data: Interactions) -> None:
-    """InputError unless a run was trained on these interactions: one of others may have been trained on targets."""
+    """InputError unless a run was trained on these interactions: another may have been trained on the targets."""
     if config["split"] != data.split:
         held_out = HELD_OUT.get(config["split"], config["split"])
         raise InputError(f"{run}: its split is {held_out}, not {HELD_OUT[data.split]}")
@@ -658,7 +658,7 @@ def without_seed(config: dict) -> str:
 
 
 def machine() -> dict:
-    """What a reader must know to compare times."""
+    """Processor, cores, PyTorch and GPU: what one must know to compare times."""
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), cpu)
@@ -813,16 +813,16 @@ def nearby(new: Tensor, known: Tensor, rows: Tensor, bias: Tensor, count: int = 
 
 
 def same_column(config: dict, data: Interactions) -> None:
-    """A note where the log's items come from a column of another name than the run's, and may be others."""
+    """Print a note if the log's column of items has another name than the run's: its ids may mean other items."""
     if (was := config.get("item_name")) and was != data.item_name:
         print(f"note: the run's items were the column {was}, here {data.item_name}: are these the same ids?")
 
 
 def check_start(run: str, config: dict, catalogue: dict, data: Interactions, filters: dict[str, int]) -> None:
-    """InputError where what is held out here may have been trained on in the run that --start begins from.
+    """InputError if the run that --start begins from may have been trained on what is held out here.
 
-    So it may where the run's log was longer, another as long or held out otherwise, where items are gone, and where its
-    filter was looser. filters: min_items, min_length and fraction of `data`.
+    It may have been if its log was longer, as long but another, or split in another way, if some of its items are gone,
+    or if its filter was looser. filters: min_items, min_length and fraction of `data`.
     """
     split, longer = config["split"], config["interactions"] - len(data.items)
     if data.split not in (split, f"{split}-final"):
@@ -836,7 +836,7 @@ def check_start(run: str, config: dict, catalogue: dict, data: Interactions, fil
                          "not just grow, and what it was trained on may be held out here; use --all")  # fmt: skip
     for key, now in filters.items():
         was = config["settings"].get(key)
-        # Of more of the log, the newest tenth of the sessions begins earlier.
+        # With more of the log, the newest tenth of the sessions begins earlier.
         if type(was) is int and (now > was or (now < was and data.split == "sessions")):
             raise InputError(f"--start {run}: it had --{key.replace('_', '-')} {was}; with another, what it was "
                              "trained on may be held out here")  # fmt: skip

@@ -121,7 +121,7 @@ def compile_ahead(graph: TopK, package: Path) -> Callable:
 
 
 def native(run: Path, graph: TopK, compile: bool) -> Callable | None:
-    """The compiled graph of a run, or None where nobody compiled it; with `compile`, made where there is none.
+    """The compiled graph of a run, or None if it was never compiled; with `compile`, compiled now if it was not.
 
     It is kept in the user's own cache, as the run folder may come from a stranger, and named after all that it depends
     on. Raises InputError where there is no cache, or it cannot be made or loaded.
@@ -305,7 +305,7 @@ class Recommender:
 
 
 def composed(name: str) -> str:
-    """Accents in one spelling: an e with an accent is one character or two, as keyboards and files differ."""
+    """A name with its accents in one spelling: keyboards and files write é as one character or as two."""
     return unicodedata.normalize("NFC", name)
 
 

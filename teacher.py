@@ -160,7 +160,7 @@ def draw_batch(
 
 
 def some_targets(valid: Spans, count: int) -> Tensor:
-    """Which validation targets are looked at: random ones, `count` of them, the same every time."""
+    """Numbers of at most `count` validation targets, drawn at random, the same every time."""
     return torch.randperm(len(valid.targets), generator=Generator().manual_seed(0))[:count]
 
 
@@ -485,7 +485,7 @@ def candidate_logits(model: PreBert, states: Tensor, certain: Tensor, negatives:
 
 
 def make_sampler(args: argparse.Namespace, train_part: Spans, num_items: int) -> Sampler | None:
-    """None where the full catalogue fits; else half uniform, half by popularity in the training part."""
+    """None for the full softmax; else negatives are drawn half uniformly, half by popularity in the training part."""
     if args.negatives is None:
         return None
     print(f"sampled softmax: {args.negatives:,} shared negatives per batch instead of all {num_items:,} items")
@@ -521,7 +521,7 @@ def add_training_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict]
         f"student is tiny, else with a teacher as for twice the interactions; at least {LEAST_DROPOUT}")  # fmt: skip
     add("--label-smoothing", type=number(0, 0.9), help=f"share of labels for all items {by_recipe('label_smoothing')}")
     add("--near-identity", action=argparse.BooleanOptionalAction,
-        help=f"at first, body and head nearly hand on what they read (default: below {SPARSE} interactions per item, "
+        help=f"body and head begin near the identity (default: below {SPARSE} interactions per item, "
         "unless users repeat items)")  # fmt: skip
     add("--warmup", type=number(0, 0.99), default=0.05, help="share of the budget that the rate rises (default: 0.05)")
     add("--weight-decay", type=number(0), default=0.01, help="(default: %(default)s)")

@@ -51,7 +51,7 @@ MODELS = {
     "RUNS/student-no-kd-s3",
     "student-of-teachers": "distill.py --teacher RUNS/teacher-s1 RUNS/teacher-s2 RUNS/teacher-s3",
     "teacher-masked": "teacher.py --objective masked --epochs 16 --patience 16",
-    "student-masked": "distill.py --teacher RUNS/teacher-masked-sSEED",
+    "student-masked": "distill.py --teacher RUNS/teacher-masked-sSEED --epochs 40 --patience 40",
     "bert4rec": "distill.py --no-kd --objective masked --item-init cooc --epochs 60 --patience 60",
 }
 NEW_ITEMS = "tests/new_items.py runs/new-items --size tiny --epochs 12 --seeds 1 2 3 --json"

@@ -20,6 +20,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+from data import run_command  # noqa: E402
+
 BEAUTY = Path(os.environ.get("PREBERT_DATA", "data")) / "amazon-beauty/beauty.inter"
 DATA = {  # flags of every script
     "ml-1m": "--data ml-1m",
@@ -146,4 +149,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -44,8 +44,8 @@ from teacher import (
 
 States = Callable[[Batch], list[Tensor]]  # every teacher's states where a batch asks, (Q, D) each
 TEACHER_TOP = 64  # with a sampled softmax: how many of the teachers' likeliest items are always candidates
-BOTH = dict(lr=3e-3, body_lr=3e-3, tokens=4096, least_tokens=512, dropout=0.5, label_smoothing=0.0)
-RECIPES: dict[str, dict] = {"next": {"epochs": 8, **BOTH}, "masked": {"epochs": 20, **BOTH}}
+BOTH = dict(lr=3e-3, body_lr=3e-3, tokens=4096, least_tokens=512, dropout=0.5, least_dropout=0.1, label_smoothing=0.0)
+RECIPES: dict[str, dict] = {"next": dict(epochs=8, **BOTH), "masked": dict(epochs=20, near_identity=False, **BOTH)}
 CACHE_AT_MOST = 2**32  # bytes of teachers' states
 
 

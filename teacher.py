@@ -55,20 +55,20 @@ from prebert import (
 
 Loss = Callable[[PreBert, Batch], Tensor]
 # Data with fewer interactions per item are sparse: item vectors may start from titles (`default_init`), texts count
-# in the scores (`keep_texts`), and models start `near_identity`, unless users come back to items.
+# in the scores (`keep_texts`), and students start `near_identity`, unless users come back to items.
 SPARSE = 100
 FULL_DROPOUT_TO = 32  # interactions per item; with each doubling above, dropout is 0.1 less
-LEAST_DROPOUT = 0.1
 TEXT_SIZE = 64  # columns of the item table for texts
 TITLES_TOO, TITLES_ALONE = 0.4, 0.6  # how well titles must predict, as a share of Markov's NDCG@10
 
 # What a kind of question needs. Next items are five times as many questions an epoch (all of them, not a MASK_RATE of
-# 0.2), so a model overfits earlier: fewer epochs, more dropout, smoothed labels. Epochs, learning rates and positions
-# in a batch are for a million interactions; see `settle` for less.
+# 0.2), so a model overfits earlier: fewer epochs, more dropout, smoothed labels; and a state may start as the row of
+# its item, `near_identity`. Epochs, learning rates and positions in a batch are for a million interactions; see
+# `settle` for less.
 BOTH = dict(lr=1e-3, body_lr=3e-4, tokens=2048, least_tokens=2048)
 RECIPES: dict[str, dict] = {
-    "next": dict(epochs=6, dropout=0.4, label_smoothing=0.1, **BOTH),
-    "masked": dict(epochs=10, dropout=0.1, label_smoothing=0.0, **BOTH),
+    "next": dict(epochs=6, dropout=0.4, least_dropout=0.2, label_smoothing=0.1, near_identity=True, **BOTH),
+    "masked": dict(epochs=10, dropout=0.1, least_dropout=0.1, label_smoothing=0.0, near_identity=False, **BOTH),
 }
 
 
@@ -518,11 +518,13 @@ def add_training_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict]
     add("--body-lr", type=number(0, above=True), help=f"the same for encoder and positions {by_recipe('body_lr')}")
     add("--dropout", type=number(0, 0.9), help=f"share of activations zeroed {by_recipe('dropout')} up to "
         f"{FULL_DROPOUT_TO} interactions per item; 0.1 less with each doubling; 0.2 less if users repeat items or a "
-        f"student is tiny, else with a teacher as for twice the interactions; at least {LEAST_DROPOUT}")  # fmt: skip
+        "student is tiny, else with a teacher as for twice the interactions; at least "
+        f"{recipes['next']['least_dropout']} on next items, "
+        f"{recipes['masked']['least_dropout']} on masked ones")  # fmt: skip
     add("--label-smoothing", type=number(0, 0.9), help=f"share of labels for all items {by_recipe('label_smoothing')}")
     add("--near-identity", action=argparse.BooleanOptionalAction,
-        help=f"body and head begin near the identity (default: below {SPARSE} interactions per item, "
-        "unless users repeat items)")  # fmt: skip
+        help="body and head begin near the identity (default: on next items, a teacher always, a student below "
+        f"{SPARSE} interactions per item, unless users repeat items)")  # fmt: skip
     add("--warmup", type=number(0, 0.99), default=0.05, help="share of the budget that the rate rises (default: 0.05)")
     add("--weight-decay", type=number(0), default=0.01, help="(default: %(default)s)")
     add("--max-length", type=number(3, kind=int), help="items the model reads (default: 200; a student as its teacher)")
@@ -599,10 +601,10 @@ def settle(args: argparse.Namespace, recipes: dict[str, dict], data: Interaction
     less = 0.2 if getattr(args, "size", "") == "tiny" or data.repeats else 0.0
     worth = len(data.items) / data.num_items * (2 if getattr(args, "teacher", None) and not less else 1)
     doublings = max(0.0, math.log2(worth / FULL_DROPOUT_TO))
-    dropout = max(LEAST_DROPOUT, round(recipe["dropout"] - 0.1 * doublings - less, 1))
+    dropout = max(recipe["least_dropout"], round(recipe["dropout"] - 0.1 * doublings - less, 1))
     tokens = max(recipe["least_tokens"], recipe["tokens"] // 2 ** round(math.log2(smaller)))
     smoothing = 0.0 if args.negatives else recipe["label_smoothing"]
-    near = sparse(data) and not data.repeats
+    near = recipe.get("near_identity", sparse(data) and not data.repeats)
     fill_in(args, tokens=tokens, dropout=dropout, label_smoothing=smoothing, near_identity=near)
     scale = min(1.0, args.tokens / recipe["tokens"]) ** 0.5  # a step of fewer questions says less, and may change less
     fill_in(args, lr=recipe["lr"] * scale, body_lr=recipe["body_lr"] * scale)

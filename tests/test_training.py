@@ -467,8 +467,8 @@ def test_recipes_fill_in_what_the_flags_left_open_and_help_shows_them(ring, tmp_
     log = replace(load_dataset(str(ring)), items=np.ones(1_000_000, np.int64))
     open_ = {**dict.fromkeys(RECIPES["next"]), "max_length": None, "patience": None}
     for given, recipe in (
-        (["--objective", "masked"], (10, 0.1, 0.0)), (["--objective", "next"], (6, 0.1, 0.1)),
-        (["--objective", "next", "--negatives", "4"], (6, 0.1, 0.0)),  # smoothing needs the whole catalogue
+        (["--objective", "masked"], (10, 0.1, 0.0)), (["--objective", "next"], (6, 0.2, 0.1)),
+        (["--objective", "next", "--negatives", "4"], (6, 0.2, 0.0)),  # smoothing needs the whole catalogue
         (["--objective", "next", "--dropout", "0", "--label-smoothing", "0"], (6, 0.0, 0.0)),
     ):  # fmt: skip
         args = options(log, *given, **open_)
@@ -492,8 +492,14 @@ def test_recipes_fill_in_what_the_flags_left_open_and_help_shows_them(ring, tmp_
             settle(args, distill.RECIPES, data)
             sparse = not data.repeats and len(data.items) < 100 * data.num_items
             assert args.dropout == expected and args.near_identity == sparse
-    for count, dropout in ((32, 0.4), (64, 0.3), (128, 0.2), (600, 0.1)):  # a teacher's own
-        assert options(per_item[count], "--objective", "next", dropout=None).dropout == dropout
+    for count, dropout in ((32, 0.4), (64, 0.3), (128, 0.2), (600, 0.2)):  # a teacher's own
+        own = options(per_item[count], "--objective", "next", dropout=None)
+        assert own.dropout == dropout and own.near_identity
+    for recipes in (RECIPES, distill.RECIPES):  # masked items ask for what is not the newest item
+        args = parser.parse_args(["--objective", "masked"])
+        settle(args, recipes, few)
+        assert args.near_identity is False
+    assert options(per_item[600], "--objective", "masked", dropout=None).dropout == 0.1
     args = parser.parse_args(["--objective", "next", "--no-near-identity"])
     settle(args, distill.RECIPES, few)
     assert args.near_identity is False
@@ -517,8 +523,8 @@ def test_recipes_fill_in_what_the_flags_left_open_and_help_shows_them(ring, tmp_
         options(log, "--negatives", "4", "--label-smoothing", "0.1")
     for script, recipes in (("teacher.py", RECIPES), ("distill.py", distill.RECIPES)):
         shown = inside(script, "--help", cwd=tmp_path)
-        for key in recipes["next"]:
-            flag = "--" + key.removeprefix("sparse_").removeprefix("least_").replace("_", "-")
+        for key in recipes["next"].keys() - {"near_identity"}:  # that flag takes no number
+            flag = "--" + key.removeprefix("least_").replace("_", "-")
             words = " ".join(re.search(rf"\n  {flag} .*?(?=\n  --|\Z)", shown, re.DOTALL)[0].split())
             for recipe in recipes.values():
                 assert re.search(rf"(?<![\d.]){recipe[key]:g}(?![\d.]*\d)", words), words

@@ -3,8 +3,7 @@
     python data.py --data ml-1m
 
 Prints what is in a dataset: on ML-1M 6,040 users, 3,416 items and 999,611 interactions after 5-core filtering (users
-and items with fewer than five are left out, repeatedly), 3 seconds on two CPU cores. `--data` is the name of a public
-set or a path to a table of your own with a header.
+and items with fewer than five are left out, repeatedly), 3 seconds on two CPU cores.
 
 The first 420 lines are what a recommender needs to know; the rest is about files. In order: sequences -> batches ->
 questions -> filtering -> lines -> tables -> public datasets -> datasets by name or path -> the command.
@@ -40,7 +39,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
-from operator import methodcaller
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -374,8 +372,8 @@ REPEATS_FROM = 0.01  # of a log's interactions; fewer are accidents
 
 
 def build(
-    name: str, clicks: Clicks, titles: dict[str, tuple[str, str]], taken: dict[str, str], min_items: int,
-    min_length: int, fraction: int, once: bool,
+    name: str, clicks: Clicks, titles: dict[str, tuple[str, str]], taken: dict[str, str], item_name: str,
+    min_items: int, min_length: int, fraction: int, once: bool,
 ) -> Interactions:  # fmt: skip
     """Filter, sort by time within users (ties keep the file's order) and number items by first appearance.
 
@@ -417,7 +415,7 @@ def build(
     user_ids = [clicks.raw_users[user] for user in users[starts]]
     offsets, first_times = np.append(starts, len(core)), clicks.times[core[starts]]
     arrays = (items + 1, offsets, raw_ids, shown, texts, user_ids, first_times)
-    return Interactions(name, *arrays, repeats, taken, exclude_seen=not repeats)
+    return Interactions(name, *arrays, repeats, taken, exclude_seen=not repeats, item_name=item_name)
 
 
 # ---------------------------------------------------------------- lines
@@ -525,25 +523,26 @@ def open_table(path: Path) -> tuple[list[str], Callable]:
     Fields are split as in CSV: not inside quotes, in which a quote is written twice. With tabs, that is so only if the
     header has quotes; otherwise every tab splits, and `rows_of` removes the quotes around whole fields.
     """
-    lines = read_lines(path)
+    lines, dropped = read_lines(path), ""
     if path.name in OFFICIAL:
         line_of, first = OFFICIAL[path.name]
         lines = map(line_of, filter(str.strip, lines))
     elif re.fullmatch(r'"?sep=."?\s*', first := next(lines, "")):  # for Excel
-        first = next(lines, "")
+        dropped, first = "\n", next(lines, "")
     if not first.strip():
         raise InputError(f"{path}: its first line is empty; a header with the names of columns must be there")
     separator = max("\t,;|", key=re.sub('"[^"]*"', "", first).count)
     quoting: Any = csv.QUOTE_NONE if separator == "\t" and '"' not in first else csv.QUOTE_MINIMAL
-    text = itertools.chain([first], lines)
+    text = itertools.chain(dropped, [first], lines)  # an empty line in its place, for the numbers of the others
     rows: Any = csv.reader(text, delimiter=separator, quoting=quoting, skipinitialspace=True, strict=True)
     try:
-        header = next(rows)
+        header = next(filter(None, rows))
     except csv.Error as error:
         raise InputError(f"{path}:1: this is no header of CSV ({error}): {first.strip()[:60]!r}") from error
-    names = [re.sub(":(token|float)(_seq)?$", "", name).strip() for name in header]  # RecBole writes user_id:token
+    # RecBole writes user_id:token; pandas leaves its index without a name.
+    names = [re.sub(":(token|float)(_seq)?$", "", name).strip() or f"column {n}" for n, name in enumerate(header, 1)]
     for name, word in zip(names, plain(names), strict=True):
-        if word and plain(names).count(word) > 1:
+        if plain(names).count(word) > 1:
             raise InputError(f"{path}:1: column {name!r} occurs twice; rename one, or write a header first")
     return names, partial(rows_of, path, header, rows)
 
@@ -558,10 +557,11 @@ def unquoted(fields: list[str]) -> list[str]:
 def rows_of(path: Path, header: list[str], rows: Any, parse: Callable, examples: list[str]) -> Iterator:
     """What `parse` returns for each row; rows at which it raises go to `examples`, more than 1 % are an InputError.
 
-    Left out are empty rows and the headers of files that were joined.
+    Left out are empty rows and the headers of files that were joined. A line that OFFICIAL refuses never reaches the
+    reader, whose line_num does not count it.
     """
     width, tabs = len(header), rows.dialect.quoting == csv.QUOTE_NONE and path.name not in OFFICIAL
-    lost = unread = 0  # lines; unread are those that OFFICIAL refused, which the reader does not count
+    lost = unread = 0  # lines; unread are those that OFFICIAL refused
     while True:
         before = rows.line_num
         try:
@@ -700,7 +700,8 @@ def find_columns(
 def check_time(path: Path, names: list[str], places: dict[str, int | None], levels: list[int]) -> None:
     """InputError if another column may tell the time better than the one taken as the time, or than no column.
 
-    levels: see `how_fine`; here -1 is no time.
+    Without a time, or beside a clock, any column of dates is asked about; else one that tells the time more finely and
+    is called like a time. levels: see `how_fine`; here -1 is no time.
     """
     when = places["time"]
     clock = place_of(["" if level else name for name, level in zip(names, levels, strict=True)], TIME_OF_DAY)
@@ -877,9 +878,7 @@ def python2_dict(line: str) -> dict[str, str]:
     Token by token, as texts hold quotes, braces and things that look like other fields; faster than literal_eval.
     """
     fields, end = {}, 1
-    for pair in PAIR.finditer(line, end):
-        if pair.start() != end:
-            break
+    while pair := PAIR.match(line, end):
         fields[pair[1].lstrip("u")[1:-1]], end = pair[2], pair.end()
     if not fields or line[0] != "{" or end != len(line):
         raise ValueError(f"expected {{'key': value, ...}}; unreadable at column {end}")
@@ -905,8 +904,8 @@ def steam_game(line: str) -> str:
 
 
 OFFICIAL: dict[str, tuple[Callable[[str], str], str]] = {  # files without a header: what makes their lines fit this one
-    "ratings.dat": (methodcaller("replace", "::", "\t"), "user_id\titem_id\trating\ttimestamp"),
-    "movies.dat": (methodcaller("replace", "::", "\t"), "item_id\ttitle\tgenres"),
+    "ratings.dat": (lambda line: line.replace("::", "\t"), "user_id\titem_id\trating\ttimestamp"),
+    "movies.dat": (lambda line: line.replace("::", "\t"), "item_id\ttitle\tgenres"),
     "steam_reviews.json.gz": (steam_review, "username\tproduct_id\tdate"),
     "steam_games.json.gz": (steam_game, "id\ttitle\tgenres\ttags\tdeveloper"),
     "yoochoose-clicks.dat": (str, "session_id,timestamp,item_id,category"),
@@ -1089,8 +1088,7 @@ def load_dataset(
     clicks, taken, item_name = read_log(paths[0], columns or {}, sessions)
     titles, taken["titles"] = read_titles(paths[1], item_name) if paths[1:] else ({}, "no file of titles was found")
     once = name in PUBLIC and PUBLIC[name].once
-    data = build(dataset_name(name), clicks, titles, taken, min_items, min_length, fraction, once)
-    data = replace(data, item_name=item_name)
+    data = build(dataset_name(name), clicks, titles, taken, item_name, min_items, min_length, fraction, once)
     if titles_file and not any(data.texts):
         raise InputError(f"--titles {titles_file}: {data.taken['titles']}")
     if len(paths) > 1 and not any(data.texts):
@@ -1160,11 +1158,9 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("data").add_argument
     add("--data", default="ml-1m", help=f"{', '.join(PUBLIC)} or a path to a .inter, .csv or .tsv file")
     add("--root", help="folder of datasets (default: $PREBERT_DATA, else ./data)")
-    add("--columns", type=column_names, action="append", default=[], help="of your own file: user=NAME,item=NAME,"
-        "time=NAME,clock=NAME (beside a date),label=NAME")  # fmt: skip
+    add("--columns", type=column_names, action="append", default=[], help=f"KIND=NAME,... of {', '.join(COLUMNS)}")
     add("--titles", metavar="FILE", help="of its items, where they are not in x.item or x.items.csv beside x.inter")
-    add("--min-count", type=positive, help="users and items with fewer interactions are left out (default: 5; "
-        "student.py: 1)")  # fmt: skip
+    add("--min-count", type=positive, help="least interactions of a user and of an item (default: 5; student.py: 1)")
     add("--min-items", type=positive, help="the same for items alone")
     add("--min-length", type=positive, help="the same for users alone (default with --split sessions: 2)")
     add("--fraction", type=positive, default=1, metavar="N", help="keep the latest 1/N of the users")
@@ -1240,8 +1236,7 @@ def main() -> None:
     began = time.perf_counter()
     data = load_asked(args)
     print(card(data))
-    command = command_line("teacher.py", *data_flags(args))
-    print(f"loaded in {time.perf_counter() - began:.1f} s; next: {command}")
+    print(f"loaded in {time.perf_counter() - began:.1f} s; next:", command_line("teacher.py", *data_flags(args)))
 
 
 if __name__ == "__main__":

@@ -38,14 +38,16 @@ from prebert import (
 )  # fmt: skip
 from student import STUDENTS, MiniBert
 from teacher import (
-    Sampler, add_training_flags, autocast_dtype, candidate_logits, default_init, describe, draw_candidates,
+    SPARSE, Sampler, add_training_flags, autocast_dtype, candidate_logits, default_init, describe, draw_candidates,
     fill_in, first_weights, item_loss, join_processes, keep_texts, make_sampler, settle, sparse, train, world,
 )  # fmt: skip
 
 States = Callable[[Batch], list[Tensor]]  # every teacher's states where a batch asks, (Q, D) each
 TEACHER_TOP = 64  # with a sampled softmax: how many of the teachers' likeliest items are always candidates
-BOTH = dict(lr=3e-3, body_lr=3e-3, tokens=4096, least_tokens=512, dropout=0.5, least_dropout=0.1, label_smoothing=0.0)
-RECIPES: dict[str, dict] = {"next": dict(epochs=8, **BOTH), "masked": dict(epochs=20, near_identity=False, **BOTH)}
+BOTH = dict(lr=3e-3, body_lr=3e-3, tokens=4096, least_tokens=512, dropout=0.5, label_smoothing=0.0)
+RECIPES: dict[str, dict] = {
+    "next": dict(epochs=8, near_below=SPARSE, **BOTH), "masked": dict(epochs=20, near_below=0, **BOTH)
+}  # fmt: skip
 CACHE_AT_MOST = 2**32  # bytes of teachers' states
 
 
@@ -112,7 +114,8 @@ def student_loss(
         negatives, correction = draw_candidates(sampler, certain)
         pairs = zip(teachers, states, strict=True)
         scores = [candidate_logits(*pair, certain, negatives) + correction for pair in pairs]
-        answers = mean_of(scores) - correction  # (Q, 1 + TEACHER_TOP + N); the loss adds it again
+        # A mean needs corrected scores; the loss corrects by itself.
+        answers = mean_of(scores) - correction  # (Q, 1 + TEACHER_TOP + N)
     logits = candidate_logits(student, read, certain, negatives)
     return distillation_loss(logits, answers, torch.zeros_like(columns), temperature, alpha, correction)
 
@@ -153,8 +156,7 @@ def states_of(teacher: PreBert, part: Spans, dtype: torch.dtype) -> Tensor:
 def teacher_states(teachers: list[PreBert], part: Spans, dtype: torch.dtype, cache: bool) -> States:
     """A function that gives every teacher's states where a batch asks, computed then or looked up.
 
-    What a causal teacher says after an item depends on no question, so with `cache` its states are computed once, where
-    they take at most CACHE_AT_MOST: L x D numbers per teacher.
+    With `cache`, those of causal teachers are computed once, see `fixed_windows`, if CACHE_AT_MOST bytes can hold them.
     """
     size = sum(len(part.items) * teacher.config.hidden_size * dtype.itemsize for teacher in teachers)
     cache = cache and size <= CACHE_AT_MOST and all(teacher.config.causal for teacher in teachers)
@@ -198,7 +200,7 @@ def load_teachers(args: argparse.Namespace, data: Interactions) -> tuple[list[Pr
     Raises InputError if one was trained on other data or another kind of question.
     """
     teachers, made_by, read_by, in_scores = [], [], [], False
-    for run in [] if args.no_kd else args.teacher:
+    for run in args.teacher or []:
         teacher, config, _ = load_run(run, data)
         objective = "next" if teacher.config.causal else "masked"
         args.objective, args.max_length = args.objective or objective, args.max_length or teacher.max_length
@@ -231,7 +233,7 @@ def main() -> None:
     add("--no-kd", action="store_true", help="labels only, no teacher: the control")
     add("--no-cache", action="store_true", help="ask a teacher of next items at every step, not once for the whole log")
     add("--item-init", choices=("pca", *ITEM_INITS),
-        help="first item vectors (default: pca of the teacher's; with --no-kd as teacher.py's)")  # fmt: skip
+        help="first item vectors (default: pca of the first teacher's; with --no-kd as teacher.py's)")  # fmt: skip
     add("--bert", help="reads titles, for --item-init text and new items, see teacher.py (default: as the teacher's)")
     add_training_flags(parser, RECIPES)
     args = parser.parse_args()
@@ -245,9 +247,8 @@ def main() -> None:
     data = load_asked(args)
     asked = args.bert not in (None, "none")  # by the flag; load_teachers fills in the teacher's
     usual = f"runs/{data.name}/teacher{'-all' if args.all else '-final' if args.final else ''}"
-    args.teacher = [str(Path(run)) for run in args.teacher or [usual]]
+    args.teacher = None if args.no_kd else [str(Path(run)) for run in args.teacher or [usual]]
     teachers, made_by, in_scores = load_teachers(args, data)
-    args.teacher = args.teacher if teachers else None
     kept_texts = any((Path(run) / "texts.safetensors").exists() for run in args.teacher or [])
     if (kept_texts or asked) and not any(data.texts):
         print("note: there are no titles for BERT to read; --titles FILE names them")
@@ -256,7 +257,7 @@ def main() -> None:
     needed = asked or kept_texts or "text" in (args.item_init or likely)
     reader = load_bert(args.bert) if any(data.texts) and args.bert != "none" and needed else None
     args.item_init = args.item_init or (default_init(data, args.split, reader) if args.no_kd else "pca")
-    settle(args, RECIPES, data)
+    run = settle(args, RECIPES, data)
     if args.counts and (args.negatives or args.objective == "masked"):
         raise InputError("--counts needs --objective next and the full softmax, which large catalogues do without")
     parts = SPLITS[data.split](data)
@@ -270,7 +271,6 @@ def main() -> None:
         markov = Markov(parts[0], data.num_items) if args.counts else None
         loss = partial(student_loss, teachers=teachers, states_at=states_at, temperature=args.temperature,
                        alpha=args.alpha, sampler=sampler, markov=markov, share=args.counts)  # fmt: skip
-    run = Path("runs") / data.name / args.name
     config = describe(data, model, args, made_by)
     files = [Path(teacher) / "model.safetensors" for teacher in args.teacher or []]
     config["teacher_sha256"] = [sha256(file.read_bytes()).hexdigest() for file in files]

@@ -222,10 +222,10 @@ def print_bench(rows: list[dict]) -> None:
     print(f"\nlatency of the top 10, float32, {torch.get_num_threads()} threads")
     print(f"{'model':<24}{'mode':<10}{'batch':>6}{'length':>8}{'p50 ms':>10}{'p95 ms':>10}{'p99 ms':>10}{'users/s':>10}"
           f"{'compile and load s':>20}")  # fmt: skip
+    line = ("{name:<24}{mode:<10}{batch_size:>6}{length:>8}{p50_ms:>10.2f}{p95_ms:>10.2f}{p99_ms:>10.2f}"
+            "{users_per_s:>10.0f}{compile_and_load_s:>20.1f}")  # fmt: skip
     for row in rows:
-        times = "".join(f"{row[f'p{q}_ms']:>10.2f}" for q in (50, 95, 99))
-        print(f"{row['name']:<24}{row['mode']:<10}{row['batch_size']:>6}{row['length']:>8}{times}"
-              f"{row['users_per_s']:>10.0f}{row['compile_and_load_s']:>20.1f}")  # fmt: skip
+        print(line.format_map(row))
 
 
 # ---------------------------------------------------------------- the table
@@ -299,7 +299,7 @@ def find_runs(runs: list[str] | None, data: Interactions) -> dict[str, tuple[Pre
             made = read_json(run / "metrics.json") if (run / "metrics.json").exists() else {}
             made |= {"curve": learning_curve(run)} if (run / "log.csv").exists() else {}
         except (InputError, OSError) as error:
-            if runs or (run == paths[-1] and not found):
+            if runs or (run == paths[-1] and not found):  # asked for by name, or nothing else is left
                 raise
             print(f"skipped {error}")
             continue

@@ -135,8 +135,8 @@ class SelfAttention(nn.Module):
         query_matrix, key_matrix, value_matrix = self.qkv.weight.unflatten(0, (3, self.num_heads, -1))  # (N, K, D) each
         query_bias, _, value_bias = self.qkv.bias.unflatten(0, (3, self.num_heads, -1))  # (N, K) each
         query = torch.einsum("bd,nkd->bnk", queries[:, 0], query_matrix) + query_bias  # (B, N, K)
-        asked = torch.einsum("bnk,nkd->bnd", query * query.shape[-1] ** -0.5, key_matrix)  # (B, N, D)
-        shares = (asked @ x.transpose(1, 2) + mask[:, 0].to(x.dtype)).softmax(-1)  # (B, N, T)
+        query_of_x = torch.einsum("bnk,nkd->bnd", query * query.shape[-1] ** -0.5, key_matrix)  # (B, N, D)
+        shares = (query_of_x @ x.transpose(1, 2) + mask[:, 0].to(x.dtype)).softmax(-1)  # (B, N, T)
         mixed = torch.einsum("bnd,nkd->bnk", shares @ x, value_matrix) + value_bias  # (B, N, K)
         return mixed.flatten(1)[:, None]  # (B, 1, D)
 
@@ -243,7 +243,7 @@ class PreBert(nn.Module):
         places = self.position_embedding.weight[self.max_length - tokens.shape[1] :]  # (T, D)
         real, steps, size = tokens != PAD, len(self.convolution), self.config.hidden_size
         rows = self.item_embedding(tokens) * real[..., None]  # (B, T, D + C)
-        before = F.pad(rows, (0, 0, steps, 0))  # (B, 3 + T, D + C)
+        before = F.pad(rows, (0, 0, steps, 0))  # (B, 3 + T, D + C); [:, 3 - n : -n] are the rows n places earlier
         x = rows[..., :size] + places  # (B, T, D)
         for step, share in enumerate(self.convolution, 1):
             x = x + share * before[:, steps - step : -step, :size]
@@ -341,7 +341,7 @@ def config_of(tensors: dict[str, Tensor], raw: dict, path: Path) -> BertConfig:
     hidden = table.shape[1] if table.ndim == 2 and len(table) else 0
     ups = [tensor.shape for name, tensor in tensors.items() if name.endswith(".feed_forward.up.weight")]
     qkvs = [tensor.shape for name, tensor in tensors.items() if name.endswith(".attention.qkv.weight")]
-    # Every layer must have matrices up (E, D) and qkv (3 D, D), with the same E.
+    # Every layer must have matrices up (F, D) and qkv (3 D, D), with the same F; in a damaged file, up may be a scalar.
     if not hidden or not ups or {*ups} != {(*ups[0][:1], hidden)} or qkvs != len(ups) * [(3 * hidden, hidden)]:
         raise InputError(f"{path}: these weights are not those of a BERT encoder")
     names = ("num_attention_heads", "hidden_act", "hidden_dropout_prob", "layer_norm_eps", "causal")
@@ -434,9 +434,8 @@ def load_bert(source: str) -> Reader:
     config = config_of(tensors, raw, path)
     vocab_size = tensors.get("word_embedding.weight", torch.empty(0)).numel() // config.hidden_size
     segments = max(1, tensors.get("segment_embedding.weight", torch.empty(0)).numel() // config.hidden_size)
-    if raw.get("num_hidden_layers", config.num_hidden_layers) != config.num_hidden_layers:
-        found = f"{config.num_hidden_layers} layers, config.json speaks of {raw['num_hidden_layers']}"
-        raise InputError(f"{folder}: the weights have {found}; is a file missing?")
+    if (wanted := raw.get("num_hidden_layers", config.num_hidden_layers)) != config.num_hidden_layers:
+        raise InputError(f"{folder}: {config.num_hidden_layers} layers, config.json says {wanted}; is a file missing?")
     bert = with_weights(Bert(config, vocab_size, segments), tensors, path)
     print(f"BERT: {len(tensors)} weights from {folder}; {len(ignored)} ignored: {', '.join(ignored) or 'none'}")
     try:
@@ -612,8 +611,7 @@ def check_catalogue(run: Path, config: dict, catalogue: dict, data: Interactions
         flags = "the flags that it was trained with, such as --data and --min-count"
         raise InputError(f"{run} was trained on another catalogue ({differ}); pass {flags}")
     if catalogue["raw_ids"] != data.raw_ids or config.get("fingerprint") != data.fingerprint:
-        was, now = config["interactions"], len(data.items)
-        what = "as many, but others or in another order" if was == now else f"{was} of them, not {now}"
+        what = f"{config['interactions']:,} of them, here {len(data.items):,}"
         raise InputError(f"{run} was trained on other interactions of the same items ({what}); pass the log it knows")
 
 
@@ -661,7 +659,8 @@ def machine() -> dict:
     """Processor, cores, PyTorch and GPU: what one must know to compare times."""
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
-        cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), cpu)
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"cpu": cpu, "cores": os.cpu_count(), "torch": torch.__version__, "gpu": gpu}
 
@@ -818,11 +817,11 @@ def same_column(config: dict, data: Interactions) -> None:
         print(f"note: the run's items were the column {was}, here {data.item_name}: are these the same ids?")
 
 
-def check_start(run: str, config: dict, catalogue: dict, data: Interactions, filters: dict[str, int]) -> None:
+def check_start(run: str, config: dict, catalogue: dict, data: Interactions, settings: dict) -> None:
     """InputError if the run that --start begins from may have been trained on what is held out here.
 
     It may have been if its log was longer, as long but another, or split in another way, if some of its items are gone,
-    or if its filter was looser. filters: min_items, min_length and fraction of `data`.
+    or if its filter was looser. settings: those of this training, with min_items, min_length and fraction.
     """
     split, longer = config["split"], config["interactions"] - len(data.items)
     if data.split not in (split, f"{split}-final"):
@@ -834,17 +833,15 @@ def check_start(run: str, config: dict, catalogue: dict, data: Interactions, fil
     if gone := set(catalogue["raw_ids"]) - set(data.raw_ids):
         raise InputError(f"--start {run}: {len(gone):,} of its items are gone, such as {min(gone)!r}, so its log did "
                          "not just grow, and what it was trained on may be held out here; use --all")  # fmt: skip
-    for key, now in filters.items():
-        was = config["settings"].get(key)
+    for key in ("min_items", "min_length", "fraction"):
+        was, now = config["settings"].get(key), settings[key]
         # With more of the log, the newest tenth of the sessions begins earlier.
         if type(was) is int and (now > was or (now < was and data.split == "sessions")):
             raise InputError(f"--start {run}: it had --{key.replace('_', '-')} {was}; with another, what it was "
                              "trained on may be held out here")  # fmt: skip
 
 
-def start_from(
-    model: PreBert, run: str, data: Interactions, vectors: Tensor | None, filters: dict[str, int]
-) -> None:  # fmt: skip
+def start_from(model: PreBert, run: str, data: Interactions, vectors: Tensor | None, settings: dict) -> None:
     """Begin from the weights of a run on an older log; its items are found by their raw ids.
 
     vectors: first vectors (num_items, D) of `item_vectors`, by which a new item finds its `nearby` known ones. Raises
@@ -858,7 +855,7 @@ def start_from(
         kind = f"--max-length {theirs.max_position_embeddings}, --objective {'next' if theirs.causal else 'masked'}"
         raise InputError(f"--start {run}: it has {shape}, {kind}; ask for the same kind of model")
     if data.split != "none":
-        check_start(run, config, catalogue, data, filters)
+        check_start(run, config, catalogue, data, settings)
     by_raw_id = {raw_id: item for item, raw_id in enumerate(catalogue["raw_ids"]) if item}
     matched = torch.tensor([by_raw_id.get(raw_id, 0) for raw_id in data.raw_ids[1:]])  # (I,) 0 for a new item
     known = matched > 0

@@ -7,10 +7,9 @@ On two cores of an EPYC with AVX-512-BF16, 53 CPU minutes: test NDCG@10 0.2006 +
 (results/ml-1m/test.json); a Xeon in float32 takes 136. With --objective masked, the paper's own, and --epochs 16
 --patience 16: 0.1955, one seed, 136 CPU minutes on the EPYC.
 
-Histories become questions, of one of two kinds (data.py): what follows each item, or which item stood where one is
-hidden (Sun et al. 2019, section 3.5; arXiv 2409.14810, section 3.2). distill.py trains students in the same loop
-with another loss. In order: loss -> optimizer and schedule -> `train` -> checkpoints -> processes -> large
-catalogues -> flags and settings -> building the teacher -> the command.
+Histories become questions in data.py. distill.py trains students in the same loop with another loss. In order: loss ->
+optimizer and schedule -> `train` -> checkpoints -> processes -> large catalogues -> flags and settings -> building the
+teacher -> the command.
 
 Letters: B batch (users), T sequence length, D hidden size, M asked positions of a row, Q of a batch, I items,
 W windows, C and N candidates, V size of what BERT reads in a text.
@@ -55,20 +54,20 @@ from prebert import (
 
 Loss = Callable[[PreBert, Batch], Tensor]
 # Data with fewer interactions per item are sparse: item vectors may start from titles (`default_init`), texts count
-# in the scores (`keep_texts`), and students start `near_identity`, unless users come back to items.
+# in the scores (`keep_texts`), and students start `near_identity`.
 SPARSE = 100
 FULL_DROPOUT_TO = 32  # interactions per item; with each doubling above, dropout is 0.1 less
 TEXT_SIZE = 64  # columns of the item table for texts
 TITLES_TOO, TITLES_ALONE = 0.4, 0.6  # how well titles must predict, as a share of Markov's NDCG@10
 
 # What a kind of question needs. Next items are five times as many questions an epoch (all of them, not a MASK_RATE of
-# 0.2), so a model overfits earlier: fewer epochs, more dropout, smoothed labels; and a state may start as the row of
-# its item, `near_identity`. Epochs, learning rates and positions in a batch are for a million interactions; see
-# `settle` for less.
+# 0.2), so a model overfits earlier: fewer epochs, more dropout, smoothed labels. With fewer interactions per item than
+# near_below it starts `near_identity`, unless users come back to items. Epochs, learning rates and positions in a batch
+# are for a million interactions; see `settle` for less.
 BOTH = dict(lr=1e-3, body_lr=3e-4, tokens=2048, least_tokens=2048)
 RECIPES: dict[str, dict] = {
-    "next": dict(epochs=6, dropout=0.4, least_dropout=0.2, label_smoothing=0.1, near_identity=True, **BOTH),
-    "masked": dict(epochs=10, dropout=0.1, least_dropout=0.1, label_smoothing=0.0, near_identity=False, **BOTH),
+    "next": dict(epochs=6, dropout=0.4, label_smoothing=0.1, near_below=math.inf, **BOTH),
+    "masked": dict(epochs=10, dropout=0.1, label_smoothing=0.0, near_below=0, **BOTH),
 }
 
 
@@ -238,10 +237,10 @@ def train(
             bar = tqdm(total=int(sizes.sum()), desc=f"epoch {epoch + 1}", unit=" items", leave=False, unit_scale=True,
                        mininterval=0.5 if sys.stderr.isatty() else 30, disable=process > 0)  # fmt: skip
             mean_loss = 0.0
-            for place, rows in enumerate(plan):
-                rate = schedule(spent((place + 0.5) / len(plan)), args.warmup)  # as in the middle of the step
+            for done, rows in enumerate(plan):
+                share = schedule(spent((done + 0.5) / len(plan)), args.warmup)  # as in the middle of the step
                 for group in optimizer.param_groups:
-                    group["lr"] = group["peak"] * rate
+                    group["lr"] = group["peak"] * share
                 generator = seeded(seed, "masks", state["step"])
                 batch = draw_batch(model, train_part, starts[rows], ends[rows], last_only[rows], generator)
                 own, weight = share_of(batch)
@@ -256,7 +255,7 @@ def train(
                 value, state["seconds"] = sum(losses) / processes, seconds[0]
                 check_finite({"the loss": value, "the gradient's norm": norm}, run, state["step"])
                 optimizer.step()
-                mean_loss += (value - mean_loss) / (place + 1)  # of the epoch so far
+                mean_loss += (value - mean_loss) / (done + 1)  # of the epoch so far
                 state["step"] += 1
                 bar.set_postfix_str(f"loss {mean_loss:.3f}", refresh=False)
                 bar.update(int(sizes[rows].sum()))
@@ -267,16 +266,16 @@ def train(
             # Evaluate on validation users, keep the weights if they are the best so far, log, checkpoint.
             state["epoch"] += 1
             quality, hits = validate(model, valid_part, data.exclude_seen, args.eval_users) if has_valid else (0.0, 0.0)
-            best = not has_valid or quality > state["best"]
-            state["best"], state["waited"] = max(quality, state["best"]), 0 if best else state["waited"] + 1
+            improved = not has_valid or quality > state["best"]
+            state["best"], state["waited"] = max(quality, state["best"]), 0 if improved else state["waited"] + 1
             state["cpu_seconds"] = time.process_time() - began_cpu
             minutes = state["seconds"] / 60
             state["log"] += f"{state['step']},{epoch + 1},{minutes:.3f},{mean_loss:.5f},{quality:.8f},{hits:.5f}\n"
-            if best and process == 0:
+            if improved and process == 0:
                 write_safetensors(run / "model.safetensors", model.state_dict())
             line = f"epoch {epoch + 1:>3}  {minutes:6.1f} min  loss {mean_loss:.3f}"
             if has_valid:
-                line += f"  validation NDCG@10 {quality:.4f}  HR@10 {hits:.4f}{'  best' if best else ''}"
+                line += f"  validation NDCG@10 {quality:.4f}  HR@10 {hits:.4f}{'  best' if improved else ''}"
             print(line, flush=True)
             save_state(run, model, optimizer, state)
         if process == 0:
@@ -506,25 +505,20 @@ def add_training_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict]
         return f"(default: {', '.join(f'{recipe[key]:g} {kind}' for kind, recipe in recipes.items())})"
 
     add("--name", help="run folder runs/<data>/<name> (default: teacher, student or student-no-kd)")
-    add("--start", metavar="RUN", help="begin from the weights of a run on an older log, in a fifth of the epochs")
+    add("--start", metavar="RUN", help="begin from a run on older data, in a fifth of the epochs; --epochs 0: as it is")
     add("--objective", choices=tuple(recipes), help="predict each next item, or fill in blanks, the paper's own")
     budget = group.add_mutually_exclusive_group()
-    budget.add_argument("--epochs", type=number(0, kind=int), help=f"passes, more on small data {by_recipe('epochs')}; "
-        "a fifth with --start; 0, with --start: the old weights with today's catalogue")  # fmt: skip
+    budget.add_argument("--epochs", type=number(0, kind=int), help=f"passes, more on small data {by_recipe('epochs')}")
     budget.add_argument("--minutes", type=number(0, above=True), help="budget by the clock instead of --epochs")
     add("--tokens", type=positive, help=f"positions in a batch, over all processes {by_recipe('tokens')}; "
         f"on small data as few as {recipes['next']['least_tokens']}")  # fmt: skip
     add("--lr", type=number(0, above=True), help=f"peak learning rate; less with fewer --tokens {by_recipe('lr')}")
     add("--body-lr", type=number(0, above=True), help=f"the same for encoder and positions {by_recipe('body_lr')}")
-    add("--dropout", type=number(0, 0.9), help=f"share of activations zeroed {by_recipe('dropout')} up to "
-        f"{FULL_DROPOUT_TO} interactions per item; 0.1 less with each doubling; 0.2 less if users repeat items or a "
-        "student is tiny, else with a teacher as for twice the interactions; at least "
-        f"{recipes['next']['least_dropout']} on next items, "
-        f"{recipes['masked']['least_dropout']} on masked ones")  # fmt: skip
+    add("--dropout", type=number(0, 0.9), help=f"share of activations zeroed {by_recipe('dropout')}, less with more "
+        f"interactions per item, with repeats and in tiny students, see `settle`")  # fmt: skip
     add("--label-smoothing", type=number(0, 0.9), help=f"share of labels for all items {by_recipe('label_smoothing')}")
-    add("--near-identity", action=argparse.BooleanOptionalAction,
-        help="body and head begin near the identity (default: on next items, a teacher always, a student below "
-        f"{SPARSE} interactions per item, unless users repeat items)")  # fmt: skip
+    add("--near-identity", action=argparse.BooleanOptionalAction, help="body and head begin near the identity "
+        f"(default: on next items, below {recipes['next']['near_below']:g} per item, without repeats)")  # fmt: skip
     add("--warmup", type=number(0, 0.99), default=0.05, help="share of the budget that the rate rises (default: 0.05)")
     add("--weight-decay", type=number(0), default=0.01, help="(default: %(default)s)")
     add("--max-length", type=number(3, kind=int), help="items the model reads (default: 200; a student as its teacher)")
@@ -582,8 +576,8 @@ def fill_in(args: argparse.Namespace, **usual: object) -> None:
             setattr(args, key, value)
 
 
-def settle(args: argparse.Namespace, recipes: dict[str, dict], data: Interactions) -> None:
-    """Fill in what the flags left open, so that config.json tells all, and end the run's name in -all or -final.
+def settle(args: argparse.Namespace, recipes: dict[str, dict], data: Interactions) -> Path:
+    """Fill in what the flags left open, so that config.json tells all; returns the run's folder, also <name>-all.
 
     Raises InputError for what makes no sense.
     """
@@ -596,34 +590,33 @@ def settle(args: argparse.Namespace, recipes: dict[str, dict], data: Interaction
     if args.epochs == 0 and (suffix or not args.start):
         raise InputError("--epochs 0 trains nothing; it is for --start RUN without --all and --final")
     smaller = max(1.0, 1e6 / len(data.items))  # small data: smaller batches, so that an epoch has as many steps
-    # Models overfit less the more interactions an item has, where they are tiny, and where items repeat. What a teacher
-    # says is worth as much as the interactions.
+    # Models overfit less the more interactions an item has, where they are tiny, and where items repeat. A teacher's
+    # answers are worth as much as the interactions.
+    fill_in(args, near_identity=len(data.items) < recipe["near_below"] * data.num_items and not data.repeats)
     less = 0.2 if getattr(args, "size", "") == "tiny" or data.repeats else 0.0
     worth = len(data.items) / data.num_items * (2 if getattr(args, "teacher", None) and not less else 1)
     doublings = max(0.0, math.log2(worth / FULL_DROPOUT_TO))
-    dropout = max(recipe["least_dropout"], round(recipe["dropout"] - 0.1 * doublings - less, 1))
+    dropout = max(0.2 if args.near_identity else 0.1, round(recipe["dropout"] - 0.1 * doublings - less, 1))
     tokens = max(recipe["least_tokens"], recipe["tokens"] // 2 ** round(math.log2(smaller)))
     smoothing = 0.0 if args.negatives else recipe["label_smoothing"]
-    near = recipe.get("near_identity", sparse(data) and not data.repeats)
-    fill_in(args, tokens=tokens, dropout=dropout, label_smoothing=smoothing, near_identity=near)
+    fill_in(args, tokens=tokens, dropout=dropout, label_smoothing=smoothing)
     scale = min(1.0, args.tokens / recipe["tokens"]) ** 0.5  # a step of fewer questions says less, and may change less
     fill_in(args, lr=recipe["lr"] * scale, body_lr=recipe["body_lr"] * scale)
     if args.epochs is None and suffix and not (args.minutes or args.start):
-        args.epochs = best_epoch(args, replace(data, split=args.split), suffix)
+        args.epochs = best_epoch(args, replace(data, split=args.split))
     epochs = round(recipe["epochs"] * smaller**0.25)  # a hundredth of the data gets three times the passes
     fill_in(args, epochs=max(1, epochs // 5) if args.start else epochs)
     fill_in(args, patience=max(5, args.epochs // 3))
     args.name = f"{args.name}{suffix}"
+    return Path("runs") / data.name / args.name
 
 
-def best_epoch(args: argparse.Namespace, data: Interactions, suffix: str) -> int:
+def best_epoch(args: argparse.Namespace, data: Interactions) -> int:
     """The epoch that was best for the run <name> by validation; data: as it was split for that run.
 
     Raises InputError where there is no such run, or where it is of another log or has other settings.
     """
     run = Path("runs") / data.name / args.name
-    if args.resume and (Path(f"{run}{suffix}") / "config.json").exists():
-        return read_run(Path(f"{run}{suffix}"))[0]["settings"].get("epochs")
     ended = read_json(run / "metrics.json") if (run / "metrics.json").exists() else {}
     scores = [score for _, score in learning_curve(run)] if (run / "log.csv").exists() else []
     if ended.get("valid_NDCG@10") is None or not scores:
@@ -683,8 +676,7 @@ def first_weights(model: PreBert, args: argparse.Namespace, data: Interactions, 
     run = Path("runs") / data.name / args.name
     begun = all((run / name).exists() for name in ("config.json", "catalogue.json", "train_state.pt"))
     if args.start and not (args.resume and begun):
-        filters = {"min_items": args.min_items, "min_length": args.min_length, "fraction": args.fraction}
-        start_from(model, args.start, data, vectors, filters)
+        start_from(model, args.start, data, vectors, vars(args))
     elif args.near_identity and not args.start:
         near_identity(model)
 
@@ -718,7 +710,7 @@ def main() -> None:
     add("--bert", default="minilm", help="minilm, bert-base-uncased, ORG/NAME on the hub, a folder, or none: random "
         "weights (default: %(default)s)")  # fmt: skip
     add("--item-init", choices=ITEM_INITS, help="first item vectors: titles read by BERT, co-occurrence, their sum or "
-        f"random (default: cooc; with fewer than {SPARSE} interactions per item, by how well titles predict)")
+        f"random (default: cooc; below {SPARSE} interactions per item by how well titles predict)")  # fmt: skip
     add_training_flags(parser, RECIPES)
     parser.set_defaults(name="teacher", objective="next")
     args = parser.parse_args()
@@ -727,11 +719,10 @@ def main() -> None:
     torch.manual_seed(args.seed)  # for first weights and co-occurrence; load_bert draws, too, before it reads
     reader = None if args.bert == "none" else load_bert(args.bert)
     args.item_init = args.item_init or default_init(data, args.split, reader)
-    settle(args, RECIPES, data)
+    run = settle(args, RECIPES, data)
     parts = SPLITS[data.split](data)
     model = build_teacher(args, data, parts[0], reader)
     sampler = make_sampler(args, parts[0], data.num_items)
-    run = Path("runs") / data.name / args.name
     loss = partial(item_loss, label_smoothing=args.label_smoothing, sampler=sampler)
     train(model, loss, data, parts, run, args, describe(data, model, args))
     keep_texts(run, data, reader, "text" in args.item_init)

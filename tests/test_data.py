@@ -327,6 +327,8 @@ def test_without_any_time_the_order_of_lines_counts_and_the_card_says_so(tmp_pat
         ("user_id,item_id,DAY,TRANS_TIME\nu,a,7,1431\n", "but DAY or TRANS_TIME could be one; say --columns time=NAME"),
         ("user_id,item_id,week\nu,a,22\nu,b,21\n", "known as the time, but week could be one; .* time=none if"),
         ("user_id,item_id,year,order_month\nu,a,2020,2\nu,b,2020,1\n", "but year or order_month could be one"),
+        (",user_id,item_id\n2020-01-01 10:00:00,u,a\n", "column 1 could be one; say --columns 'time=column 1'"),
+        ("sep=;\nuser_id;item_id\nu;a;b\n", ":3: expected 2 fields, not 3"),
         ("user_id,item_id,clicked\nu,a,perhaps\n", "'perhaps' is neither yes nor no; --columns label=none"),
         (HEAD + "NA\tp\t1\n", ":2: user and item must be there"),
         ("sessionId;userId;itemId;eventdate\n1;NA;33;2016-05-02\n", "or take sessions: --columns user=sessionId"),

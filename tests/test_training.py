@@ -480,7 +480,7 @@ def test_recipes_fill_in_what_the_flags_left_open_and_help_shows_them(ring, tmp_
     add_training_flags(parser, distill.RECIPES)
     parser.set_defaults(name="student", bert=None)  # as the scripts do
     for given, data, dropout, tiny, taught in (
-        ([], few, 0.5, 0.3, 0.4), ([], per_item[64], 0.4, 0.2, 0.3), ([], per_item[99], 0.3, 0.1, 0.2),
+        ([], few, 0.5, 0.3, 0.4), ([], per_item[64], 0.4, 0.2, 0.3), ([], per_item[99], 0.3, 0.2, 0.2),
         ([], per_item[128], 0.3, 0.1, 0.2), ([], per_item[256], 0.2, 0.1, 0.1), ([], per_item[600], 0.1, 0.1, 0.1),
         (["--dropout", "0.45"], few, 0.45, 0.45, 0.45), ([], replace(few, repeats=True), 0.3, 0.3, 0.3),
         ([], replace(few, items=few.items[:10]), 0.5, 0.3, 0.5),
@@ -495,6 +495,10 @@ def test_recipes_fill_in_what_the_flags_left_open_and_help_shows_them(ring, tmp_
     for count, dropout in ((32, 0.4), (64, 0.3), (128, 0.2), (600, 0.2)):  # a teacher's own
         own = options(per_item[count], "--objective", "next", dropout=None)
         assert own.dropout == dropout and own.near_identity
+    own = options(replace(per_item[32], repeats=True), "--objective", "next", dropout=None)
+    assert own.dropout == 0.2 and not own.near_identity
+    own = options(per_item[600], "--objective", "next", "--no-near-identity", dropout=None)
+    assert own.dropout == 0.1 and not own.near_identity
     for recipes in (RECIPES, distill.RECIPES):  # masked items ask for what is not the newest item
         args = parser.parse_args(["--objective", "masked"])
         settle(args, recipes, few)
@@ -523,7 +527,7 @@ def test_recipes_fill_in_what_the_flags_left_open_and_help_shows_them(ring, tmp_
         options(log, "--negatives", "4", "--label-smoothing", "0.1")
     for script, recipes in (("teacher.py", RECIPES), ("distill.py", distill.RECIPES)):
         shown = inside(script, "--help", cwd=tmp_path)
-        for key in recipes["next"].keys() - {"near_identity"}:  # that flag takes no number
+        for key in recipes["next"].keys() - {"near_below"}:  # of a flag that takes no number
             flag = "--" + key.removeprefix("least_").replace("_", "-")
             words = " ".join(re.search(rf"\n  {flag} .*?(?=\n  --|\Z)", shown, re.DOTALL)[0].split())
             for recipe in recipes.values():

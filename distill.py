@@ -3,9 +3,9 @@
     python distill.py                           # runs/ml-1m/teacher -> runs/ml-1m/student
     python distill.py --no-kd                   # the control: the same without a teacher
 
-On two cores of an EPYC with AVX-512-BF16, 15 to 17 and 10 CPU minutes: test NDCG@10 0.2084 +- 0.0018 with the
+On two cores of an EPYC with AVX-512-BF16, 15 to 16 and 10 CPU minutes: test NDCG@10 0.2087 +- 0.0015 with the
 teacher, 0.1995 +- 0.0010 without, three seeds (results/ml-1m/test.json). Of several: `--teacher RUN RUN RUN`;
-of three such students 0.2099 +- 0.0016.
+of three such students 0.2095 +- 0.0001.
 
 A label says that one film came next; the teacher's distribution says which others could have
 (Hinton et al. 2015; arXiv 2409.14810, section 3.3). Data, batches, loop, checkpoints: teacher.py. In order: the

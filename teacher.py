@@ -3,7 +3,7 @@
     python teacher.py --data ml-1m
     torchrun --nproc-per-node 8 teacher.py --data ml-1m          # on several GPUs or machines
 
-On two cores of an EPYC with AVX-512-BF16, 53 CPU minutes: test NDCG@10 0.2006 +- 0.0019, three seeds
+On two cores of an EPYC with AVX-512-BF16, 50 to 53 CPU minutes: test NDCG@10 0.2041 +- 0.0007, three seeds
 (results/ml-1m/test.json); a Xeon in float32 takes 136. With --objective masked, the paper's own, and --epochs 16
 --patience 16: 0.1955, one seed, 136 CPU minutes on the EPYC.
 

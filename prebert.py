@@ -10,7 +10,8 @@ This file holds no command; teacher.py trains what is built here. In order: shap
 a model on disk -> first values of the item table -> new logs and new items.
 
 Letters: B batch, T sequence length, D hidden size, N heads, K head size (N * K = D), I items, n new ones, M positions
-of a row that are asked for (T where all are), V size of BERT's vector of a text, C `text_columns` made from it.
+of a row that are asked for (T where all are), V size of BERT's vector of a text, C `text_columns` made from it, F
+size inside the feed-forward.
 """
 
 import hashlib
@@ -151,7 +152,7 @@ class FeedForward(nn.Module):
         self.approximate = ACTIVATIONS[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x), approximate=self.approximate))  # inside: (B, T or M, intermediate_size)
+        return self.down(F.gelu(self.up(x), approximate=self.approximate))  # inside: (B, T or M, F)
 
 
 class EncoderLayer(nn.Module):

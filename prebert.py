@@ -612,7 +612,8 @@ def check_catalogue(run: Path, config: dict, catalogue: dict, data: Interactions
         flags = "the flags that it was trained with, such as --data and --min-count"
         raise InputError(f"{run} was trained on another catalogue ({differ}); pass {flags}")
     if catalogue["raw_ids"] != data.raw_ids or config.get("fingerprint") != data.fingerprint:
-        what = f"{config['interactions']:,} of them, here {len(data.items):,}"
+        was, now = config["interactions"], len(data.items)
+        what = "as many, but others or in another order" if was == now else f"{was:,} of them, not {now:,}"
         raise InputError(f"{run} was trained on other interactions of the same items ({what}); pass the log it knows")
 
 

@@ -517,8 +517,8 @@ def add_training_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict]
     add("--dropout", type=number(0, 0.9), help=f"share of activations zeroed {by_recipe('dropout')}, less with more "
         "interactions per item, with repeats and in tiny students, see settle in teacher.py")  # fmt: skip
     add("--label-smoothing", type=number(0, 0.9), help=f"share of labels for all items {by_recipe('label_smoothing')}")
-    add("--near-identity", action=argparse.BooleanOptionalAction, help="body and head start near the identity (default: "
-        f"next items without repeats, of a student below {SPARSE} interactions per item)")  # fmt: skip
+    add("--near-identity", action=argparse.BooleanOptionalAction, help="body and head start near the identity "
+        f"(default: next items without repeats, of a student below {SPARSE} interactions per item)")  # fmt: skip
     add("--warmup", type=number(0, 0.99), default=0.05, help="share of the budget that the rate rises (default: 0.05)")
     add("--weight-decay", type=number(0), default=0.01, help="(default: %(default)s)")
     add("--max-length", type=number(3, kind=int), help="items the model reads (default: 200; a student as its teacher)")

@@ -10,8 +10,8 @@ same way, in items a second. Serving is timed in float32, training in bf16 where
 
     python tests/peers.py --accuracy --data steam --runs runs/steam/student-no-kd-s1 --json results/steam/peers.json
 
-trains RecTools' SASRec and BERT4Rec on our split instead, until validation no longer gains, and puts NDCG@10 after each
-epoch beside that of our runs, with the minutes that it took.
+trains SASRec and BERT4Rec of RecTools and RecBole on our split instead, until validation no longer gains, and puts
+NDCG@10 after each epoch beside that of our runs, with the minutes that it took.
 
     ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \\
         .peers/hf/bin/python tests/peers.py --float32 --json results/float32.json
@@ -44,6 +44,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 RECBOLE = ["torch==2.13.0", "recbole==1.2.1", "numpy<2", "scipy<1.14", "pandas<3", "setuptools<81"]
 ITEMS, LENGTH, HIDDEN, LAYERS, HEADS = 3416, 200, 128, 2, 4  # ML-1M's catalogue, the small student
+MODELS = ["rectools-sasrec", "rectools-bert4rec", "recbole-sasrec", "recbole-bert4rec"]  # with --accuracy
 ROWS, RATE, DROPOUT = 20, 0.2, 0.1  # of a training step
 Call = Callable[[Tensor], tuple[Tensor, Tensor]]  # histories (B, T) -> scores and ids of the ten best (B, 10)
 
@@ -328,18 +329,19 @@ def curve_of(run: Path) -> list[dict]:
              "cpu_minutes": rate * (before + float(minutes))} for _, epoch, minutes, _, ndcg, _ in lines]  # fmt: skip
 
 
-def accuracy(name: str, runs: list[Path], models: list[str], length: int, minutes: float, folder: Path) -> dict:
-    """Train the peers on a dataset, {model: [a row an epoch]}, and read the curves of our runs."""
+def accuracy(name: str, runs: list[Path], models: list[str], flags: list[str], folder: Path) -> Iterator[dict]:
+    """Train the peers on a dataset, beside the curves of our runs; after each, all {model: [a row an epoch]} so far."""
     from data import load_dataset
 
     data = load_dataset(name)
     curves = {run.name: curve_of(run) for run in runs}
+    report = {"data": {"name": data.name, "users": data.num_users, "items": data.num_items}, "protocol": data.protocol}
     with tempfile.TemporaryDirectory() as temporary:
         split = Path(temporary) / "split.npz"
         write_split(data, split)
         for model in models:
-            flags = ["--length", str(length), "--minutes", str(minutes)]
-            command = [python_of("rectools", folder), str(ROOT / "tests/rectools_peer.py"), model, str(split), *flags]
+            python = python_of(model.split("-")[0], folder)
+            command = [python, str(ROOT / "tests/trained_peer.py"), model, str(split), *flags]
             curves[model] = []
             with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
                 for line in process.stdout or ():
@@ -348,8 +350,7 @@ def accuracy(name: str, runs: list[Path], models: list[str], length: int, minute
                         print(model, line, end="", flush=True)
             if process.returncode:
                 raise SystemExit(f"{model} ended with exit code {process.returncode}")
-    return {"data": {"name": data.name, "users": data.num_users, "items": data.num_items}, "protocol": data.protocol,
-            "curves": curves}  # fmt: skip
+            yield {**report, "curves": curves}
 
 
 # ---------------------------------------------------------------- processes
@@ -455,7 +456,7 @@ def main() -> None:
     parser.add_argument("--accuracy", action="store_true", help="train peers on our split instead")
     parser.add_argument("--data", default="steam", help="with --accuracy")
     parser.add_argument("--runs", nargs="*", type=Path, default=[], help="with --accuracy: ours, beside them")
-    parser.add_argument("--models", nargs="+", choices=("sasrec", "bert4rec"), default=["sasrec", "bert4rec"])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="with --accuracy: peers")
     parser.add_argument("--length", type=int, default=50, help="with --accuracy: items that they read")
     parser.add_argument("--minutes", type=float, default=60, help="with --accuracy: at most, a peer")
     parser.add_argument("--float32", action="store_true", help="only train, in float32, in this environment")
@@ -467,11 +468,12 @@ def main() -> None:
 
     command = shlex.join(["python", *sys.argv])
     if args.accuracy:
-        report = accuracy(args.data, args.runs, args.models, args.length, args.minutes, args.venvs.resolve())
-        report = {"command": command, "machine": machine(), **report}
-        if args.json:
-            args.json.write_text(json.dumps(report, indent=1) + "\n")
-            print(f"written to {args.json}")
+        flags = ["--length", str(args.length), "--minutes", str(args.minutes)]
+        for report in accuracy(args.data, args.runs, args.models, flags, args.venvs.resolve()):
+            if args.json:  # after each model: they take long
+                report = {"command": command, "machine": machine(), **report}
+                args.json.write_text(json.dumps(report, indent=1) + "\n")
+                print(f"written to {args.json}")
         return None
     report = float32(args.rounds) if args.float32 else compare(args.venvs.resolve(), args.rounds, args.threads)
     shape = f"{HIDDEN} x {LAYERS}, length {LENGTH}"

@@ -39,6 +39,7 @@ MODELS = {
     "student": "distill.py --teacher RUNS/teacher-sSEED",
     "student-of-student": "distill.py --teacher RUNS/student-sSEED",  # a second round
     "student-of-students": "distill.py --teacher RUNS/student-s1 RUNS/student-s2 RUNS/student-s3",
+    "student-of-students-14": "distill.py --epochs 14 --teacher RUNS/student-s1 RUNS/student-s2 RUNS/student-s3",
     "student-small": "distill.py --teacher RUNS/teacher-sSEED --size small",
     "student-tiny": "distill.py --teacher RUNS/teacher-sSEED --size tiny",
     "student-no-kd": "distill.py --no-kd",
@@ -74,7 +75,7 @@ OF_SESSIONS = "--size small --epochs 6 --patience 9"  # students there: most ses
 STARTS_OF = ("student-no-kd-text", "student-no-kd-sum", "student-no-kd-random", "student-of-starts")
 ONLY_ON = {  # data sets of the models that are not trained on all
     **dict.fromkeys(STARTS_OF, ("ml-1m", "steam", "beauty")),  # where there are titles
-    **dict.fromkeys(("teacher-masked", "student-masked"), ("ml-1m",)),
+    **dict.fromkeys(("teacher-masked", "student-masked", "student-of-students-14"), ("ml-1m",)),
     "student-of-counts": ("sessions",),
 }
 FINAL = {"teacher", "student", "student-no-kd", "student-of-counts"}  # also trained with --final

@@ -3,9 +3,9 @@
     python tests/trained_peer.py rectools-sasrec split.npz --minutes 60       # in an environment that has that library
 
 split.npz holds the training part in order (users, items), and of everybody who is asked the history and the item that
-came next, for validation and test. Losses over all items, batches and learning rates are the libraries' own, and so is
-RecBole's model (64 x 2, dropout 0.5); RecTools' has 128 x 2 and dropout 0.2. What is ranked is never what the user has
-seen, unless users repeat items.
+came next, for validation and test. Batches and learning rates are the libraries' own, losses go over all items;
+RecBole's models are as it sets them (64 x 2), RecTools' have 128 x 2 and dropout 0.2. What is ranked is never what the
+user has seen, unless users repeat items.
 """
 
 import argparse

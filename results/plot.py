@@ -32,7 +32,7 @@ CURVES = {
     "teacher": "PreBERT", "student": "its student, after PreBERT's minutes",
     "student-no-kd": "Mini-BERT without a teacher", "rectools-sasrec": "RecTools' SASRec",
     "rectools-bert4rec": "RecTools' BERT4Rec", "recbole-sasrec": "RecBole's SASRec",
-    "recbole-bert4rec": "RecBole's BERT4Rec",
+    "recbole-bert4rec": "RecBole's BERT4Rec", "sasrec": "RecTools' SASRec",  # the last as steam/peers.json has it
 }  # fmt: skip
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito's
 plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 130})

@@ -118,8 +118,9 @@ class Spans:
     def sizes(self) -> Tensor:
         return self.ends - self.starts  # (R,)
 
-    def __getitem__(self, rows: Tensor) -> "Spans":
-        return Spans(self.items, self.starts[rows], self.ends[rows], self.targets[rows])
+    def __getitem__(self, rows: Tensor | np.ndarray) -> "Spans":
+        targets = self.targets[rows] if len(self.targets) else self.targets
+        return Spans(self.items, self.starts[rows], self.ends[rows], targets)
 
     def histories(self, rows: Tensor, device: torch.device) -> Tensor:
         """Whole histories of these rows, left-padded, (B, S); S is at least 2, which compiled graphs need."""
@@ -176,15 +177,14 @@ def last_day(data: Interactions, final: bool = False) -> Parts:
     first_valid = len(rest) - (0 if final else len(rest) // 10)
     valid, rest = rest[first_valid:], np.sort(rest[:first_valid])
     whole, _, _ = everything(data)
-    items, starts, sizes = whole.items, whole.starts, whole.sizes
-    train = Spans(items, starts[rest], whole.ends[rest], items[:0])
+    train = whole[rest]
     known = item_counts(train, data.num_items) > 0  # (I,)
 
     def prefixes(sessions: np.ndarray) -> Spans:
-        rows, places = ragged(sizes[sessions] - 1)  # (R,) each
-        first = starts[sessions][rows]
-        targets = items[first + places + 1]
-        return Spans(items, first, first + places + 1, torch.where(known[targets - 1], targets, PAD))
+        part = whole[sessions]
+        rows, asked = entries_of(replace(part, starts=part.starts + 1))  # (R,) each, of all items but the first
+        targets = part.items[asked]
+        return Spans(part.items, part.starts[rows], asked, torch.where(known[targets - 1], targets, PAD))
 
     return train, prefixes(valid), prefixes(test)
 
@@ -221,8 +221,8 @@ def pad_left(items: Tensor, starts: Tensor, ends: Tensor, length: int) -> Tensor
 # ---------------------------------------------------------------- batches
 
 
-def fixed_windows(part: Spans, length: int) -> tuple[Tensor, Tensor]:
-    """Training windows of a causal model: starts (W,) and ends (W,) of `length` + 1 items at most.
+def fixed_windows(part: Spans, length: int) -> Spans:
+    """Training windows of a causal model: W pieces of a training part, of `length` + 1 items at most.
 
     A window is `length` items to read and one more to ask for. A history of n items is cut from its newest end
     into ceil((n - 1) / length) windows that overlap by one item, so that every item but the first is asked for once;
@@ -231,15 +231,15 @@ def fixed_windows(part: Spans, length: int) -> tuple[Tensor, Tensor]:
     """
     rows, places = ragged((part.sizes + length - 2) // length)  # (W,) each
     ends = part.ends[rows] - length * places
-    return torch.maximum(part.starts[rows], ends - length - 1), ends
+    return replace(part, starts=torch.maximum(part.starts[rows], ends - length - 1), ends=ends)
 
 
 LAST_SHARE = 0.1  # share of a masked model's windows in which just the last item is hidden
 MASK_RATE = 0.2  # share of the items hidden in its other windows (Sun et al. 2019, for ML-1M)
 
 
-def random_windows(part: Spans, length: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """One epoch of training windows of a masked model: starts (W,), ends (W,), last_only (W,).
+def random_windows(part: Spans, length: int, generator: Generator) -> tuple[Spans, Tensor]:
+    """One epoch of training windows of a masked model, W pieces of a training part, and last_only (W,).
 
     A history of n items gives ceil(n / length) windows: its newest items, then cuts that end at random places. A
     share LAST_SHARE of all ask what inference asks: they end at a random item, and just that one is hidden.
@@ -253,7 +253,7 @@ def random_windows(part: Spans, length: int, generator: Generator) -> tuple[Tens
     least = torch.where(last_only, 2, torch.where(newest, sizes[rows], length)).minimum(sizes[rows])
     cut = least + (uniform[1] * (sizes[rows] - least + 1)).long()
     ends = part.starts[rows] + cut
-    return torch.maximum(part.starts[rows], ends - length), ends, last_only
+    return replace(part, starts=torch.maximum(part.starts[rows], ends - length), ends=ends), last_only
 
 
 def batches(sizes: Tensor, tokens: int, most: int = sys.maxsize, generator: Generator | None = None) -> list[Tensor]:
@@ -547,13 +547,6 @@ def open_table(path: Path) -> tuple[list[str], Callable]:
     return names, partial(rows_of, path, header, rows)
 
 
-def unquoted(fields: list[str]) -> list[str]:
-    """Fields between tabs without the quotes around whole ones; ValueError where one is not closed."""
-    if re.fullmatch('"([^"]|"")*', fields[-1]):
-        raise ValueError("a quote is not closed; if quotes are meant as in CSV, put some into the header")
-    return [f[1:-1].replace('""', '"') if re.fullmatch('"([^"]|"")*"', f) else f for f in fields]
-
-
 def rows_of(path: Path, header: list[str], rows: Any, parse: Callable, examples: list[str]) -> Iterator:
     """What `parse` returns for each row; rows at which it raises go to `examples`, more than 1 % are an InputError.
 
@@ -570,8 +563,10 @@ def rows_of(path: Path, header: list[str], rows: Any, parse: Callable, examples:
                 inside = [line.count(rows.dialect.delimiter) == width - 1 for line in max(fields, key=len).split("\n")]
                 if sum(inside) > len(inside) / 2:
                     raise ValueError(f"a quote is closed only {rows.line_num - before - 1} lines later")
-            if tabs and any(field[:1] == '"' for field in fields):  # pandas quotes here, too
-                fields = unquoted(fields)
+            if tabs and any(field[:1] == '"' for field in fields):  # pandas quotes whole fields here, too
+                if re.fullmatch('"([^"]|"")*', fields[-1]):
+                    raise ValueError("a quote is not closed; if quotes are meant as in CSV, put some into the header")
+                fields = [f[1:-1].replace('""', '"') if re.fullmatch('"([^"]|"")*"', f) else f for f in fields]
             if fields and fields[0] in header and {*fields} == {*header}:
                 if fields != header:
                     raise InputError(f"{path}:{before + 1}: here the order of columns changes; found {fields}")
@@ -1045,8 +1040,9 @@ def find_files(name: str, root: str | Path | None, titles: str | None = None) ->
     """Paths of a dataset's log and, if there is one, its file of titles; downloaded if possible, else InputError."""
     if titles and not (TABLE.search(name) and Path(titles).is_file()):
         raise InputError(f"--titles {titles}: it must be a file, and goes with a log of your own")
-    if name.endswith(".parquet"):
-        raise InputError(f"write it as CSV: import pandas; pandas.read_parquet({name!r}).to_csv('x.csv', index=False)")
+    if (other := re.search(r"\.(parquet|xlsx|jsonl?)(\.gz)?$", name)) and Path(name).name not in OFFICIAL:
+        how = {"parquet": f"parquet({name!r})", "xlsx": f"excel({name!r})"}.get(other[1], f"json({name!r}, lines=True)")
+        raise InputError(f"write it as CSV: import pandas; pandas.read_{how}.to_csv('x.csv', index=False)")
     if TABLE.search(name) and Path(name).is_file():
         log, others = Path(name), []
     elif name in PUBLIC:

@@ -18,6 +18,7 @@ I items, N negatives, D hidden size, L log entries.
 import argparse
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial, reduce
 from hashlib import sha256
 from pathlib import Path
@@ -140,13 +141,15 @@ def states_of(teacher: PreBert, part: Spans, dtype: torch.dtype) -> Tensor:
     Windows are those of training, so that it says here what it would say on the batch.
     """
     states = torch.zeros(len(part.items), teacher.config.hidden_size, dtype=dtype)
-    starts, ends = fixed_windows(part, teacher.max_length)
-    ends, device = ends - 1, teacher.item_bias.device  # nothing is asked after a window's last item
+    windows = fixed_windows(part, teacher.max_length)
+    windows = replace(windows, ends=windows.ends - 1)  # nothing is asked after a window's last item
+    device = teacher.item_bias.device
     positions, _ = at_once(device, teacher.num_items)
-    for rows in tqdm(batches(ends - starts, positions), desc="the teacher reads", disable=world()[0] > 0):
-        width = int((ends - starts)[rows].max())
-        tokens = pad_left(part.items, starts[rows], ends[rows], width)  # (B, T)
-        entries = (ends[rows] - width)[:, None] + torch.arange(width)  # (B, T)
+    for rows in tqdm(batches(windows.sizes, positions), desc="the teacher reads", disable=world()[0] > 0):
+        some = windows[rows]
+        width = int(some.sizes.max())
+        tokens = pad_left(some.items, some.starts, some.ends, width)  # (B, T)
+        entries = (some.ends - width)[:, None] + torch.arange(width)  # (B, T)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             read = teacher(tokens.to(device), torch.arange(width, device=device).expand(tokens.shape))  # (B, T, D)
         states[entries[tokens != PAD]] = read.cpu()[tokens != PAD].to(dtype)

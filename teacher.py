@@ -139,23 +139,21 @@ def seeded(seed: int, kind: str, count: int) -> Generator:
     return Generator().manual_seed((seed * 1_000_003 + count) * 3 + ("windows", "batches", "masks").index(kind))
 
 
-def draw_windows(model: PreBert, part: Spans, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """The windows of an epoch, as the model's kind of question needs them: starts, ends, last_only, (W,) each."""
+def draw_windows(model: PreBert, part: Spans, generator: Generator) -> tuple[Spans, Tensor]:
+    """The W windows of an epoch, as the model's kind of question needs them, and last_only (W,)."""
     if not model.config.causal:
         return random_windows(part, model.max_length, generator)
-    starts, ends = fixed_windows(part, model.max_length)
-    return starts, ends, torch.zeros(len(starts), dtype=torch.bool)
+    windows = fixed_windows(part, model.max_length)
+    return windows, torch.zeros(len(windows.starts), dtype=torch.bool)
 
 
-def draw_batch(
-    model: PreBert, part: Spans, starts: Tensor, ends: Tensor, last_only: Tensor, generator: Generator
-) -> Batch:
-    """Windows (B,) as a batch with fresh questions, of the model's kind."""
-    width = int((ends - starts).max())
-    tokens = pad_left(part.items, starts, ends, width)  # (B, T)
+def draw_batch(model: PreBert, windows: Spans, last_only: Tensor, generator: Generator) -> Batch:
+    """B windows as a batch with fresh questions, of the model's kind; last_only (B,)."""
+    width = int(windows.sizes.max())
+    tokens = pad_left(windows.items, windows.starts, windows.ends, width)  # (B, T)
     asked = next_items(tokens) if model.config.causal else mask_items(tokens, last_only, model.mask_id, generator)
     tokens, positions, labels = asked  # (B, T) or, of next items, (B, T - 1); (B, M), (B, M)
-    return Batch(tokens, positions, labels, entries=(ends - width)[:, None] + positions)
+    return Batch(tokens, positions, labels, entries=(windows.ends - width)[:, None] + positions)
 
 
 def some_targets(valid: Spans, count: int) -> Tensor:
@@ -199,8 +197,8 @@ def train(
     if args.start and data.split == "last":  # who has three items now may have had two, both trained on
         valid_part = valid_part[(valid_part.sizes > 1).nonzero()[:, 0]]
     has_valid = len(valid_part.targets) > 0  # not with --all and --final, where the last epoch's weights are the best
-    windows = draw_windows(model, train_part, seeded(args.seed, "windows", 0))[0]
-    if not len(windows) or (data.split in ("last", "sessions") and not has_valid):
+    windows, _ = draw_windows(model, train_part, seeded(args.seed, "windows", 0))
+    if not len(windows.starts) or (data.split in ("last", "sessions") and not has_valid):
         raise InputError(f"{data.name}: no user has three items (four for next items or --start), no session two")
     if data.num_items <= FULL_SOFTMAX:  # with huge catalogues, keeping freed blocks fragments memory
         keep_freed_memory()
@@ -231,8 +229,8 @@ def train(
         while spent() < 1 and state["waited"] < args.patience:
             # An epoch: fresh windows, fresh batches of similar length, fresh questions.
             epoch = state["epoch"]
-            starts, ends, last_only = draw_windows(model, train_part, seeded(seed, "windows", epoch))
-            sizes = ends - starts  # (W,)
+            windows, last_only = draw_windows(model, train_part, seeded(seed, "windows", epoch))
+            sizes = windows.sizes  # (W,)
             plan = batches(sizes, args.tokens, generator=seeded(seed, "batches", epoch))
             bar = tqdm(total=int(sizes.sum()), desc=f"epoch {epoch + 1}", unit=" items", leave=False, unit_scale=True,
                        mininterval=0.5 if sys.stderr.isatty() else 30, disable=process > 0)  # fmt: skip
@@ -242,7 +240,7 @@ def train(
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * share
                 generator = seeded(seed, "masks", state["step"])
-                batch = draw_batch(model, train_part, starts[rows], ends[rows], last_only[rows], generator)
+                batch = draw_batch(model, windows[rows], last_only[rows], generator)
                 own, weight = share_of(batch)
                 torch.manual_seed(seed * 1_000_003 + state["step"] * processes + process)  # for dropout, negatives
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

@@ -199,8 +199,8 @@ def trained(s: SimpleNamespace, script: ModuleType, name: str, minutes: float, *
     script.main()
     seconds, run = time.perf_counter() - began, Path("runs") / dataset_name(str(s.log)) / name
     made, (model, config, _) = read_json(run / "metrics.json"), load_run(run)
-    starts, ends = fixed_windows(leave_one_out(load_dataset(str(s.log)))[0], model.max_length)
-    of_step = (ends - starts - 1).sum().item() / len(batches(ends - starts, int(config["settings"]["tokens"])))
+    sizes = fixed_windows(leave_one_out(load_dataset(str(s.log)))[0], model.max_length).sizes
+    of_step = (sizes - 1).sum().item() / len(batches(sizes, int(config["settings"]["tokens"])))
     around = {"before_and_after_s": seconds - 60 * made["minutes"], "log": (run / "log.csv").read_text().splitlines()}
     yield {"command": config["command"], **made, **around}
     yield speed(s, model, of_step * made["steps"] / (60 * made["minutes"]))

@@ -60,7 +60,7 @@ def thinned(data: Interactions, percent: int, seed: int) -> Parts:
     train, valid, test = leave_one_out(data)
     order = torch.randperm(len(train.starts), generator=torch.Generator().manual_seed(seed))
     kept = order[: len(order) * percent // 100].sort().values
-    return data_module.Spans(train.items, train.starts[kept], train.ends[kept], train.targets), valid, test
+    return train[kept], valid, test
 
 
 def one_run(name: str, data: Interactions, label: str, flags: list[str], percent: int, seed: int) -> dict:

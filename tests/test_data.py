@@ -554,8 +554,10 @@ def test_quoted_csv_with_semicolons_gzipped(tmp_path):
     assert histories(log) == [["a", "b"], ['say "hi"']] and log.name == "x"
     with pytest.raises(InputError, match="broken gzip"):
         atomic(tmp_path, gzip.compress(text.encode())[:-9], name="x.csv.gz")
-    with pytest.raises(InputError, match=r"read_parquet\('x.parquet'\)"):
-        load_dataset("x.parquet")
+    for name, how in (("x.parquet", "parquet('x.parquet')"), ("x.xlsx", "excel('x.xlsx')"),
+                      ("x.json.gz", "json('x.json.gz', lines=True)")):  # fmt: skip
+        with pytest.raises(InputError, match=re.escape(f"pandas.read_{how}.to_csv")):
+            load_dataset(name)
 
 
 @pytest.mark.parametrize(
@@ -804,14 +806,14 @@ def test_random_windows_and_batches_cover_the_training_part(monkeypatch):
     monkeypatch.setattr(data, "LAST_SHARE", 0.0)
     train, _, _ = leave_one_out(hand_log(list(range(1, 60)), [1, 2, 3], [7], list(range(1, 12))))
     generator = torch.Generator().manual_seed(1)
-    starts, ends, last_only = random_windows(train, 10, generator)
-    assert len(starts) == 6 + 1 + 1 + 1 and not last_only.any()
-    assert ((ends - starts) <= 10).all() and (starts >= 0).all()
-    newest = {(int(s), int(e)) for s, e in zip(starts, ends, strict=True)}
+    windows, last_only = random_windows(train, 10, generator)
+    assert len(windows.starts) == 6 + 1 + 1 + 1 and not last_only.any()
+    assert (windows.ends - windows.starts <= 10).all() and (windows.starts >= 0).all()
+    newest = {(int(s), int(e)) for s, e in zip(windows.starts, windows.ends, strict=True)}
     assert {(47, 57), (59, 60), (62, 63), (63, 72)} <= newest  # everyone's newest items, every epoch
-    groups = batches(ends - starts, 20, generator=generator)
-    assert sorted(torch.cat(groups).tolist()) == list(range(len(starts)))
-    assert all(len(rows) * int((ends - starts)[rows].max()) <= 20 for rows in groups)
+    groups = batches(windows.sizes, 20, generator=generator)
+    assert sorted(torch.cat(groups).tolist()) == list(range(len(windows.starts)))
+    assert all(len(rows) * int(windows[rows].sizes.max()) <= 20 for rows in groups)
 
 
 def test_last_only_windows_end_anywhere_but_have_a_past(monkeypatch):
@@ -819,7 +821,8 @@ def test_last_only_windows_end_anywhere_but_have_a_past(monkeypatch):
     train, _, _ = leave_one_out(hand_log(list(range(1, 60)), [7]))
     ends = set()
     for seed in range(300):
-        starts, stops, last_only = random_windows(train, 10, torch.Generator().manual_seed(seed))
+        windows, last_only = random_windows(train, 10, torch.Generator().manual_seed(seed))
+        starts, stops = windows.starts, windows.ends
         assert last_only[:-1].all() and not last_only[-1]  # a lone item has no past
         assert (stops - starts)[:-1].min() >= 2 and (stops - starts).max() <= 10 and stops[:-1].max() <= 57
         ends |= set(stops[:-1].tolist())
@@ -830,7 +833,8 @@ def test_last_only_windows_end_anywhere_but_have_a_past(monkeypatch):
 def test_fixed_windows_ask_for_every_item_but_the_first_once(sizes, length):
     ends = torch.tensor(sizes).cumsum(0)
     part = Spans(torch.arange(int(ends[-1])), ends - torch.tensor(sizes), ends, torch.empty(0))
-    starts, stops = fixed_windows(part, length)
+    windows = fixed_windows(part, length)
+    starts, stops = windows.starts, windows.ends
     asked = [place for a, b in zip(starts.tolist(), stops.tolist(), strict=True) for place in range(a + 1, b)]
     firsts = set(part.starts.tolist())
     assert sorted(asked) == [place for place in range(int(ends[-1])) if place not in firsts]

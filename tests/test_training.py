@@ -133,9 +133,9 @@ def test_cached_answers_are_the_live_ones_in_every_window(ring, length):
     assert (part.sizes > 2 * 7).any() and (part.sizes < 40).all()  # histories longer and shorter than the model reads
     cached, live, asked = *(teacher_states(teachers, part, torch.float32, cache) for cache in (True, False)), []
     generator = torch.Generator().manual_seed(0)
-    starts, ends, last_only = draw_windows(teachers[0], part, generator)
-    for rows in batches(ends - starts, 100, generator=generator):
-        batch = draw_batch(teachers[0], part, starts[rows], ends[rows], last_only[rows], generator)
+    windows, last_only = draw_windows(teachers[0], part, generator)
+    for rows in batches(windows.sizes, 100, generator=generator):
+        batch = draw_batch(teachers[0], windows[rows], last_only[rows], generator)
         for kept, said in zip(cached(batch), live(batch), strict=True):
             assert kept.shape == (int((batch.labels != PAD).sum()), 64) and torch.allclose(kept, said, atol=1e-4)
         asked += batch.entries[batch.labels != PAD].tolist()
@@ -146,8 +146,7 @@ def test_cached_answers_are_the_live_ones_in_every_window(ring, length):
 def test_a_batch_knows_where_its_items_stand_in_the_log(ring, causal):
     part, _, _ = leave_one_out(load_dataset(str(ring)))
     model, generator = MiniBert("tiny", 60, 7, causal), torch.Generator().manual_seed(0)
-    starts, ends, last_only = draw_windows(model, part, generator)
-    batch = draw_batch(model, part, starts, ends, last_only, generator)
+    batch = draw_batch(model, *draw_windows(model, part, generator), generator)
     asked = batch.labels != PAD
     entries = batch.entries[asked] + causal  # a causal model is asked at the item before
     assert torch.equal(part.items[entries], batch.labels[asked])
@@ -177,8 +176,7 @@ def test_counts_are_those_after_the_item_that_is_read():
     student, teacher_model = (MiniBert("tiny", num_items, 12, True).eval() for _ in range(2))
     random_weights(student, teacher_model, std=0.2)
     generator = torch.Generator().manual_seed(0)
-    starts, ends, last_only = draw_windows(student, part, generator)
-    batch = draw_batch(student, part, starts, ends, last_only, generator)
+    batch = draw_batch(student, *draw_windows(student, part, generator), generator)
     loss = student_loss(student, batch, [teacher_model], live([teacher_model]), 1.0, 1.0, None,
                         Markov(part, num_items), 0.3)  # fmt: skip
     histories = [part.items[a:b].tolist() for a, b in zip(part.starts, part.ends, strict=True)]

@@ -32,7 +32,7 @@ CURVES = {
     "teacher": "PreBERT", "student": "its student, after PreBERT's minutes",
     "student-no-kd": "Mini-BERT without a teacher", "rectools-sasrec": "RecTools' SASRec",
     "rectools-bert4rec": "RecTools' BERT4Rec", "recbole-sasrec": "RecBole's SASRec",
-    "recbole-bert4rec": "RecBole's BERT4Rec", "sasrec": "RecTools' SASRec",  # the last as steam/peers.json has it
+    "recbole-bert4rec": "RecBole's BERT4Rec",
 }  # fmt: skip
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito's
 plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 130})
@@ -134,7 +134,8 @@ def peers(file: Path) -> None:
         draw_seeds(axes, color, [points], CURVES.get(run, name))
     axes.set_xscale("log")
     log_axis(axes.xaxis, (1, 2, 5))
-    axes.legend(frameon=False, loc="lower right")
+    axes.figure.set_figwidth(8.8)  # curves are everywhere, so the names stand beside them
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     axes.figure.savefig(file.with_suffix(".png"))
 
 

@@ -547,6 +547,13 @@ def open_table(path: Path) -> tuple[list[str], Callable]:
     return names, partial(rows_of, path, header, rows)
 
 
+def unquoted(fields: list[str]) -> list[str]:
+    """Fields between tabs without the quotes around whole ones; ValueError where one is not closed."""
+    if re.fullmatch('"([^"]|"")*', fields[-1]):
+        raise ValueError("a quote is not closed; if quotes are meant as in CSV, put some into the header")
+    return [f[1:-1].replace('""', '"') if re.fullmatch('"([^"]|"")*"', f) else f for f in fields]
+
+
 def rows_of(path: Path, header: list[str], rows: Any, parse: Callable, examples: list[str]) -> Iterator:
     """What `parse` returns for each row; rows at which it raises go to `examples`, more than 1 % are an InputError.
 
@@ -563,10 +570,8 @@ def rows_of(path: Path, header: list[str], rows: Any, parse: Callable, examples:
                 inside = [line.count(rows.dialect.delimiter) == width - 1 for line in max(fields, key=len).split("\n")]
                 if sum(inside) > len(inside) / 2:
                     raise ValueError(f"a quote is closed only {rows.line_num - before - 1} lines later")
-            if tabs and any(field[:1] == '"' for field in fields):  # pandas quotes whole fields here, too
-                if re.fullmatch('"([^"]|"")*', fields[-1]):
-                    raise ValueError("a quote is not closed; if quotes are meant as in CSV, put some into the header")
-                fields = [f[1:-1].replace('""', '"') if re.fullmatch('"([^"]|"")*"', f) else f for f in fields]
+            if tabs and any(field[:1] == '"' for field in fields):  # pandas quotes here, too
+                fields = unquoted(fields)
             if fields and fields[0] in header and {*fields} == {*header}:
                 if fields != header:
                     raise InputError(f"{path}:{before + 1}: here the order of columns changes; found {fields}")

@@ -119,7 +119,7 @@ class Spans:
         return self.ends - self.starts  # (R,)
 
     def __getitem__(self, rows: Tensor | np.ndarray) -> "Spans":
-        targets = self.targets[rows] if len(self.targets) else self.targets
+        targets = self.targets[rows] if len(self.targets) else self.targets  # of the training part there are none
         return Spans(self.items, self.starts[rows], self.ends[rows], targets)
 
     def histories(self, rows: Tensor, device: torch.device) -> Tensor:

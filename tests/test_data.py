@@ -558,6 +558,8 @@ def test_quoted_csv_with_semicolons_gzipped(tmp_path):
                       ("x.json.gz", "json('x.json.gz', lines=True)")):  # fmt: skip
         with pytest.raises(InputError, match=re.escape(f"pandas.read_{how}.to_csv")):
             load_dataset(name)
+    with pytest.raises(InputError, match="unknown dataset"):  # no JSON, whatever its name says
+        load_dataset("steam_reviews.json.gz")
 
 
 @pytest.mark.parametrize(

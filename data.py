@@ -35,7 +35,7 @@ import zipfile
 import zlib
 from array import array
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -112,7 +112,7 @@ class Spans:
     items: Tensor  # (L,) the whole log; all parts share it
     starts: Tensor  # (R,)
     ends: Tensor  # (R,)
-    targets: Tensor  # (R,) ids, or PAD, a miss, where training never saw a session's item; (0,) in the training part
+    targets: Tensor  # (R,) ids; PAD, a miss, where a session's next item is not in training; (0,) in the training part
 
     @property
     def sizes(self) -> Tensor:
@@ -159,7 +159,7 @@ def in_seconds(times: np.ndarray) -> np.ndarray:
 
 
 def last_day(data: Interactions, final: bool = False) -> Parts:
-    """Each session is a user. Test: those that begin on the log's last day (UTC); validation: the newest tenth before.
+    """Users here are sessions. Test: those that begin on the log's last day (UTC); validation: the newest tenth before.
 
     Every prefix of a held-out session asks for its next item, as session-based recommenders are evaluated
     (Hidasi et al. 2016, section 4). final: all but the last day is trained on, and the validation part is empty.
@@ -351,7 +351,8 @@ def without_copies(clicks: Clicks, keep: np.ndarray, once: bool) -> np.ndarray:
     """
     if not once and clicks.times.min() == clicks.times.max():
         return keep
-    begins = np.diff(clicks.users[keep], prepend=-1) != 0  # where a user's lines begin; unless once, those of one time
+    # Copies are looked for in a user's lines or, unless `once`, in those of one time: true where these begin.
+    begins = np.diff(clicks.users[keep], prepend=-1) != 0
     if not once:
         begins |= np.diff(clicks.times[keep], prepend=-np.inf) != 0
     keys = np.cumsum(begins) * len(clicks.raw_items) + clicks.items[keep]
@@ -395,7 +396,7 @@ def build(
         least = f"where a user needs {min_length} and an item {min_items}; try smaller --min-length and --min-items"
         raise InputError(f"{name}: none is left of {lines}, {least}. Its columns: {taken['columns']}")
     users, items = clicks.users[core], clicks.items[core]
-    kept = list(dict.fromkeys(items.data))  # by first appearance
+    kept = list(dict.fromkeys(items.data))  # by first appearance; `.data` makes no list of all
     numbers = np.empty(len(clicks.raw_items), np.int64)
     numbers[kept] = np.arange(len(kept))
     items = numbers[items]
@@ -405,13 +406,13 @@ def build(
     repeats = bool((pairs[1:] == pairs[:-1]).sum() >= REPEATS_FROM * len(pairs))
     taken = {**taken, "interactions": f"{lines}; {len(core):,} kept"}
     tied = np.count_nonzero((np.diff(users) == 0) & (np.diff(clicks.times[core]) == 0)) / len(core)
-    if tied >= 0.01 and "; no time:" not in taken["columns"]:
+    if tied >= 0.01 and "times" in taken:
         taken["order"] = f"{tied:.0%} have the time of the one before; they stay in the order of lines"
-    named = sum(map(titles.__contains__, raw_ids))
+    named = sum(raw_id in titles for raw_id in raw_ids)
     taken["titles"] = f"{named:,} of {len(kept):,} items; {taken['titles']}"
     if titles and not named:
         taken["titles"] += f"; the log has items such as {raw_ids[1]!r}, the file {min(titles)!r}"
-    shown, texts = map(list, zip(*(titles.get(raw_id, (raw_id, "")) for raw_id in raw_ids), strict=True))
+    shown, texts = ([titles.get(raw_id, (raw_id, ""))[part] for raw_id in raw_ids] for part in (0, 1))
     user_ids = [clicks.raw_users[user] for user in users[starts]]
     offsets, first_times = np.append(starts, len(core)), clicks.times[core[starts]]
     arrays = (items + 1, offsets, raw_ids, shown, texts, user_ids, first_times)
@@ -510,7 +511,7 @@ def check_unit(times: np.ndarray, path: Path) -> None:
 
 
 def plain(names: list[str]) -> list[str]:
-    """Names of columns as they are compared: in lower case, without blanks and underscores."""
+    """Names of columns as they are compared: in lower case, letters and digits alone."""
     return [re.sub(r"[\W_]", "", name).lower() for name in names]
 
 
@@ -523,12 +524,13 @@ def open_table(path: Path) -> tuple[list[str], Callable]:
     Fields are split as in CSV: not inside quotes, in which a quote is written twice. With tabs, that is so only if the
     header has quotes; otherwise every tab splits, and `rows_of` removes the quotes around whole fields.
     """
-    lines, dropped = read_lines(path), ""
+    lines = read_lines(path)
+    dropped: list[str] = []
     if path.name in OFFICIAL:
         line_of, first = OFFICIAL[path.name]
         lines = map(line_of, filter(str.strip, lines))
     elif re.fullmatch(r'"?sep=."?\s*', first := next(lines, "")):  # for Excel
-        dropped, first = "\n", next(lines, "")
+        dropped, first = ["\n"], next(lines, "")
     if not first.strip():
         raise InputError(f"{path}: its first line is empty; a header with the names of columns must be there")
     separator = max("\t,;|", key=re.sub('"[^"]*"', "", first).count)
@@ -601,7 +603,7 @@ def rows_of(path: Path, header: list[str], rows: Any, parse: Callable, examples:
         print(f"skipped, one of {lost:,}: {example}", file=sys.stderr)
 
 
-# Common public spellings, in order of preference, without case, blanks and underscores.
+# Common public spellings, in order of preference, as `plain` writes them.
 SESSION = "sessionid session usersession visitid sid"
 # Columns that may hold the time of day, beside one of dates.
 TIME_OF_DAY = (
@@ -640,14 +642,16 @@ DATED = re.compile(r"([7-9]\d{8}|1\d{9})(\d{3}){0,3}(\.\d+)?|\d\.\d+[eE]\+?\d\d?
 
 def place_of(names: list[str], known: str) -> int | None:
     """The place among the columns of the first of the known spellings that occurs, else None."""
-    return next((plain(names).index(word) for word in known.split() if word in plain(names)), None)
+    spelt = plain(names)
+    return next((spelt.index(word) for word in known.split() if word in spelt), None)
 
 
 def how_fine(names: list[str], rows: list[list[str]]) -> list[int]:
     """How finely most values of each column tell the time: 2 finer than a day, 1 the day, 0 not at all."""
     levels = []
-    for _, *column in itertools.islice(itertools.zip_longest(names, *rows, fillvalue=""), len(names)):
-        values = [value for value in map(str.strip, column) if value.lower() not in MISSING]
+    for place in range(len(names)):
+        column = (row[place].strip() for row in rows if place < len(row))
+        values = [value for value in column if value.lower() not in MISSING]
         dates = [value for value in values if DATED.fullmatch(value) and not NO_DAY.match(value)]
         finer = any(map(FINER.search, dates))
         levels.append(0 if 2 * len(dates) <= len(values) else 2 if finer else 1)
@@ -744,8 +748,9 @@ def check_ids(path: Path, ids: dict[str, int]) -> None:
 
 def read_log(path: Path, given: dict[str, str], sessions: bool) -> tuple[Clicks, dict[str, str], str]:
     """Clicks of a log, what was taken for what, and its name of the items; given, sessions: see `find_columns`."""
-    (names, read), (_, again) = (open_table(path) for _ in range(2))
-    first = list(itertools.islice(again(list, []), 100))
+    names, read = open_table(path)
+    with redirect_stderr(io.StringIO()):  # what is to be noted is noted when all is read
+        first = list(itertools.islice(open_table(path)[1](list, []), 100))
     places = find_columns(path, names, first, given, sessions)
     user, item, when, clock, label, owner = map(places.get, ("user", "item", "time", "clock", "label", "owner"))
     session = place_of(names, SESSION)

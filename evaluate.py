@@ -82,7 +82,7 @@ def rank_targets(
     """
     ranks = torch.zeros(len(part.targets), dtype=torch.long)
     limits = at_once(torch.device(device), int(part.items.max()))  # the log holds every item
-    # Grouped by lengths up to 200 at least: with less, short histories would be padded to the width of huge ones.
+    # Grouped by length even where a model reads less (baselines: one item), since whole histories are padded, too.
     sizes = part.sizes.clamp(max=max(max_length, 200))
     for rows in tqdm(batches(sizes, *limits), desc=title, leave=False, delay=1, disable=not title):
         seen = part.histories(rows, torch.device(device))  # (B, S)
@@ -102,7 +102,7 @@ def resampled(values: Tensor, owners: np.ndarray, stream: int = 0) -> np.ndarray
 
     owners (R,): the user, from 0, of each value; a session with several questions is drawn as one. Calls with the same
     owners draw the same users, so that two models are compared on the same ones; their seeds are drawn apart, by the
-    number `stream`. Draws from E seeds vary (E - 1) / E as much as E new seeds would, so each draw's distance from the
+    number `stream`. Draws from E seeds have (E - 1) / E of the variance of new seeds, so each draw's distance from the
     mean of the seeds is widened by sqrt(E / (E - 1)).
     """
     users, seeds = np.random.default_rng(0), np.random.default_rng([stream, 1])

@@ -6,8 +6,8 @@ BERT reads in both directions. To predict each next item, its layers get a causa
 fine-tuning; [MASK] is then never read, only where masked items are guessed, as in the paper.
 
 This file holds no command; teacher.py trains what is built here. In order: shape -> attention -> layer -> encoder ->
-`PreBert` -> BERT's weights -> safetensors; and, to be read after data.py, whose `Interactions` and `Spans` they take:
-a model on disk -> first values of the item table -> new logs and new items.
+`PreBert`; and, to be read after data.py, from which they take much: BERT's weights -> safetensors -> a model on disk ->
+first values of the item table -> new logs and new items.
 
 Letters: B batch, T sequence length, D hidden size, N heads, K head size (N * K = D), I items, n new ones, M positions
 of a row that are asked for (T where all are), V size of BERT's vector of a text, C `text_columns` made from it, F
@@ -77,7 +77,7 @@ class Dropout(nn.Module):
             return x
         if not x.is_cpu:
             return F.dropout(x, self.out_of_256 / 256)
-        random = torch.empty(x.numel() // 8 + 1, dtype=torch.int64).random_(-(2**63), None)
+        random = torch.empty(x.numel() // 8 + 1, dtype=torch.int64).random_(-(2**63), None)  # all 64 bits
         dropped = random.view(torch.uint8)[: x.numel()].view(x.shape) < self.out_of_256
         return x.masked_fill(dropped, 0) * (256 / (256 - self.out_of_256))
 
@@ -103,7 +103,7 @@ class SelfAttention(nn.Module):
     """Attention with N heads: each looks at the sequence through its own K numbers of every state.
 
     One matrix makes queries, keys and values, which is one large product instead of three small ones. Dropout is on
-    what attention and feed-forward add; BERT's further one on the attention weights is left out.
+    embeddings and on what attention and feed-forward add; BERT's further one on the attention weights is left out.
     """
 
     def __init__(self, config: BertConfig):
@@ -122,15 +122,16 @@ class SelfAttention(nn.Module):
             size = x.shape[-1]
             query = F.linear(queries, self.qkv.weight[:size], self.qkv.bias[:size])  # (B, M, D)
             key, value = F.linear(x, self.qkv.weight[size:], self.qkv.bias[size:]).chunk(2, dim=-1)  # (B, T, D)
-        heads = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (query, key, value))
-        query, key, value = heads  # (B, N, M, K), then (B, N, T, K) twice
+        parts = (query, key, value)
+        query, key, value = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts)
+        # (B, N, M, K), then (B, N, T, K) twice
         mixed = attend(query, key, value, mask.to(query.dtype))  # (B, N, M, K)
         return self.output(mixed.transpose(1, 2).flatten(2))  # (B, M, D)
 
     def one_query(self, x: Tensor, mask: Tensor, queries: Tensor) -> Tensor:
         """The same mix of values for one query per row, queries (B, 1, D), without keys and values of all T positions.
 
-        q (W_k x + b_k) = (W_k^T q) x + q b_k, which the softmax drops, since it is the same for every x; and
+        q (W_k x + b_k) = (W_k^T q) x + q b_k, whose last term the softmax drops, since it is the same for every x; and
         sum p (W_v x + b_v) = W_v (sum p x) + b_v, since sum p = 1. Without this a compiled call takes 8 to 13 % longer.
         """
         query_matrix, key_matrix, value_matrix = self.qkv.weight.unflatten(0, (3, self.num_heads, -1))  # (N, K, D) each
@@ -209,10 +210,10 @@ class Encoder(nn.Module):
 class PreBert(nn.Module):
     """An encoder over items: histories in, a score for every item of the catalogue out.
 
-    The newest item has the last position, max_length - 1, and older ones those before it, so that padding on the left
-    changes nothing. The output is tied to the input: logits = head(h) E^T + b over the items (Press & Wolf 2017), with
-    h the encoder's output and E the item table; PAD and MASK have no logit. `forward` returns head(h), which all
-    scripts call states.
+    The last token, the newest item or [MASK], has the last position, max_length - 1, and others those before it, so
+    that padding on the left changes nothing. The output is tied to the input: logits = head(h) E^T + b over the items
+    (Press & Wolf 2017), with h the encoder's output and E the item table; PAD and MASK have no logit. `forward` returns
+    head(h), which all scripts call states.
 
     What comes next depends most on what came last, more than in sentences. So an item is read together with a share of
     each of the three before it: a short convolution, as in Mamba (Gu & Dao 2023). Its shares are 0 as training begins.
@@ -261,7 +262,7 @@ class PreBert(nn.Module):
         return F.linear(states, self.item_embedding.weight[1 : self.num_items + 1], self.item_bias)
 
     def question(self, history: Tensor) -> Tensor:
-        """What the model reads to say what follows history (B, T): its newest items, then [MASK] if it is masked."""
+        """What the model reads to say what follows history (B, T): its newest items, then [MASK] unless it is causal."""
         if self.config.causal:
             return history[:, -self.max_length :].contiguous()  # compiled graphs take the layout for granted
         return F.pad(history[:, -(self.max_length - 1) :], (0, 1), value=self.mask_id)  # (B, T + 1)
@@ -525,7 +526,7 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
             for name, entry in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"]):
                 dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
                 numbers = [*shape, *entry["data_offsets"]]
-                if len(numbers) > 18 or any(type(n) is not int or not 0 <= n < 2**63 for n in numbers):
+                if len(numbers) > 16 + 2 or any(type(n) is not int or not 0 <= n < 2**63 for n in numbers):
                     raise ValueError(f"tensor {name[:80]!r} has numbers that are no sizes")
                 end = begin + math.prod(shape) * dtype.itemsize
                 exact = entry == {"dtype": entry["dtype"], "shape": shape, "data_offsets": [begin, end]}
@@ -739,13 +740,13 @@ def text_vectors(bert: Bert, tokenizer: Tokenizer, texts: list[str]) -> Tensor:
 def cooccurrence_vectors(train: Spans, num_items: int, size: int, window: int = 5) -> Tensor:
     """Items from the company that they keep: PPMI (positive pointwise mutual information) and SVD, (num_items, size).
 
-    ppmi(i, j) = max(0, log(count(i, j) * total / (count(i) * count(j)))), counted for items at most
-    `window` steps apart in a training history; rows of U sqrt(S) (Levy & Goldberg 2014, section 3).
+    ppmi(i, j) = max(0, log(count(i, j) * total / (count(i) * count(j)))), count(i, j) of pairs at most `window` steps
+    apart in a training history, count(i) its sum over j; rows of U sqrt(S) (Levy & Goldberg 2014, section 3).
     """
     owner, entries = entries_of(train)
     user, items = owner.numpy(), train.items[entries].numpy() - 1  # held-out items belong to nobody here
     found = []
-    for step in range(1, window + 1):  # counted step by step: a step's keys are as many as the log's entries
+    for step in range(1, window + 1):  # step by step, as all pairs at once would take much memory
         same = user[step:] == user[:-step]
         left, right = items[:-step][same], items[step:][same]
         found += [np.unique(a * num_items + b, return_counts=True) for a, b in ((left, right), (right, left))]
@@ -798,8 +799,8 @@ def set_item_table(model: PreBert, table: Tensor | None, norm: float) -> None:
 def nearby(new: Tensor, known: Tensor, rows: Tensor, bias: Tensor, count: int = 5) -> tuple[Tensor, Tensor]:
     """Item rows (n, D) and biases (n,) of n new items with vectors (n, V), from known ones with vectors (I, V).
 
-    rows (I, D) and bias (I,) are what the known items have learnt. A new row is their mean row plus an offset, whose
-    direction and length are the averages over the `count` known items with the nearest vectors, weighted by
+    rows (I, D) and bias (I,) are what the known items have learnt. A new row is the mean of all these plus an offset,
+    whose direction and length are the averages over the `count` known items with the nearest vectors, weighted by
     softmax(10 cosine). Where nothing is near, the offset is 0.
     """
     centre, row_centre = known.mean(0), rows.mean(0)

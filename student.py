@@ -56,11 +56,11 @@ class MiniBert(PreBert):
 def scores_by_id(model: PreBert, states: Tensor) -> Tensor:
     """`PreBert.logits` of states (B, D + C) with one column per item id, -inf for PAD and MASK, (B, A or A - 1, even).
 
-    In two halves of the table at once: without them a compiled call with 200 items takes 12 % longer, since MKL reads a
-    matrix with a single core for one user.
+    The table is multiplied as two halves: as one, a compiled call with 200 items takes 12 % longer, since MKL reads a
+    matrix with a single core for one user. Of an odd A the last column, MASK's, is left out.
     """
     table = model.item_embedding.weight
-    rows = len(table) // 2 * 2  # an odd table's last row is MASK's
+    rows = len(table) // 2 * 2
     halves = states.expand(2, -1, -1) @ table[:rows].unflatten(0, (2, -1)).transpose(1, 2)  # (2, B, A / 2)
     bias = F.pad(model.item_bias, (1, rows - 1 - model.num_items), value=-torch.inf)
     return halves.transpose(0, 1).flatten(1) + bias

@@ -16,6 +16,7 @@ W windows, C and N candidates, V size of what BERT reads in a text.
 """
 
 import argparse
+import atexit
 import ctypes
 import fcntl
 import io
@@ -86,6 +87,7 @@ def item_loss(model: PreBert, batch: Batch, label_smoothing: float = 0.0, sample
         negatives, correction = draw_candidates(sampler, columns[:, None])
         logits = candidate_logits(model, states, columns[:, None], negatives) + correction  # (Q, 1 + N)
         columns = torch.zeros_like(columns)  # the label is the first candidate
+    # Not "mean", which is nan where a process' share of a batch asks nothing.
     return F.cross_entropy(logits, columns, label_smoothing=label_smoothing, reduction="sum") / max(1, len(columns))
 
 
@@ -236,7 +238,7 @@ def train(
                        mininterval=0.5 if sys.stderr.isatty() else 30, disable=process > 0)  # fmt: skip
             mean_loss = 0.0
             for done, rows in enumerate(plan):
-                share = schedule(spent((done + 0.5) / len(plan)), args.warmup)  # as in the middle of the step
+                share = schedule(spent((done + 0.5) / len(plan)), args.warmup)  # of epochs, in the middle of the step
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * share
                 generator = seeded(seed, "masks", state["step"])
@@ -417,6 +419,7 @@ def join_processes(device: str) -> None:
             dist.init_process_group("nccl")
         else:
             dist.init_process_group("gloo")
+        atexit.register(dist.destroy_process_group)
         if dist.get_rank() > 0:
             sys.stdout = open(os.devnull, "w")  # one process speaks for all
 
@@ -508,8 +511,9 @@ def add_training_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict]
     budget = group.add_mutually_exclusive_group()
     budget.add_argument("--epochs", type=number(0, kind=int), help=f"passes, more on small data {by_recipe('epochs')}")
     budget.add_argument("--minutes", type=number(0, above=True), help="budget by the clock instead of --epochs")
-    add("--tokens", type=positive, help=f"positions in a batch, over all processes {by_recipe('tokens')}; "
-        f"on small data as few as {recipes['next']['least_tokens']}")  # fmt: skip
+    least = min(recipe["least_tokens"] for recipe in recipes.values())
+    fewer = f"; on small data as few as {least}" if least < recipes["next"]["tokens"] else ""
+    add("--tokens", type=positive, help=f"positions in a batch, over all processes {by_recipe('tokens')}{fewer}")
     add("--lr", type=number(0, above=True), help=f"peak learning rate; less with fewer --tokens {by_recipe('lr')}")
     add("--body-lr", type=number(0, above=True), help=f"the same for encoder and positions {by_recipe('body_lr')}")
     add("--dropout", type=number(0, 0.9), help=f"share of activations zeroed {by_recipe('dropout')}, less with more "
@@ -522,7 +526,8 @@ def add_training_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict]
     add("--max-length", type=number(3, kind=int), help="items the model reads (default: 200; a student as its teacher)")
     add("--negatives", type=number(1, 2**20, kind=int), help="sampled softmax with this many shared negatives, no "
         f"smoothing (default: the full catalogue up to {FULL_SOFTMAX:,} items, then {NEGATIVES:,})")  # fmt: skip
-    add("--patience", type=positive, help="epochs without improvement before stopping (default: a third, at least 5)")
+    add("--patience", type=positive, help="epochs without improvement before stopping (default: a third, at least 5; "
+        "none with --minutes)")  # fmt: skip
     add("--eval-users", type=positive, default=10_000, help="validation targets after an epoch (default: %(default)s)")
     add("--seed", type=number(0, 2**32 - 1, kind=int), default=0, help="(default: %(default)s)")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
@@ -559,7 +564,8 @@ def titles_beside_counts(data: Interactions, parts: Parts, reader: Reader) -> fl
 def default_init(data: Interactions, split: str, reader: Reader | None) -> str:
     """How item vectors start where --item-init does not say; printed. split: that of the run without --all, --final."""
     if reader is None or not any(data.texts) or not sparse(data):
-        print(f"item vectors start from cooc, {len(data.items) / data.num_items:.0f} interactions per item")
+        many = f"{len(data.items) / data.num_items:.0f} interactions per item"
+        print("item vectors start from cooc:", "no titles, or no BERT to read them" if sparse(data) else many)
         return "cooc"
     share = titles_beside_counts(data, SPLITS[split](data), reader)
     kind = "text" if share >= TITLES_ALONE else "text+cooc" if share >= TITLES_TOO else "cooc"
@@ -580,6 +586,7 @@ def settle(args: argparse.Namespace, recipes: dict[str, dict], data: Interaction
     Raises InputError for what makes no sense.
     """
     recipe, suffix = recipes[args.objective], "-all" if args.all else "-final" if args.final else ""
+    args.start = args.start and str(Path(args.start))  # ./runs/x is runs/x
     fill_in(args, max_length=200, negatives=NEGATIVES if data.num_items > FULL_SOFTMAX else None)
     if Path(args.name).name != args.name or args.name in ("", ".."):
         raise InputError(f"--name {args.name!r}: must be a name, of a folder in runs/{data.name}")
@@ -588,12 +595,13 @@ def settle(args: argparse.Namespace, recipes: dict[str, dict], data: Interaction
     if args.epochs == 0 and (suffix or not args.start):
         raise InputError("--epochs 0 trains nothing; it is for --start RUN without --all and --final")
     smaller = max(1.0, 1e6 / len(data.items))  # small data: smaller batches, so that an epoch has as many steps
+    per_item = len(data.items) / data.num_items
+    fill_in(args, near_identity=per_item < recipe["near_below"] and not data.repeats)
     # Models overfit less the more interactions an item has, where they are tiny, and where items repeat. A teacher's
-    # answers are worth as much as the interactions.
-    fill_in(args, near_identity=len(data.items) < recipe["near_below"] * data.num_items and not data.repeats)
+    # answers are worth as much as the interactions, where models still overfit.
     less = 0.2 if getattr(args, "size", "") == "tiny" or data.repeats else 0.0
-    worth = len(data.items) / data.num_items * (2 if getattr(args, "teacher", None) and not less else 1)
-    doublings = max(0.0, math.log2(worth / FULL_DROPOUT_TO))
+    learnt_from = per_item * (2 if getattr(args, "teacher", None) and not less else 1)
+    doublings = max(0.0, math.log2(learnt_from / FULL_DROPOUT_TO))
     dropout = max(0.2 if args.near_identity else 0.1, round(recipe["dropout"] - 0.1 * doublings - less, 1))
     tokens = max(recipe["least_tokens"], recipe["tokens"] // 2 ** round(math.log2(smaller)))
     smoothing = 0.0 if args.negatives else recipe["label_smoothing"]
@@ -604,7 +612,7 @@ def settle(args: argparse.Namespace, recipes: dict[str, dict], data: Interaction
         args.epochs = best_epoch(args, replace(data, split=args.split))
     epochs = round(recipe["epochs"] * smaller**0.25)  # a hundredth of the data gets three times the passes
     fill_in(args, epochs=max(1, epochs // 5) if args.start else epochs)
-    fill_in(args, patience=max(5, args.epochs // 3))
+    fill_in(args, patience=sys.maxsize if args.minutes else max(5, args.epochs // 3))  # the clock ends it
     args.name = f"{args.name}{suffix}"
     return Path("runs") / data.name / args.name
 

@@ -534,11 +534,12 @@ def test_presplit_and_csv_logs_find_their_titles(tmp_path, name, beside):
 # ---------------------------------------------------------------- encodings, quotes, times
 
 
-def test_utf8_and_latin_1_line_by_line(tmp_path):
+def test_utf8_and_latin_1_line_by_line(tmp_path, capsys):
     table = "item_id\ttitle\np\tAmélie\n".encode() + "q\tLes Misérables\n".encode("latin-1")
     assert titled(tmp_path, table).titles == ["", "Amélie", "Les Misérables"]
     log = atomic(tmp_path, HEAD.encode() + "u\tcafé\t1\n".encode() + "u\tthé\t2\n".encode("latin-1"))
     assert histories(log) == [["café", "thé"]]
+    assert capsys.readouterr().err.count("note: not all of") == 2  # of the titles, and of the log, which is read twice
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])

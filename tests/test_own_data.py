@@ -356,6 +356,7 @@ def test_a_run_that_starts_from_itself_keeps_its_weights_until_there_are_new_one
         assert "no space" in inside(*on, "--start", "runs/ring/own", "--overwrite", cwd=trained, expect=2)
     assert weights.read_bytes() == before
     inside(*on, "--start", "runs/ring/own", "--overwrite", "--epochs", 1, cwd=trained)
+    assert "has ended" in inside(*on, "--start", "./runs/ring/own", "--resume", "--epochs", 1, cwd=trained)
     shutil.rmtree(weights.parent)
 
 

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -455,7 +456,7 @@ def test_less_data_gets_more_passes_unless_told(ring):
     twice = replace(log, items=np.ones(2_000_000, np.int64))
     for data, given, epochs, patience in (
         (tenth, [], 18, 6), (twice, [], 10, 5), (tenth, ["--epochs", "7"], 7, 5),
-        (tenth, ["--epochs", "40", "--patience", "3"], 40, 3),
+        (tenth, ["--epochs", "40", "--patience", "3"], 40, 3), (tenth, ["--minutes", "1"], 18, sys.maxsize),
     ):  # fmt: skip
         args = options(data, *given, epochs=None, patience=None)
         assert (args.epochs, args.patience) == (epochs, patience)

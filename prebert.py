@@ -262,7 +262,7 @@ class PreBert(nn.Module):
         return F.linear(states, self.item_embedding.weight[1 : self.num_items + 1], self.item_bias)
 
     def question(self, history: Tensor) -> Tensor:
-        """What the model reads to say what follows history (B, T): its newest items, then [MASK] unless it is causal."""
+        """What the model reads to say what follows history (B, T): its newest items, and [MASK] unless it is causal."""
         if self.config.causal:
             return history[:, -self.max_length :].contiguous()  # compiled graphs take the layout for granted
         return F.pad(history[:, -(self.max_length - 1) :], (0, 1), value=self.mask_id)  # (B, T + 1)

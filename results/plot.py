@@ -30,9 +30,9 @@ REPORTED = {
 # Curves of peers.json, by the name of a run without its seed, or of a peer.
 CURVES = {
     "teacher": "PreBERT", "student": "its student, after PreBERT's minutes",
-    "student-no-kd": "Mini-BERT without a teacher", "rectools-sasrec": "RecTools' SASRec",
-    "rectools-bert4rec": "RecTools' BERT4Rec", "recbole-sasrec": "RecBole's SASRec",
-    "recbole-bert4rec": "RecBole's BERT4Rec",
+    "student-no-kd": "Mini-BERT without a teacher", "student-no-kd-cooc": "Mini-BERT, no teacher, no titles",
+    "rectools-sasrec": "RecTools' SASRec", "rectools-bert4rec": "RecTools' BERT4Rec",
+    "recbole-sasrec": "RecBole's SASRec", "recbole-bert4rec": "RecBole's BERT4Rec",
 }  # fmt: skip
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito's
 plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 130})

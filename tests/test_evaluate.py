@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import sparsity
 import torch
-from conftest import REAL, TINY, hand_log, inside
+from conftest import HEAD, REAL, TINY, hand_log, inside
 
 from data import SPLITS, Spans, leave_one_out, pad_left
 from evaluate import (
@@ -222,3 +222,14 @@ def test_the_released_student_has_the_figures_of_the_readme(tmp_path):
     assert "evaluating the released student" in printed and row["name"] == "student"
     assert (round(row["NDCG@10"], 4), round(row["HR@10"], 4)) == (0.2090, 0.3483)
     assert len(row["curve"]) > 5 and max(quality for _, quality in row["curve"]) == pytest.approx(0.2160, abs=1e-4)
+
+
+def test_validation_and_test_by_hand(tmp_path):
+    lines = [("a", "p"), ("a", "q"), ("b", "p"), ("b", "q"), ("b", "r"), ("c", "s")]
+    rows = "".join(f"{user}\t{item}\t{time}\n" for time, (user, item) in enumerate(lines))
+    (tmp_path / "x.inter").write_text(HEAD + rows)
+    # q followed p, so on validation it is first; nothing followed q: s is more popular than r, the rest is seen.
+    for flags, expected in ((["--valid"], 1.0), ([], 1 / math.log2(3))):
+        inside("evaluate.py", "--data", "x.inter", "--min-count", 1, "--json", "x.json", *flags, cwd=tmp_path)
+        markov = json.loads((tmp_path / "x.json").read_text())["rows"][-1]
+        assert (markov["name"], markov["NDCG@10"]) == ("markov", pytest.approx(expected))

@@ -624,7 +624,8 @@ def test_title_vectors_are_kept(tmp_path, monkeypatch):
     assert not torch.equal(text_vectors(*load_bert(str(tmp_path)), ["story", *texts[1:]])[0], first[0])
 
 
-def test_a_teacher_starts_from_titles_one_of_which_has_no_words(tmp_path):
+def test_a_teacher_starts_from_titles_one_of_which_has_no_words(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # nothing that was read before
     (tmp_path / "bert").mkdir()
     bert_folder(tmp_path / "bert", "bert.")
     rows = [f"u{u}\ti{(u + t) % 9}\t{t}" for u in range(9) for t in range(6)]

@@ -143,7 +143,9 @@ def test_a_compiled_copy_that_cannot_be_loaded_costs_a_note(run, cache, monkeypa
         found: list[bool] = []
         patch.setattr(student, "compile_ahead", lambda graph, package: found.append(package.exists()) or graph)
         assert Recommender(run, compile=True).compiled and found == [False]
-    assert Recommender(run, k=3, compile=None).compiled is False and not capsys.readouterr().err  # k has its own copy
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    assert Recommender(run, compile=None).compiled  # what was compiled is still there, and k has its own copy
+    assert Recommender(run, k=3, compile=None).compiled is False and not capsys.readouterr().err
     # Without a home folder there is no place for a copy, and none is needed.
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.delenv("HOME")
@@ -279,7 +281,7 @@ def test_spelling(tmp_path):
         recommender.item("alien")
     with pytest.raises(InputError) as caught:
         recommender.item("amelie")
-    assert caught.value.args[0].count("did you mean") == 1 and "any case" not in caught.value.args[0]
+    assert caught.value.args[0].count("did you mean") == 1
     # On the command line an unknown item is reported and skipped, unless it is the only one.
     line = [sys.executable, ROOT / "student.py", "--run", tmp_path, "-k", "2", "zzz", nfc]
     result = subprocess.run(line, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "utf-8"})

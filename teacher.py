@@ -511,9 +511,8 @@ def add_training_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict]
     budget = group.add_mutually_exclusive_group()
     budget.add_argument("--epochs", type=number(0, kind=int), help=f"passes, more on small data {by_recipe('epochs')}")
     budget.add_argument("--minutes", type=number(0, above=True), help="budget by the clock instead of --epochs")
-    least = min(recipe["least_tokens"] for recipe in recipes.values())
-    fewer = f"; on small data as few as {least}" if least < recipes["next"]["tokens"] else ""
-    add("--tokens", type=positive, help=f"positions in a batch, over all processes {by_recipe('tokens')}{fewer}")
+    add("--tokens", type=positive, help=f"positions in a batch, over all processes {by_recipe('tokens')}, "
+        f"fewer on small data, but at least {recipes['next']['least_tokens']}")  # fmt: skip
     add("--lr", type=number(0, above=True), help=f"peak learning rate; less with fewer --tokens {by_recipe('lr')}")
     add("--body-lr", type=number(0, above=True), help=f"the same for encoder and positions {by_recipe('body_lr')}")
     add("--dropout", type=number(0, 0.9), help=f"share of activations zeroed {by_recipe('dropout')}, less with more "

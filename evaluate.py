@@ -82,7 +82,7 @@ def rank_targets(
     """
     ranks = torch.zeros(len(part.targets), dtype=torch.long)
     limits = at_once(torch.device(device), int(part.items.max()))  # the log holds every item
-    # Grouped by length even where a model reads less (baselines: one item), since whole histories are padded, too.
+    # By lengths up to 200 even where a model reads less (baselines: one item), since whole histories are padded, too.
     sizes = part.sizes.clamp(max=max(max_length, 200))
     for rows in tqdm(batches(sizes, *limits), desc=title, leave=False, delay=1, disable=not title):
         seen = part.histories(rows, torch.device(device))  # (B, S)

@@ -469,12 +469,14 @@ def moment(text: str) -> float:
     try:
         if len(text) in (10, 12, 14) and text[:2] in ("19", "20") and COMPACT.fullmatch(text):
             text = f"{text[:4]}-{text[4:6]}-{text[6:8]}T{text[8:]}"
-        if len(text) > 9 and text[4] in "-/":
+        if len(text) > 7 and text[4] in "-/":
+            if not (text[7] in "-/" and text[9:10].isdigit() and text[10:11] in "T " and text[13:14] in ":"):
+                text = re.sub(r"(?<![\d.])\d(?!\d)", r"0\g<0>", text)  # 2014/4/7 8:03
             when = datetime.fromisoformat(re.sub(r" (?=[+-]\d|Z)", "", text.replace("/", "-").removesuffix(" UTC")))
         elif text[:1] in "MTWFS" and MAIL.fullmatch(text):
             when = email.utils.parsedate_to_datetime(text)
-        elif (text[:1] == "0" and text[1:2].isdigit()) or "_" in text:  # 011219, a day first; Python reads 1_2 as 12
-            raise ValueError
+        elif (text[:1] == "0" and text[1:2].isdigit()) or "_" in text or "E+" in text:
+            raise ValueError  # 011219, a day first; 1_2, in Python 12; 1.58E+12, as Excel rounds
         number = (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp() if when else float(text)
     except (ValueError, OverflowError):
         number = math.nan
@@ -502,9 +504,10 @@ def check_unit(times: np.ndarray, path: Path) -> None:
     if len(times) and ((times >= 1e6) & (times < 1e8) & (years > 1900) & (years < 2100)).all():
         raise InputError(f"{path}: its times end in the year, such as {times[0]:08.0f}; write 2019-12-31")
     units = np.digitize(np.abs(times), [1e8, 1e11, 1e14, 1e17])  # 0: none, then s, ms, us, ns
-    examples = [f"{times[units == unit][0]:.0f}" for unit in np.unique(units[units > 0])]
-    if len(examples) > 1:
-        raise InputError(f"{path}: its times are not all in one unit, such as {' and '.join(examples)}; write seconds")
+    each = [times[units == unit] for unit in np.unique(units[units > 0])]
+    if len(each) > 1:
+        found = " and ".join(f"{len(some):,} like {some[0]:.0f}" for some in each)
+        raise InputError(f"{path}: its times are not all in one unit: {found}; write seconds")
 
 
 # ---------------------------------------------------------------- tables
@@ -557,13 +560,13 @@ def unquoted(fields: list[str]) -> list[str]:
 
 
 def rows_of(path: Path, header: list[str], rows: Any, parse: Callable, examples: list[str]) -> Iterator:
-    """What `parse` returns for each row; rows at which it raises go to `examples`, more than 1 % are an InputError.
+    """What `parse` returns for each row; where it raises, lines go to `examples`, more than 1 % are an InputError.
 
     Left out are empty rows and the headers of files that were joined. A line that OFFICIAL refuses never reaches the
     reader, whose line_num does not count it.
     """
     width, tabs = len(header), rows.dialect.quoting == csv.QUOTE_NONE and path.name not in OFFICIAL
-    lost = unread = 0  # lines; unread are those that OFFICIAL refused
+    unread = 0  # lines that OFFICIAL refused
     while True:
         before = rows.line_num
         try:
@@ -578,7 +581,7 @@ def rows_of(path: Path, header: list[str], rows: Any, parse: Callable, examples:
                 if fields != header:
                     raise InputError(f"{path}:{before + 1}: here the order of columns changes; found {fields}")
             elif len(fields) > width and any(fields[width:]):  # which column has a field too many is not known
-                raise ValueError(f"expected {width} fields, not {len(fields)}")
+                raise ValueError(f"expected {width} fields, not {len(fields)}; has a column, as of numbers, no name?")
             elif any(fields):
                 yield parse(fields)
         except StopIteration:
@@ -593,13 +596,13 @@ def rows_of(path: Path, header: list[str], rows: Any, parse: Callable, examples:
                      csv.Error: f"a quote is not closed, or not written twice in quotes ({error})"}  # fmt: skip
             number = before + unread + (path.name not in OFFICIAL)
             found = f"; found {str(fields)[:60]}" if read else ""
-            examples.append(f"{path}:{number}: {kinds.get(type(error), error)}{found}")
+            example = f"{path}:{number}: {kinds.get(type(error), error)}{found}"
+            examples += [example] * max(1, rows.line_num - before)  # one per line
             unread += rows.line_num == before
-            lost += max(1, rows.line_num - before)
-    count = rows.line_num + unread - 1
+    lost, count = len(examples), rows.line_num + unread - 1
     if lost > 0.01 * count:
         raise InputError(f"{examples[0]} ({lost:,} of {count:,} lines are unreadable)")
-    for example in examples[:3]:
+    for example in list(dict.fromkeys(examples))[:3]:
         print(f"skipped, one of {lost:,}: {example}", file=sys.stderr)
 
 
@@ -613,7 +616,7 @@ TIME_OF_DAY = (
 EVENTS = "event eventtype behavior behaviortype action actiontype type"
 COLUMNS = {
     "user": "userid uid customerid user customer reviewerid visitorid memberid accountid profileid playerid personid "
-    f"clientid readerid username {SESSION}",
+    f"clientid readerid username fullvisitorid userpseudoid anonymousid distinctid {SESSION}",
     "item": "itemid iid productid item product movieid articleid newsid trackid songid videoid bookid gameid appid "
     "businessid venueid artistid hotelid recipeid courseid postid contentid docid listingid adid isbn sku parentasin "
     "asin stockcode movie animeid locationid aid",
@@ -623,11 +626,14 @@ COLUMNS = {
     "clock": "timeframe",  # milliseconds in a session
     "label": "label click clicked clk clickbool isclick isclicked purchased bought liked",
 }
+# What else may be a person, where only sessions are known: many people may have a session 1.
+PERSON = re.compile("(user|client|customer|member|person|visitor|shopper|buyer|guest|household|login|cookie|device)"
+                    "(id|key|code|number|no|hash)$")  # fmt: skip
 YES, NO = {"true", "t", "yes", "y"}, {"false", "f", "no", "n"}  # besides numbers; no: shown, but not clicked
 # How databases, pandas and R write what is not there.
 MISSING = {"", "null", "(null)", "none", "nan", "na", "<na>", "n/a", "#n/a", "undefined", "\\n"}
 # 9.78014E+12, 7.19e+18, 9.78014e+12: many ids became one.
-ROUNDED = re.compile(r"\d[.,]\d+(E\+\d+|e\+(1[6-9]|[2-9]\d))|\d\.\d{5}e\+(0[6-9]|1\d)")
+ROUNDED = re.compile(r"\dE\+\d\d|\d[.,]\d+(E\+\d+|e\+(1[6-9]|[2-9]\d))|\d\.\d{5}e\+(0[6-9]|1\d)")
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # what may move the cursor of a terminal
 LOOKS_LIKE_TIME = re.compile(r"(?i:time(?!s|_?spent)|date|stamp|epoch|when|datum|fecha|"
                              r"(^|_)(ts|dt|at|on|day|hour|week|month)$|^year$)|[a-z](At|On)$")  # fmt: skip
@@ -638,6 +644,9 @@ DATED = re.compile(r"([7-9]\d{8}|1\d{9})(\d{3}){0,3}(\.\d+)?|\d\.\d+[eE]\+?\d\d?
                    r"\d{1,4}[-/.]\d\d?[-/.]\d\d?.*|[A-Z][a-z]{2,8}\.? \d\d?,? .*|\d\d?[- .][A-Za-z]{3,9}[- .,].*\d\d.*|"
                    r"(Mon|Tue|Wed|Thu|Fri|Sat|Sun)[a-z]*,? .*\d\d:\d\d.*|\d\d?:\d\d.* \d\d?[-/.]\d.*|"
                    r"\d+[^\d:].*\d\d?:\d\d.*|\d{4}\D\d\d?\D\d\d?\D.*")  # fmt: skip
+
+
+Places = dict[str, int | None]  # {"user", "item", ...: the place among the columns}
 
 
 def place_of(names: list[str], known: str) -> int | None:
@@ -658,15 +667,13 @@ def how_fine(names: list[str], rows: list[list[str]]) -> list[int]:
     return levels
 
 
-def find_columns(
-    path: Path, names: list[str], first: list[list[str]], given: dict[str, str], sessions: bool = False
-) -> dict[str, int | None]:
+def find_columns(path: Path, names: list[str], first: list[list[str]], given: dict[str, str], sessions: bool) -> Places:
     """The places of {"user", "item", "time", "clock", "label", "owner"} in a log whose first rows are `first`.
 
     given: names that override the known ones, "none" for no such column. sessions: a column of sessions, if there is
     one, is the user, and that of users the owner. Raises InputError where a column is missing or in doubt.
     """
-    found = f"found {', '.join(names[:12])}"
+    found = f"found {', '.join(names[:50])}{', ...' if len(names) > 50 else ''}"
     if unknown := [name for name in given.values() if name not in (*names, "none")]:
         raise InputError(f"{path}:1: no column {unknown[0]!r}; {found}")
     if len(names) < 2:
@@ -683,9 +690,14 @@ def find_columns(
         places["clock"] = None
     if places["label"] is not None and levels[places["label"]]:  # the day of a purchase
         places["label"] = None
-    session = place_of(names, SESSION) if sessions and "user" not in given else None
-    if session is not None:
-        places |= {"user": session, "owner": places["user"] if places["user"] != session else None}
+    if "user" not in given and (session := place_of(names, SESSION)) is not None:
+        people = [place for place, name in enumerate(plain(names)) if PERSON.search(name)]
+        person = places["user"] if places["user"] != session else next(iter(people), None)
+        if sessions:
+            places |= {"user": session, "owner": person}
+        elif person not in (None, places["user"]):
+            both = [shlex.quote(f"user={names[place]}") for place in (person, session)]
+            raise InputError(f"{path}:1: who is the user? Say --columns {both[0]}, or, to take sessions, {both[1]}")
     places |= {kind: names.index(name) if name != "none" else None for kind, name in given.items()}
     used = [place for place in places.values() if place is not None]
     if len(set(used)) < len(used):
@@ -701,7 +713,7 @@ def find_columns(
     return places
 
 
-def check_time(path: Path, names: list[str], places: dict[str, int | None], levels: list[int]) -> None:
+def check_time(path: Path, names: list[str], places: Places, levels: list[int]) -> None:
     """InputError if another column may tell the time better than the one taken as the time, or than no column.
 
     Without a time, or beside a clock, any column of dates is asked about; else one that tells the time more finely and
@@ -789,12 +801,12 @@ def read_log(path: Path, given: dict[str, str], sessions: bool) -> tuple[Clicks,
     check_ids(path, user_ids)
     check_ids(path, item_ids)
     taken = what_was_taken(path, names, places, arrays[2], left_out, sessions and "user" not in given)
-    taken |= {"skipped": f"{len(skipped):,} rows could not be read"} if skipped else {}
+    taken |= {"skipped": f"{len(skipped):,} lines could not be read"} if skipped else {}
     return Clicks(*arrays, list(user_ids), list(item_ids)), taken, names[item]  # type: ignore[index]
 
 
 def what_was_taken(
-    path: Path, names: list[str], places: dict[str, int | None], times: np.ndarray, left_out: int, sessions: bool
+    path: Path, names: list[str], places: Places, times: np.ndarray, left_out: int, sessions: bool
 ) -> dict[str, str]:
     """What the card prints of a log that was read: its columns, those left aside, and times that are no dates."""
     named = {kind: names[place] for kind, place in places.items() if place is not None}

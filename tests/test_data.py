@@ -379,7 +379,7 @@ def test_bad_tables_end_in_one_clear_line(tmp_path, text, words):
 
 
 def test_what_may_be_a_time_is_asked_about(tmp_path):
-    for value in ("28.04.2014 10:51", "11/9/2000", "20200128", "20200128T101112Z", "1.6E+09", "Jan 28 2020"):
+    for value in ("28.04.2014 10:51", "11/9/2000", "20200128", "20200128T101112Z", "1.6e+09", "Jan 28 2020"):
         with pytest.raises(InputError, match="--columns time=visited"):
             atomic(tmp_path, f"user_id;item_id;visited\nu;a;{value}\n", name="x.csv")
 
@@ -400,6 +400,13 @@ def test_quotes_in_quotes_blanks_and_line_breaks(tmp_path):
     assert "i9" not in log.raw_ids and len(log.items) == 301
 
 
+def test_all_lines_after_an_open_quote_are_counted_as_lost(tmp_path, capsys):
+    rows = [f"u{n},i{n % 9},{n},t\n" for n in range(5000)]
+    rows[100], rows[141] = 'u,i,5,"open\n', 'v,i,6,"closed"\n'
+    log = atomic(tmp_path, "user_id,item_id,time,title\n" + "".join(rows), name="x.csv")
+    assert log.taken["skipped"] == "42 lines could not be read" and "one of 42" in capsys.readouterr().err
+
+
 def test_session_numbers_of_two_users_are_not_one_session(tmp_path):
     day = 86400
     rows = [f"u{n // 9},{n // 3},i{n % 7},{day * n}\n" for n in range(90)]
@@ -408,8 +415,10 @@ def test_session_numbers_of_two_users_are_not_one_session(tmp_path):
     assert log.num_users == 30 and "user = session_id" in data.card(log) and "owner = user_id" in data.card(log)
     rows = [f"u{n // 9},{n // 3 % 3},i{n % 7},{day * n}\n" for n in range(90)]
     (tmp_path / "x.csv").write_text("user_id,session_id,item_id,timestamp\n" + "".join(rows))
-    with pytest.raises(InputError, match="session 0 is of two users"):
-        load_dataset(str(tmp_path / "x.csv"), min_items=1, min_length=1, sessions=True)
+    for name in ("user_id", "shopper_id"):  # known as a user, and not
+        (tmp_path / "x.csv").write_text(f"{name},session_id,item_id,timestamp\n" + "".join(rows))
+        with pytest.raises(InputError, match="session 0 is of two users"):
+            load_dataset(str(tmp_path / "x.csv"), min_items=1, min_length=1, sessions=True)
 
 
 def test_titles_are_found_by_the_logs_own_name_of_items(tmp_path):
@@ -424,8 +433,6 @@ def test_interactions_of_one_time_are_counted_on_the_card(tmp_path):
     assert histories(log) == [["c", "b", "a"], ["b"]] and "25% have the time of the one before" in data.card(log)
     for text in (HEAD + "u\tb\t2\nu\ta\t3\n", "user_id,item_id\nu,b\nu,a\n"):  # none, and no time at all
         assert "have the time" not in data.card(atomic(tmp_path, text))
-    log = atomic(tmp_path, HEAD + "u\tb\t1.58E+12\nu\ta\t1.58E+12\n")  # as Excel rounds them
-    assert "50% have the time of the one before" in data.card(log)
 
 
 def test_times_that_are_not_read_are_on_the_card(tmp_path):
@@ -580,11 +587,13 @@ def test_quoted_csv_with_semicolons_gzipped(tmp_path):
         ("2014-04-07", "2014-04-08", "2014-12-01", "2015-01-01"),
         ("2014-04-07T10:51:09.277Z", "2014-04-07T10:51:09.278Z", "2014-04-07T12:51:10+02:00", "2014-04-08T00:00:00Z"),
         ("2014-04-07 10:51:09", "2014-04-07 10:51:10", "2014-04-07 22:00:00", "2014-04-08"),
+        ("2010/9/1 8:03", "2010/9/1 8:26:01", "2010/9/01 18:26", "2010-10-1"),
         ("2010/12/01 08:26", "2010/12/01 18:26", "2010/12/02 08:26", "2011/01/01 08:26"),
         ("978300760", "978300761", "1.1e9", "1609459200"),  # seconds
         ("1609459200123", "1609459200124", "1609459300000", "1.7e12"),  # milliseconds
         ("1609459200123456789", "1609459200123556789", "1609459200124456789", "1709459200123456789"),  # nanoseconds
         ("-5", "-4.5", "0", "3"),
+        ("2010-1-1 8:03:04.5", "2010-1-1 8:03:04.6", "2010-1-1 10:03:04", "2010-01-02"),
     ],
 )
 def test_times_in_every_usual_form(tmp_path, times):
@@ -597,7 +606,7 @@ def test_one_unreadable_line_in_a_hundred_is_reported_and_two_are_an_error(tmp_p
     lines = [f"u{n % 9}\ti{n % 7}\t{n}" for n in range(300)]
     lines[150] = "broken"
     log = atomic(tmp_path, HEAD + "\n".join(lines))
-    assert len(log.items) == 299 and log.taken["skipped"] == "1 rows could not be read"
+    assert len(log.items) == 299 and log.taken["skipped"] == "1 lines could not be read"
     assert re.search(r"skipped, one of 1: .*x.inter:152: fields are missing; found ..broken", capsys.readouterr().err)
     for place in (10, 20, 30):
         lines[place] = "a\tb\tsoon"
@@ -1018,6 +1027,12 @@ def test_ml_100k_comes_out_of_a_package(monkeypatch, tmp_path):  # a made-up one
     ("text", "words"),
     [
         ("user_id,item_id,timestamp\n1,u,a,\n2,u,b,\n", "its rows begin with their number"),  # R's names of rows
+        ("user_id,item_id,timestamp\n1,u,a,5\n2,u,b,6\n", "has a column, as of numbers, no name?"),
+        ("user_id,item_id,timestamp\nu,a,1.58E+12\nu,b,1.58E+12\n", "'1.58E+12' is not a time"),  # as Excel rounds
+        ("user_id,item_id\nu,2E+12\nv,1E+12\n", "ids were rounded, as by Excel, such as 2E+12"),
+        ("shopper_id,session_id,item_id\nanna,1,a\nbert,1,b\n", "user=shopper_id, or, to take sessions, user="),
+        ("u,v" + "".join(f",c{n}" for n in range(20)) + "\n", "c19"),  # all names are shown
+        ("user_id,item_id,time\nu,a,1600000000\nu,b,1600000000\nu,c,253402300799\n", "and 1 like 253402300799"),
         ("user_id,item_id,timestamp,title\n" + "".join(f"u,a{n},{n},Film\n" for n in range(5, 200)).replace(
             "10,Film", '10,"Heroes').replace("40,Film", '40,Blue 12"'), "a quote is closed only 30 lines later"),
         ("user_id,item_id,time\nu,a,5\nitem_id,user_id,ts\nb,u,6\n", "a header again, with other names"),

@@ -470,9 +470,11 @@ def moment(text: str) -> float:
         if len(text) in (10, 12, 14) and text[:2] in ("19", "20") and COMPACT.fullmatch(text):
             text = f"{text[:4]}-{text[4:6]}-{text[6:8]}T{text[8:]}"
         if len(text) > 7 and text[4] in "-/":
-            if not (text[7] in "-/" and text[9:10].isdigit() and text[10:11] in "T " and text[13:14] in ":"):
-                text = re.sub(r"(?<![\d.])\d(?!\d)", r"0\g<0>", text)  # 2014/4/7 8:03
-            when = datetime.fromisoformat(re.sub(r" (?=[+-]\d|Z)", "", text.replace("/", "-").removesuffix(" UTC")))
+            date = re.sub(r" (?=[+-]\d|Z)", "", text.replace("/", "-").removesuffix(" UTC"))
+            try:
+                when = datetime.fromisoformat(date)
+            except ValueError:  # 2014-4-7 8:03
+                when = datetime.fromisoformat(re.sub(r"(?<![\d.])\d(?!\d)", r"0\g<0>", date))
         elif text[:1] in "MTWFS" and MAIL.fullmatch(text):
             when = email.utils.parsedate_to_datetime(text)
         elif (text[:1] == "0" and text[1:2].isdigit()) or "_" in text or "E+" in text:

@@ -192,7 +192,7 @@ def build_student(
     else:
         vectors = item_vectors(args.item_init, data, part, size, reader)
     set_item_table(model, vectors, 1.0)
-    first_weights(model, args, data, vectors)
+    first_weights(model, args, data, part, vectors)
     return model
 
 

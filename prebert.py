@@ -653,7 +653,7 @@ def without_seed(config: dict) -> str:
     ignored = ["seed", "name", "teacher", "start"]
     ignored += ["epochs", "patience"] if config["split"] not in ("last", "sessions") else []
     settings = {key: value for key, value in config["settings"].items() if key not in ignored}
-    started = bool(config["settings"].get("start"))
+    started = config.get("started", bool(config["settings"].get("start")))
     others = [config.get(key) for key in ("data", "model", "teachers", "exclude_seen")]
     return json.dumps([settings, started, *others], sort_keys=True)
 
@@ -821,35 +821,54 @@ def same_column(config: dict, data: Interactions) -> None:
         print(f"note: the run's items were the column {was}, here {data.item_name}: are these the same ids?")
 
 
-def check_start(run: str, config: dict, catalogue: dict, data: Interactions, settings: dict) -> None:
+def digests(names: list[str]) -> Tensor:
+    """64 bits of the SHA-256 of each name, (len(names),): by them, names in two logs are compared."""
+    content = b"".join(hashlib.sha256(name.encode()).digest()[:8] for name in names)
+    return torch.from_numpy(np.frombuffer(bytearray(content), np.int64))
+
+
+def trained_on(data: Interactions, part: Spans, counted: Tensor, most: Tensor) -> Tensor:
+    """Of each user, digest, number of items in the training part, and the sum of their digests, (U, 3).
+
+    Only items that are counted (num_items + 1,) are looked at, and of each user's the first `most` (U,).
+    """
+    rows, entries = entries_of(part)
+    users, items = torch.searchsorted(torch.from_numpy(data.offsets), entries, right=True) - 1, part.items[entries]
+    places = counted[items].cumsum(0)  # from 1
+    before = (places - counted[items].long())[part.sizes.cumsum(0) - part.sizes]  # (R,) counted in earlier rows
+    looked_at = counted[items] & (places - before[rows] <= most[users])
+    none = torch.zeros(data.num_users, dtype=torch.long)
+    sums = none.index_add(0, users, digests(data.raw_ids)[items] * looked_at)
+    return torch.stack([digests(data.user_ids), none.index_add(0, users, looked_at.long()), sums], dim=1)
+
+
+def check_start(run: str, config: dict, catalogue: dict, data: Interactions, part: Spans) -> None:
     """InputError if the run that --start begins from may have been trained on what is held out here.
 
-    It may have been if its log was longer, as long but another, or split in another way, if some of its items are gone,
-    or if its filter was looser. settings: those of this training, with min_items, min_length and fraction.
+    Of each user that it knows, the items that it was trained on must be the first that it knows in the training part.
     """
-    split, longer = config["split"], config["interactions"] - len(data.items)
+    split, path = config["split"], Path(run) / "users.safetensors"
     if data.split not in (split, f"{split}-final"):
         raise InputError(f"--start {run}: its split is {HELD_OUT.get(split, split)}; start from another, or use --all")
-    others = config.get("fingerprint") != replace(data, split=split).fingerprint or catalogue["raw_ids"] != data.raw_ids
-    if longer > 0 or (longer == 0 and others):
-        what = "a longer log" if longer > 0 else "another log of the same length"
-        raise InputError(f"--start {run}: it was trained on {what}, which may hold what is held out here")
-    if gone := set(catalogue["raw_ids"]) - set(data.raw_ids):
-        raise InputError(f"--start {run}: {len(gone):,} of its items are gone, such as {min(gone)!r}, so its log did "
-                         "not just grow, and what it was trained on may be held out here; use --all")  # fmt: skip
-    for key in ("min_items", "min_length", "fraction"):
-        was, now = config["settings"].get(key), settings[key]
-        # With more of the log, the newest tenth of the sessions begins earlier.
-        if type(was) is int and (now > was or (now < was and data.split == "sessions")):
-            raise InputError(f"--start {run}: it had --{key.replace('_', '-')} {was}; with another, what it was "
-                             "trained on may be held out here")  # fmt: skip
+    then = read_safetensors(path).get("trained_on", torch.empty(0)) if path.exists() else torch.empty(0)
+    if then.ndim != 2 or then.shape[1] != 3 or then.dtype != torch.int64 or not len(then):
+        raise InputError(f"--start {run}: {path.name} does not tell what each user was trained on; train again")
+    ours, then = digests(data.user_ids), then[then[:, 0].argsort()]
+    found = then[torch.searchsorted(then[:, 0].contiguous(), ours).clamp(max=len(then) - 1)]  # (U, 3)
+    found = found * (found[:, 0] == ours)[:, None]  # zeros for a user whom the run does not know
+    theirs = set(catalogue["raw_ids"])
+    now = trained_on(data, part, torch.tensor([raw_id in theirs for raw_id in data.raw_ids]), found[:, 1])
+    differ = (now[:, 1:] != found[:, 1:]).any(1).nonzero()[:, 0].tolist()
+    if differ:
+        words = f"of {len(differ):,} users, such as {data.user_ids[differ[0]]}, it was trained on other items than are"
+        raise InputError(f"--start {run}: {words} trained on here, which may be those held out; use --all")
 
 
-def start_from(model: PreBert, run: str, data: Interactions, vectors: Tensor | None, settings: dict) -> None:
+def start_from(model: PreBert, run: str, data: Interactions, part: Spans, vectors: Tensor | None) -> None:
     """Begin from the weights of a run on an older log; its items are found by their raw ids.
 
-    vectors: first vectors (num_items, D) of `item_vectors`, by which a new item finds its `nearby` known ones. Raises
-    InputError for a model of another shape, and see `check_start`.
+    part: what is trained on. vectors: first vectors (num_items, D) of `item_vectors`, by which a new item finds its
+    `nearby` known ones. Raises InputError for a model of another shape, and see `check_start`.
     """
     old, config, catalogue = load_run(run)
     same_column(config, data)
@@ -859,7 +878,7 @@ def start_from(model: PreBert, run: str, data: Interactions, vectors: Tensor | N
         kind = f"--max-length {theirs.max_position_embeddings}, --objective {'next' if theirs.causal else 'masked'}"
         raise InputError(f"--start {run}: it has {shape}, {kind}; ask for the same kind of model")
     if data.split != "none":
-        check_start(run, config, catalogue, data, settings)
+        check_start(run, config, catalogue, data, part)
     by_raw_id = {raw_id: item for item, raw_id in enumerate(catalogue["raw_ids"]) if item}
     matched = torch.tensor([by_raw_id.get(raw_id, 0) for raw_id in data.raw_ids[1:]])  # (I,) 0 for a new item
     known = matched > 0

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import (
-    PAD, TABLE, InputError, Interactions, add_data_flags, at_once, batches, cache_folder, check_replaceable,
+    CONTROL, PAD, TABLE, InputError, Interactions, add_data_flags, at_once, batches, cache_folder, check_replaceable,
     load_asked, positive, read_lines, read_titles, run_command, write_atomic,
 )  # fmt: skip
 from prebert import BertConfig, PreBert, load_run, machine, pick_device, same_column, with_new_items
@@ -167,7 +167,7 @@ class Recommender:
         began = time.perf_counter()
         if not isinstance(k, int | np.integer) or k < 1:
             raise InputError(f"k is {k!r}; it must be a whole number above 0")
-        self.device, self.run, self.k = pick_device(device), Path(run_dir), int(k)
+        self.device, self.run, self.k = pick_device(str(device)), Path(run_dir), int(k)
         model, self.config, catalogue = load_run(run_dir)
         self.exclude_seen = self.config["exclude_seen"] if exclude_seen is None else exclude_seen
         graph = self.serve(model, *(catalogue[key] for key in ("raw_ids", "titles", "counts")))
@@ -210,15 +210,18 @@ class Recommender:
         """
         if not isinstance(texts, Mapping):
             raise InputError("new items are given as {raw id: text}")
-        new = {str(raw_id): str(text) for raw_id, text in texts.items()}
-        if known := [raw_id for raw_id in new if raw_id in self.by_id]:
-            raise InputError(f"item {known[0]!r} is in the catalogue already")
+        new = {str(raw_id): text for raw_id, text in texts.items()}
+        for raw_id, text in new.items():
+            if raw_id in self.by_id:
+                raise InputError(f"item {raw_id!r} is in the catalogue already")
+            if not isinstance(text, str) or not raw_id.strip() or CONTROL.search(raw_id):
+                raise InputError(f"new items need an id without tabs and a text, not {raw_id!r}: {text!r}")
         if not new:
             return
         bert = self.config.get("bert_folder") or str(self.config["settings"].get("bert", "minilm"))
         larger = with_new_items(self.model, self.run, bert, [*new.values()])
         shown = new | {str(raw_id): str(title) for raw_id, title in (titles or {}).items()}
-        names = [shown[raw_id] for raw_id in new]
+        names = [CONTROL.sub(" ", shown[raw_id]) for raw_id in new]
         self.serve(larger, [*self.raw_ids, *new], [*self.titles, *names], self.counts + [0] * len(new))
         self.allowed = torch.cat([self.allowed[:-1], torch.tensor([True] * len(new) + [False])])
 
@@ -410,8 +413,9 @@ def parse_flags() -> argparse.Namespace:
             parser.error(f"--out {args.out}: columns are separated by tabs, not packed; name another file, as o.tsv")
     if (args.out is not None or args.user is not None) != (args.data is not None):
         parser.error("--data is the log of --out or --user: it goes with one of them, and they with it")
-    if args.data is None and (args.columns or args.titles or args.root or args.fraction > 1 or args.split != "last"):
-        parser.error("--columns, --titles, --root, --fraction and --split are of the log --data, which is missing")
+    of_log = (args.columns, args.titles, args.root, args.min_count, args.min_items, args.min_length)
+    if args.data is None and (any(of_log) or args.fraction > 1 or args.split != "last"):
+        parser.error("--columns, --titles, --root, --min-..., --fraction and --split are of the log --data, not given")
     return args
 
 

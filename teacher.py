@@ -1,7 +1,7 @@
 """PreBERT: a pre-trained BERT learns to recommend, in a loop that can be stopped and resumed.
 
     python teacher.py --data ml-1m
-    torchrun --nproc-per-node 8 teacher.py --data ml-1m          # on several GPUs or machines
+    torchrun --nproc-per-node 8 -- teacher.py --data ml-1m       # on several GPUs or machines
 
 On two cores of an EPYC with AVX-512-BF16, 50 to 53 CPU minutes: test NDCG@10 0.2041 +- 0.0007, three seeds
 (results/ml-1m/test.json); a Xeon in float32 takes 136. With --objective masked, the paper's own, and --epochs 16
@@ -31,9 +31,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -50,7 +52,8 @@ from evaluate import Markov, Scorer, hit_rate, ndcg, rank_targets
 from prebert import (
     ITEM_INITS, NEVER, VERSION, BertConfig, PreBert, Reader, centred, item_vectors, learning_curve, load_bert,
     load_run, machine, near_identity, peak_memory_gb, pick_device, prebert_from_bert, read_json, read_run,
-    set_item_table, start_from, text_columns, text_vectors, with_text_columns, write_safetensors,
+    set_item_table, start_from, text_columns, text_vectors, trained_on, with_text_columns, without_seed,
+    write_safetensors,
 )  # fmt: skip
 
 Loss = Callable[[PreBert, Batch], Tensor]
@@ -196,12 +199,10 @@ def train(
     the loss is not finite.
     """
     train_part, valid_part, _ = parts
-    if args.start and data.split == "last":  # who has three items now may have had two, both trained on
-        valid_part = valid_part[(valid_part.sizes > 1).nonzero()[:, 0]]
     has_valid = len(valid_part.targets) > 0  # not with --all and --final, where the last epoch's weights are the best
     windows, _ = draw_windows(model, train_part, seeded(args.seed, "windows", 0))
     if not len(windows.starts) or (data.split in ("last", "sessions") and not has_valid):
-        raise InputError(f"{data.name}: no user has three items (four for next items or --start), no session two")
+        raise InputError(f"{data.name}: no user has three items (four for next items), no session two")
     if data.num_items <= FULL_SOFTMAX:  # with huge catalogues, keeping freed blocks fragments memory
         keep_freed_memory()
     device, seed, (process, processes) = pick_device(args.device), args.seed, world()
@@ -376,6 +377,9 @@ def open_run(
         counts = [0, *item_counts(part, data.num_items).tolist()]
         write_json(run / "config.json", config)
         write_json(run / "catalogue.json", {"raw_ids": data.raw_ids, "titles": data.titles, "counts": counts})
+    if process == 0:  # for --start; after a crash, written again
+        counted, most = torch.ones(data.num_items + 1, dtype=torch.bool), torch.from_numpy(np.diff(data.offsets))
+        write_safetensors(run / "users.safetensors", {"trained_on": trained_on(data, part, counted, most)})
     params = sum(parameter.numel() for parameter in model.parameters())
     where = f"{autocast_dtype(model.item_bias.device, args.precision)} on {model.item_bias.device}"
     where += f" x {processes}" if processes > 1 else ""
@@ -646,12 +650,14 @@ def describe(data: Interactions, model: PreBert, args: argparse.Namespace, teach
     # Not among the settings: flags that do not change what is learnt, and those whose effect has a key of its own.
     hidden = ("resume", "overwrite", "device", "root", "data", "columns", "no_cache", "final", "seen", "min_count")
     settings = {key: value for key, value in vars(args).items() if key not in hidden}
+    before = args.start and (Path(args.start) / "config.json").exists()  # gone, perhaps, where --resume goes on
+    started = sha256(without_seed(read_run(Path(args.start))[0]).encode()).hexdigest() if before else None
     return {
         "version": VERSION, "data": data.name, "num_items": data.num_items, "interactions": len(data.items),
         "fingerprint": data.fingerprint, "split": data.split, "exclude_seen": data.exclude_seen,
         "item_name": data.item_name,
         "model": asdict(model.config),
-        "seed": args.seed, "settings": settings, "teachers": teachers, "protocol": data.protocol,
+        "seed": args.seed, "settings": settings, "teachers": teachers, "started": started, "protocol": data.protocol,
         "bert_folder": str(Path(args.bert).resolve()) if args.bert and Path(args.bert).is_dir() else None,
         "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         "commit": commit or "unknown", "machine": machine(),
@@ -672,16 +678,18 @@ def build_teacher(args: argparse.Namespace, data: Interactions, part: Spans, rea
         norm = reader[0].word_embedding.weight.norm(dim=1).mean().item()
     vectors = item_vectors(args.item_init, data, part, model.config.hidden_size, reader)
     set_item_table(model, vectors, norm)
-    first_weights(model, args, data, vectors)
+    first_weights(model, args, data, part, vectors)
     return model
 
 
-def first_weights(model: PreBert, args: argparse.Namespace, data: Interactions, vectors: Tensor | None) -> None:
+def first_weights(
+    model: PreBert, args: argparse.Namespace, data: Interactions, part: Spans, vectors: Tensor | None
+) -> None:
     """Weights of --start, see `start_from`, or near the identity; a checkpoint's, with --resume, replace them."""
     run = Path("runs") / data.name / args.name
     begun = all((run / name).exists() for name in ("config.json", "catalogue.json", "train_state.pt"))
     if args.start and not (args.resume and begun):
-        start_from(model, args.start, data, vectors, vars(args))
+        start_from(model, args.start, data, part, vectors)
     elif args.near_identity and not args.start:
         near_identity(model)
 

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from datetime import datetime, timedelta
 from types import SimpleNamespace
@@ -27,8 +28,8 @@ from data import HELD_OUT, PAD, InputError, SPLITS, load_dataset
 from distill import load_teachers, states_of
 from evaluate import hit_rate, metrics, ndcg, target_ranks
 from prebert import (
-    centred, encode_texts, item_vectors, load_bert, load_run, principal_components, read_safetensors,
-    read_run, start_from, text_columns, with_text_columns, without_seed, write_safetensors,
+    centred, check_start, encode_texts, item_vectors, load_bert, load_run, principal_components, read_safetensors,
+    read_run, start_from, text_columns, trained_on, with_text_columns, without_seed, write_safetensors,
 )  # fmt: skip
 from student import MiniBert, Recommender, add_new_items
 from teacher import join_processes, world
@@ -216,10 +217,7 @@ def test_a_run_goes_on_with_a_catalogue_that_has_grown(trained):
     assert "2 layers of 64, --max-length 16, --objective next" in words
     # Held-out items must not come in by a run that was trained on them.
     words = inside("distill.py", "--data", "ring.inter", *flags, "runs/grown/as-it-was", cwd=trained, expect=2)
-    assert "trained on a longer log" in words
-    stricter = [*flags, RUN, "--min-items", 6]  # may end histories earlier, where it was trained
-    words = inside("distill.py", "--data", "grown.inter", *stricter, cwd=trained, expect=2)
-    assert "had --min-items 5; with another" in words
+    assert "of 30 users, such as u0, it was trained on other items than are trained on here" in words
     inside("distill.py", "--data", "ring.inter", *ON_RING, "--all", "--name", "seen", cwd=trained)
     words = inside("distill.py", "--data", "ring.inter", *flags, "runs/ring/seen-all", cwd=trained, expect=2)
     assert "everything is trained on" in words
@@ -234,27 +232,68 @@ def test_a_log_that_lost_items_is_not_gone_on_from(trained, tmp_path):
     new = [f"v{user}\t{102 + (user + step) % 50}\t3\t{step}" for user in range(20) for step in range(9)]
     (tmp_path / "less.inter").write_text("\n".join([*kept, *new]))
     flags = ["--data", "less.inter", *ON_RING, "--epochs", 0, "--start", trained / RUN]
-    assert "1 of its items are gone, such as '101'" in inside("distill.py", *flags, cwd=tmp_path, expect=2)
+    assert "it was trained on other items" in inside("distill.py", *flags, cwd=tmp_path, expect=2)
     assert "59 items known, 0 new" in inside("distill.py", *flags[:-3], 1, *flags[-2:], "--all", cwd=tmp_path)
     late = [f"w{user}\t{102 + (user + step) % 40}\t3\t{9000 + step}" for user in range(300) for step in range(9)]
-    (tmp_path / "less.inter").write_text("\n".join([*lines, *late]))  # of the latest half of the users, items are gone
-    assert "of its items are gone" in inside("distill.py", *flags, "--fraction", 2, cwd=tmp_path, expect=2)
+    (tmp_path / "less.inter").write_text("\n".join([*lines, *late]))  # of other users nothing was trained on
+    assert "before training" in inside("distill.py", *flags, "--fraction", 2, cwd=tmp_path)
 
 
-def test_who_had_two_items_is_not_validated_on_after_a_start(tmp_path, monkeypatch):
-    def log(name, users, sizes):
-        rows = [f"u{user},i{(user + step) % 9},{step}" for user in range(users) for step in range(sizes[user % 2])]
-        (tmp_path / name).write_text("\n".join(["user_id,item_id,time", *rows]))
+def test_a_start_is_refused_where_what_it_was_trained_on_may_be_held_out(tmp_path):
+    def written(name, rows, least, split):
+        """The log of rows (user, item, time), and its training part."""
+        (tmp_path / name).write_text("user_id,item_id,time\n" + "\n".join(f"{u},{i},{t}" for u, i, t in rows))
+        log = replace(load_dataset(str(tmp_path / name), min_items=least, min_length=least), split=split)
+        return log, SPLITS[split](log)[0]
 
-    log("x.csv", 20, (2, 6))
-    log("y.csv", 20, (3, 7))
-    flags = [*ON_RING, "--min-count", 1]
-    inside("distill.py", "--data", "x.csv", *flags, cwd=tmp_path)
-    seen = []
-    monkeypatch.setattr("teacher.validate", lambda model, valid, *_: seen.append(valid.sizes.tolist()) or (0.0, 0.0))
-    more = ("--start", "runs/x/student-no-kd")
-    inside("distill.py", "--data", "y.csv", *flags, *more, cwd=tmp_path)
-    assert seen and all(sizes == [5] * 10 for sizes in seen)
+    def pairs(log, part):
+        """Independently: each user with the items that are trained on, as often as they are."""
+        user = {start: name for start, name in zip(log.offsets.tolist(), log.user_ids, strict=False)}
+        spans = zip(part.starts.tolist(), part.ends.tolist(), strict=True)
+        return Counter((user[start], log.raw_ids[item]) for start, end in spans for item in log.items[start:end])
+
+    def accepted(old, new, least=2, split="last"):
+        log, part = written("old.csv", old, least, split)
+        everything = torch.ones(log.num_items + 1, dtype=torch.bool), torch.full((log.num_users,), 99)
+        write_safetensors(tmp_path / "users.safetensors", {"trained_on": trained_on(log, part, *everything)})
+        grown, new_part = written("new.csv", new, least, split)
+        try:
+            check_start(str(tmp_path), {"split": split}, {"raw_ids": log.raw_ids}, grown, new_part)
+        except InputError as error:
+            assert "it was trained on other items" in str(error)
+            return False
+        users = set(grown.user_ids)
+        held_out = [pair for pair in (pairs(log, part) - pairs(grown, new_part)) if pair[0] in users]
+        assert not held_out  # what it was trained on is trained on now
+        return True
+
+    old = [(f"u{user}", f"i{(user + step) % 7}", 10 * step) for user in range(12) for step in range(5)]
+    more = [(f"u{user}", f"i{user % 7}", 100) for user in range(12)]
+    assert accepted(old, old) and accepted(old, old + more) and accepted(old, old + more[:3])
+    assert accepted(old, old + more + [(f"v{n}", f"new{n % 2}", n) for n in range(6)])
+    assert accepted(old, old + [(f"u{user}", "new", 5) for user in range(12)])  # an item of before that nobody knew
+    assert not accepted(old + more, old)  # a shorter log
+    two = [*old, ("w", "i1", 1), ("w", "i2", 2)]  # who has two items is trained on whole
+    assert accepted(two, two + more) and not accepted(two, [*two, ("w", "i3", 3)])
+    assert accepted(two, [*two, ("w", "i3", 3), ("w", "i4", 4)])
+    rare = [*two, ("w", "rare", 0)]  # the same, once an item passes the filter that came before
+    assert not accepted(rare, [*rare, ("u0", "rare", 200)])
+    tied = [(user, item, 0) for user, item, _ in old]
+    assert accepted(tied, [*tied, ("u0", "i0", 0)]) and not accepted(tied, [*tied[::-1], ("u0", "i0", 0)])
+    draw, kept = random.Random(0), 0
+    for trial in range(200):
+        old = [(f"u{draw.randrange(9)}", f"i{draw.randrange(6)}", draw.randrange(9)) for _ in range(40)]
+        more = [(f"u{draw.randrange(12)}", f"i{draw.randrange(9)}", 5 + draw.randrange(9)) for _ in range(trial % 8)]
+        new = old + more
+        kept += accepted(old, draw.sample(new, len(new)) if trial % 5 == 0 else new, 1 + trial % 3)
+    assert 20 < kept < 180
+    days = [(f"s{n}", f"i{(n + step) % 6}", 1.6e9 + 7200 * n + step) for n in range(60) for step in range(3)]
+    more = [("late", f"i{step}", days[-1][2] + step) for step in range(3)]
+    assert accepted(days, days + more, split="sessions")
+    rare = [("s3", "rare", days[9][2] + 1), ("s4", "rare", days[12][2] + 1)]
+    early = [(f"t{n}", item, 1.6e9 + n + step) for n in range(60) for step, item in enumerate((f"i{n % 6}", "old"))]
+    assert accepted(days, days + rare, split="sessions")
+    assert not accepted(days, days + early, split="sessions")  # the newest tenth of the sessions begins earlier
 
 
 def test_a_run_without_its_config_keeps_its_weights_and_a_renamed_one_goes_on(trained, tmp_path):
@@ -412,7 +451,7 @@ def test_new_items_start_near_those_with_the_nearest_vectors(trained):
     vectors[6] = vectors[10]  # item 7's first vector is that of item 11: with one neighbour, its row would be, too
     model = MiniBert("tiny", 60, 16, True)
     log.raw_ids[7] = "an item of today"
-    start_from(model, str(trained / RUN), replace(log, split="none"), vectors, {})
+    start_from(model, str(trained / RUN), replace(log, split="none"), SPLITS["none"](log)[0], vectors)
     others = [item for item in range(1, 61) if item != 7]
     assert torch.equal(model.item_embedding.weight[others], table[others])
     cosines = torch.nn.functional.cosine_similarity(model.item_embedding.weight[7] - table[others].mean(0),
@@ -431,7 +470,7 @@ def test_items_from_another_column_than_the_run_s_are_told(trained):
     assert "note: the run's items were the column item_id, here sku" in words and "item = sku" in words
     start = ("--start", RUN, "--epochs", 1, "--name", "other")
     words = inside("distill.py", *on, *ON_RING, *start, cwd=trained, expect=2)
-    assert "another log of the same length" in words
+    assert "it was trained on other items" in words
 
 
 def test_final_training_uses_everything_and_cannot_be_evaluated(trained):
@@ -507,6 +546,7 @@ def test_seeds_are_one_model_whatever_epochs_were_best_for_them():
     again["settings"]["epochs"] = 4
     assert without_seed(config) != without_seed(again)
     assert without_seed({**config, "split": "last-final"}) == without_seed({**again, "split": "last-final"})
+    assert without_seed({**config, "started": "a"}) != without_seed({**again, "started": "b"})  # of other starts
     again["settings"]["start"] = None
     assert without_seed({**config, "split": "last-final"}) != without_seed({**again, "split": "last-final"})
 
@@ -517,7 +557,7 @@ def test_a_log_in_another_order_is_not_gone_on_from(trained):
     (trained / "turned/ring.inter").write_text("\n".join([lines[0], *lines[:0:-1]]))
     flags = ["--data", "turned/ring.inter", "--columns", "time=none", *ON_RING, "--name", "turned", "--start", RUN]
     words = inside("distill.py", *flags, cwd=trained, expect=2)
-    assert "another log of the same length" in words
+    assert "of 50 users, such as u" in words
 
 
 # ---------------------------------------------------------------- sessions
@@ -578,9 +618,7 @@ def test_sessions_are_trained_and_evaluated(tmp_path):
     assert 0 < row["MRR@20"] < row["Recall@20"] == row["HR@20"] and row["Recall@20"] > popular["Recall@20"]
     inside("distill.py", *flags, *ON_RING, "--fraction", 2, "--name", "half", cwd=tmp_path)
     more = [*flags, *ON_RING, "--start", "runs/s/half", "--name", "more"]  # the newest tenth would begin earlier
-    assert "had --fraction 2; with another" in inside("distill.py", *more, cwd=tmp_path, expect=2)
-    more += ["--fraction", 2, "--min-items", 4]  # so it would with items that were too rare
-    assert "had --min-items 5; with another" in inside("distill.py", *more, cwd=tmp_path, expect=2)
+    assert "it was trained on other items" in inside("distill.py", *more, cwd=tmp_path, expect=2)
     both = [f"u\t{session}\t{rest}" for session, _, rest in (row.partition("\t") for row in rows)]
     (tmp_path / "both.tsv").write_text("user_id\tsession_id\titem_id\ttimestamp\n" + "\n".join(both))
     serve = ["--run", "runs/s/student-no-kd", "--data", "both.tsv", "--out", "o.tsv", "-k", 1]
@@ -672,7 +710,7 @@ def test_text_columns_of_new_items_are_those_that_their_texts_would_have_had(tra
     write_safetensors(run / "texts.safetensors", {"texts": read.half(), "directions": directions})
     write_safetensors(run / "model.safetensors", with_text_columns(model, columns).state_dict())
     recommend = Recommender(run, k=100, compile=False)
-    recommend.add_items({"new": texts[9], "other": texts[20], "": " ", "unseen": "story"})
+    recommend.add_items({"new": texts[9], "other": texts[20], "none": " ", "unseen": "story"})
     table = recommend.model.item_embedding.weight[1:, -16:]
     assert torch.allclose(table[:60], columns) and table.shape == (65, 16)  # as many as this BERT's states
     # Of at most 1: what BERT reads is kept in half precision, and here it differs little from text to text.
@@ -806,6 +844,10 @@ def test_raw_ids_in_lists_mean_that_item_alone(tmp_path):
     for call in (*wrong, lambda: everything.add_items("abc")):
         with pytest.raises(InputError, match="are given as"):
             call()
+    for new in ({"q": None}, {"q": math.nan}, {" ": "toy"}, {"a\tb": "toy"}):
+        with pytest.raises(InputError, match="new items need an id without tabs and a text"):
+            everything.add_items(new)
+    assert Recommender(run, compile=False, device=torch.device("cpu")).device.type == "cpu"
 
 
 @pytest.mark.parametrize(
@@ -818,7 +860,8 @@ def test_raw_ids_in_lists_mean_that_item_alone(tmp_path):
         (["--out", "x.tsv", "--data", "other.inter"], "knows none of the items"),
         (["--device", "meta", "id:103"], "--device meta"),
         (["--only", "empty.txt", "id:103"], "leave nothing"),
-        (["--columns", "item=sku", "id:103"], "of the log --data, which is missing"),
+        (["--columns", "item=sku", "id:103"], "of the log --data, not given"),
+        (["--min-length", "9", "id:103"], "of the log --data, not given"),
         (["--out", "x.tsv", "--data", "ring.inter", "--titles", ""], "--titles is empty"),
         (["--only", "empty.txt", "--similar", "id:103"], "leave nothing"),
         (["--new-items", "empty.txt", "--similar", "id:103"], "with a header"),

@@ -5,7 +5,7 @@
 Prints what is in a dataset: on ML-1M 6,040 users, 3,416 items and 999,611 interactions after 5-core filtering (users
 and items with fewer than five are left out, repeatedly), 3 seconds on two CPU cores.
 
-The first 420 lines are what a recommender needs to know; the rest is about files. In order: sequences -> batches ->
+The first 410 lines are what a recommender needs to know; the rest is about files. In order: sequences -> batches ->
 questions -> filtering -> lines -> tables -> public datasets -> datasets by name or path -> the command.
 
 Letters: B batch (users), T sequence length, S whole history, M asked positions of a row, U users, R rows of a `Spans`,
@@ -100,9 +100,8 @@ class Interactions:
 
     @property
     def protocol(self) -> str:
-        seen = f"seen items {'' if self.exclude_seen else 'NOT '}excluded"
-        ranking = f"full ranking over {self.num_items:,} items, {seen}, ties counted against the target"
-        return f"{HELD_OUT[self.split]}; {ranking}"
+        seen = f"seen items {'' if self.exclude_seen else 'NOT '}excluded, ties counted against the target"
+        return f"{HELD_OUT[self.split]}; full ranking over {self.num_items:,} items, {seen}"
 
 
 @dataclass(frozen=True)
@@ -343,14 +342,12 @@ def core_filter(users: np.ndarray, items: np.ndarray, min_items: int, min_length
         keep = keep[enough]
 
 
-def without_copies(clicks: Clicks, keep: np.ndarray, once: bool) -> np.ndarray:
-    """The entries `keep`, sorted by user and time, without lines that were written twice: same user, item and time.
+def in_order(clicks: Clicks, keep: np.ndarray, once: bool) -> np.ndarray:
+    """The entries `keep` by user and time, without lines that were written twice: same user, item and time.
 
-    Where the whole log has one time none is left out, since lines written twice then look like repeats. once: of each
-    item a user's first line alone is kept.
+    Ties keep the file's order. once: of each item a user's first line alone is kept.
     """
-    if not once and clicks.times.min() == clicks.times.max():
-        return keep
+    keep = keep[np.lexsort((clicks.times[keep], clicks.users[keep]))]  # a stable sort
     # Copies are looked for in a user's lines or, unless `once`, in those of one time: true where these begin.
     begins = np.diff(clicks.users[keep], prepend=-1) != 0
     if not once:
@@ -361,10 +358,8 @@ def without_copies(clicks: Clicks, keep: np.ndarray, once: bool) -> np.ndarray:
 
 def latest_users(clicks: Clicks, fraction: int) -> np.ndarray:
     """The entries of the 1/fraction of users whose last click is most recent."""
-    timed = clicks.times.min() < clicks.times.max()  # else lines are in the order of time
-    times = clicks.times if timed else np.arange(len(clicks.times))
     latest = np.full(clicks.users.max() + 1, -np.inf)
-    np.maximum.at(latest, clicks.users, times)
+    np.maximum.at(latest, clicks.users, clicks.times)
     recent = np.argsort(-latest, kind="stable")[: math.ceil(len(latest) / fraction)]
     return np.flatnonzero(np.isin(clicks.users, recent))
 
@@ -378,16 +373,15 @@ def build(
 ) -> Interactions:  # fmt: skip
     """Filter, sort by time within users (ties keep the file's order) and number items by first appearance.
 
-    titles: {raw item id: (title, text)}. once: see `without_copies`. Users come back to items if a share REPEATS_FROM
+    titles: {raw item id: (title, text)}. once: see `in_order`. Users come back to items if a share REPEATS_FROM
     of what is kept was theirs before. Raises InputError when nothing is left.
     """
     read = len(clicks.users)
     if not read:
         no = f"{taken['left out']}; --columns label=none takes every line" if "left out" in taken else "it has no lines"
         raise InputError(f"{name}: the log has no interactions: {no}")
-    keep = latest_users(clicks, fraction) if fraction > 1 else np.arange(read)
-    keep = keep[np.lexsort((clicks.times[keep], clicks.users[keep]))]  # stable: ties stay in file order
-    keep = without_copies(clicks, keep, once)
+    timed = clicks if np.ptp(clicks.times) else clicks._replace(times=np.arange(read))  # one for all: the lines' order
+    keep = in_order(timed, latest_users(timed, fraction) if fraction > 1 else np.arange(read), once)
     core = keep[core_filter(clicks.users[keep], clicks.items[keep], min_items, min_length)]
     older = f" or of users before the latest 1/{fraction}" if fraction > 1 else ""
     lines = f"{read:,} read, {read - len(keep):,} repeated{older}, {len(keep) - len(core):,} of rare users or items"
@@ -425,10 +419,10 @@ def build(
 def windows_1252(field: re.Match) -> str:
     """Decode a field that may not be UTF-8, whatever the rest of its line is, so that an id always reads the same."""
     content = field[0].encode(errors="surrogateescape")
-    try:
-        return content.decode()
-    except UnicodeDecodeError:  # five bytes mean nothing in Windows-1252
-        return content.decode("latin-1" if re.search(rb"[\x81\x8d\x8f\x90\x9d]", content) else "cp1252")
+    for encoding in ("utf-8", "cp1252"):
+        with suppress(UnicodeDecodeError):
+            return content.decode(encoding)
+    return content.decode("latin-1")  # five bytes mean nothing in Windows-1252
 
 
 def read_lines(path: Path) -> Iterator[str]:
@@ -456,7 +450,6 @@ def read_lines(path: Path) -> Iterator[str]:
 COMPACT = re.compile(r"\d{4}(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])([01]\d|2[0-3])([0-5]\d){0,2}")  # dates
 ZONE = r"( [+-]\d{4}| GMT| UTC)?"
 MAIL = re.compile(rf"(Mon|Tue|Wed|Thu|Fri|Sat|Sun),? [\w ]+ \d\d?:\d\d(:\d\d)?{ZONE}( \d{{4}})?{ZONE}")
-FOREVER = 1e11  # seconds; databases write the year 9999 where there is no date
 
 
 def moment(text: str) -> float:
@@ -482,7 +475,7 @@ def moment(text: str) -> float:
         number = (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp() if when else float(text)
     except (ValueError, OverflowError):
         number = math.nan
-    if abs(number) < (FOREVER if when else 2.0**63):  # false for nan, too
+    if abs(number) < (1e11 if when else 2.0**63):  # databases write the year 9999 where there is no date; nor is nan
         return number
     raise ValueError(f"{text!r} is not a time; write 2020-01-31 10:00 or a number")
 
@@ -498,18 +491,6 @@ def day_and_clock(day: str, clock: str) -> float:
     if not re.fullmatch(r"\d+(\.\d+)?", clock) or float(clock) >= 86_400_000:
         raise ValueError(f"{clock!r} is not a time of day; write 9:05, or milliseconds")
     return moment(day) + float(clock) / 1000
-
-
-def check_unit(times: np.ndarray, path: Path) -> None:
-    """InputError for times that would not sort: some in seconds and others finer, or days such as 31122019."""
-    years = times % 10_000
-    if len(times) and ((times >= 1e6) & (times < 1e8) & (years > 1900) & (years < 2100)).all():
-        raise InputError(f"{path}: its times end in the year, such as {times[0]:08.0f}; write 2019-12-31")
-    units = np.digitize(np.abs(times), [1e8, 1e11, 1e14, 1e17])  # 0: none, then s, ms, us, ns
-    each = [times[units == unit] for unit in np.unique(units[units > 0])]
-    if len(each) > 1:
-        found = " and ".join(f"{len(some):,} like {some[0]:.0f}" for some in each)
-        raise InputError(f"{path}: its times are not all in one unit: {found}; write seconds")
 
 
 # ---------------------------------------------------------------- tables
@@ -615,7 +596,8 @@ TIME_OF_DAY = (
     "timeofday time clock hour eventtime ordertime purchasetime clicktime starttime transtime hourofday uhrzeit zeit "
     "tijd hora heure ora"
 )
-EVENTS = "event eventtype behavior behaviortype action actiontype type"
+# What kind of interaction a line is, which is not read.
+KINDS = ("event eventtype behavior behaviortype action actiontype type", "rating stars score overall", "quantity")
 COLUMNS = {
     "user": "userid uid customerid user customer reviewerid visitorid memberid accountid profileid playerid personid "
     f"clientid readerid username fullvisitorid userpseudoid anonymousid distinctid {SESSION}",
@@ -752,12 +734,24 @@ def says_yes(label: str) -> bool:
         raise ValueError(f"{label!r} is neither yes nor no; --columns label=none takes every line") from None
 
 
-def check_ids(path: Path, ids: dict[str, int]) -> None:
-    """InputError for ids that a spreadsheet rounded, or that are written in two ways, as in files that were joined."""
-    if rounded := [raw_id for raw_id in ids if "+" in raw_id and ROUNDED.fullmatch(raw_id)]:
-        raise InputError(f"{path}: ids were rounded, as by Excel, such as {rounded[0]}; write them again, as text")
-    if both := [raw_id for raw_id in ids if raw_id[-2:] == ".0" and raw_id[:-2] in ids]:
-        raise InputError(f"{path}: ids are written in two ways, such as {both[0][:-2]} and {both[0]}; write one")
+def check_values(path: Path, times: np.ndarray, user_ids: dict[str, int], item_ids: dict[str, int]) -> None:
+    """InputError for what spreadsheets and joined files spoil: times that would not sort, ids that became others.
+
+    That is, some times in seconds and others finer, days such as 31122019, ids rounded or written in two ways.
+    """
+    years = times % 10_000
+    if len(times) and ((times >= 1e6) & (times < 1e8) & (years > 1900) & (years < 2100)).all():
+        raise InputError(f"{path}: its times end in the year, such as {times[0]:08.0f}; write 2019-12-31")
+    units = np.digitize(np.abs(times), [1e8, 1e11, 1e14, 1e17])  # 0: none, then s, ms, us, ns
+    each = [times[units == unit] for unit in np.unique(units[units > 0])]
+    if len(each) > 1:
+        found = " and ".join(f"{len(some):,} like {some[0]:.0f}" for some in each)
+        raise InputError(f"{path}: its times are not all in one unit: {found}; write seconds")
+    for ids in (user_ids, item_ids):
+        if rounded := [raw_id for raw_id in ids if "+" in raw_id and ROUNDED.fullmatch(raw_id)]:
+            raise InputError(f"{path}: ids were rounded, as by Excel, such as {rounded[0]}; write them again, as text")
+        if both := [raw_id for raw_id in ids if raw_id[-2:] == ".0" and raw_id[:-2] in ids]:
+            raise InputError(f"{path}: ids are written in two ways, such as {both[0][:-2]} and {both[0]}; write one")
 
 
 def read_log(path: Path, given: dict[str, str], sessions: bool) -> tuple[Clicks, dict[str, str], str]:
@@ -799,17 +793,15 @@ def read_log(path: Path, given: dict[str, str], sessions: bool) -> tuple[Clicks,
     skipped: list[str] = []
     left_out = sum(not clicked for clicked in read(take, skipped))
     arrays = np.frombuffer(users, np.int64), np.frombuffer(items, np.int64), np.frombuffer(times, np.float64)
-    check_unit(arrays[2], path)
-    check_ids(path, user_ids)
-    check_ids(path, item_ids)
-    taken = what_was_taken(path, names, places, arrays[2], left_out, sessions and "user" not in given)
+    check_values(path, arrays[2], user_ids, item_ids)
+    taken = what_was_taken(path, names, places, arrays[2], left_out)
+    if sessions and session is None and "user" not in given:
+        taken["sessions"] = "no column is known as the session, so each user is one; name it: --columns user=NAME"
     taken |= {"skipped": f"{len(skipped):,} lines could not be read"} if skipped else {}
     return Clicks(*arrays, list(user_ids), list(item_ids)), taken, names[item]  # type: ignore[index]
 
 
-def what_was_taken(
-    path: Path, names: list[str], places: Places, times: np.ndarray, left_out: int, sessions: bool
-) -> dict[str, str]:
+def what_was_taken(path: Path, names: list[str], places: Places, times: np.ndarray, left_out: int) -> dict[str, str]:
     """What the card prints of a log that was read: its columns, those left aside, and times that are no dates."""
     named = {kind: names[place] for kind, place in places.items() if place is not None}
     columns = ", ".join(f"{kind} = {name}" for kind, name in named.items())
@@ -819,12 +811,8 @@ def what_was_taken(
     taken = {"columns": f"{columns} of {path.name}{no_time}{not_read}"}
     if "label" in named:
         taken["left out"] = f"{left_out:,} lines whose {named['label']} says no"
-    found = (place_of(names, known) for known in (EVENTS, "rating stars score overall", "quantity"))
-    kinds = [names[place] for place in found if place is not None]
-    if kinds:
+    if kinds := [names[place] for known in KINDS if (place := place_of(names, known)) is not None]:
         taken["not read"] = f"{' and '.join(kinds)}: a line is an interaction, whatever stands there"
-    if sessions and place_of(names, SESSION) is None:
-        taken["sessions"] = "no column is known as the session, so each user is one; name it: --columns user=NAME"
     if "time" in named and len(times):
         ends = np.array([times.min(), times.max()])
         days = in_seconds(ends).astype(np.int64).astype("M8[s]").astype("M8[D]")
@@ -1072,8 +1060,7 @@ def find_files(name: str, root: str | Path | None, titles: str | None = None) ->
     elif name in PUBLIC:
         folder = Path(root or os.environ.get("PREBERT_DATA") or "data") / name
         log, *others = [folder / file for file in PUBLIC[name].files]
-        if not log.exists() and (folder / f"{name}.inter").exists():
-            log = folder / f"{name}.inter"
+        log = next(filter(Path.exists, (log, folder / f"{name}.inter")), log)
         if not log.exists():
             fetch(folder, PUBLIC[name])
     else:
@@ -1223,8 +1210,8 @@ def command_line(script: str, *words: str) -> str:
 
 def run_command(main: Callable[[], None]) -> None:
     """Run a script's main(); an error that the user can fix ends in one line on stderr and exit code 2."""
-    if sys.stdout is None or sys.stderr is None:  # closed, as by >&-: what is printed goes nowhere
-        sys.stdout, sys.stderr = sys.stdout or open(os.devnull, "w"), sys.stderr or open(os.devnull, "w")
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # None if closed, as by >&-: what is printed goes nowhere
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal that knows ASCII only
     try:

@@ -23,6 +23,7 @@ import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -158,7 +159,7 @@ class Recommender:
     broken run folder.
     """
 
-    graph: Callable  # `TopK`, or the same compiled
+    graph: Any  # `TopK`, or the same compiled
 
     def __init__(
         self, run_dir: str | Path, k: int = 10, device: str = "auto", compile: bool | None = True,
@@ -170,9 +171,9 @@ class Recommender:
         self.device, self.run, self.k = pick_device(str(device)), Path(run_dir), int(k)
         model, self.config, catalogue = load_run(run_dir)
         self.exclude_seen = self.config["exclude_seen"] if exclude_seen is None else exclude_seen
-        graph = self.serve(model, *(catalogue[key] for key in ("raw_ids", "titles", "counts")))
+        self.serve(model, *(catalogue[key] for key in ("raw_ids", "titles", "counts")))
         try:
-            if compile is not False and (compiled := native(self.run, graph, bool(compile))):
+            if compile is not False and (compiled := native(self.run, self.graph, bool(compile))):
                 self.graph, self.compiled = compiled, True
         except (InputError, OSError) as error:  # the latter from a cache that cannot be read
             if not fallback:
@@ -188,19 +189,16 @@ class Recommender:
             self([self.raw_ids[1:2] * model.max_length])
         self.warm_up_s = time.perf_counter() - began
 
-    def serve(self, model: PreBert, raw_ids: list[str], titles: list[str], counts: list[int]) -> TopK:
-        """Serve with a model of these items, whose places in the lists are their internal ids; returns its graph."""
+    def serve(self, model: PreBert, raw_ids: list[str], titles: list[str], counts: list[int]) -> None:
+        """Serve with a model of these items, whose places in the lists are their internal ids."""
         self.model, self.raw_ids, self.titles, self.counts = model.requires_grad_(False), raw_ids, titles, counts
-        self.by_id = {composed(raw_id): item for item, raw_id in enumerate(raw_ids) if item != PAD}
         # An id as it is written wins over the `composed` spelling of another.
-        self.by_id |= {raw_id: item for item, raw_id in enumerate(raw_ids) if item != PAD}
+        self.by_id = {spell(raw_id): item for spell in (composed, str) for item, raw_id in enumerate(raw_ids[1:], 1)}
         self.by_title: dict[str, list[int]] = {}  # in lower case
         for item, title in enumerate(titles[1:], 1):
             self.by_title.setdefault(composed(title).casefold(), []).append(item)
         self.popularity = torch.tensor(counts, dtype=torch.float64)  # (num_items + 1,)
-        graph = TopK(model, self.k).to(self.device).eval()
-        self.graph, self.compiled = graph, False
-        return graph
+        self.graph, self.compiled = TopK(model, self.k).to(self.device).eval(), False
 
     def add_items(self, texts: Mapping, titles: Mapping | None = None) -> None:
         """Recommend and accept items that training never saw, {raw id: text}, by what BERT reads in the texts.
@@ -459,8 +457,7 @@ def main() -> None:
     more = f"{len(args.items) - 20} items and " if len(args.items) > 20 else ""
     print(f"after {more}{watched}:" if args.items else "most popular, by interactions:")
     print_ranked(ranked)
-    eager = "eager" if args.new_items else "eager, --compile makes it faster"
-    kind = "compiled" if recommender.compiled else eager
+    kind = "compiled" if recommender.compiled else "eager" if args.new_items else "eager, --compile makes it faster"
     print(f"{milliseconds:.1f} ms, {kind}, on {recommender.device}; ready to answer in {recommender.warm_up_s:.2f} s")
 
 

@@ -18,19 +18,18 @@ I items, N negatives, D hidden size, L log entries.
 import argparse
 import math
 from collections.abc import Callable
-from dataclasses import replace
-from functools import partial, reduce
+from functools import lru_cache, partial, reduce
 from hashlib import sha256
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Generator, Tensor
 from tqdm import tqdm
 
 from data import (
     PAD, SPLITS, Batch, InputError, Interactions, Spans, add_data_flags, at_once, batches, command_line, data_flags,
-    fixed_windows, load_asked, number, pad_left, run_command,
+    load_asked, number, run_command,
 )  # fmt: skip
 from evaluate import Markov
 from prebert import (
@@ -39,16 +38,15 @@ from prebert import (
 )  # fmt: skip
 from student import STUDENTS, MiniBert
 from teacher import (
-    SPARSE, Sampler, add_training_flags, autocast_dtype, candidate_logits, default_init, describe, draw_candidates,
-    fill_in, first_weights, item_loss, join_processes, keep_texts, make_sampler, settle, sparse, train, world,
+    SPARSE, Sampler, add_training_flags, autocast_dtype, candidate_logits, default_init, describe, draw_batch,
+    draw_candidates, draw_windows, fill_in, first_weights, item_loss, join_processes, keep_texts, make_sampler, settle,
+    sparse, train, world,
 )  # fmt: skip
 
 States = Callable[[Batch], list[Tensor]]  # every teacher's states where a batch asks, (Q, D) each
 TEACHER_TOP = 64  # with a sampled softmax: how many of the teachers' likeliest items are always candidates
 BOTH = dict(lr=3e-3, body_lr=3e-3, tokens=4096, least_tokens=512, dropout=0.5, label_smoothing=0.0)
-RECIPES: dict[str, dict] = {
-    "next": dict(epochs=8, near_below=SPARSE, **BOTH), "masked": dict(epochs=20, near_below=0, **BOTH)
-}  # fmt: skip
+RECIPES = {"next": dict(epochs=8, near_below=SPARSE, **BOTH), "masked": dict(epochs=20, near_below=0, **BOTH)}
 CACHE_AT_MOST = 2**32  # bytes of teachers' states
 
 
@@ -138,21 +136,18 @@ def top_items(teachers: list[PreBert], states: list[Tensor], count: int) -> Tens
 def states_of(teacher: PreBert, part: Spans, dtype: torch.dtype) -> Tensor:
     """A causal teacher's state after each item of a training history but its last, (L, D); 0 at other entries.
 
-    Windows are those of training, so that it says here what it would say on the batch.
+    Windows and questions are those of training, so that it says here what it would say on the batch.
     """
     states = torch.zeros(len(part.items), teacher.config.hidden_size, dtype=dtype)
-    windows = fixed_windows(part, teacher.max_length)
-    windows = replace(windows, ends=windows.ends - 1)  # nothing is asked after a window's last item
-    device = teacher.item_bias.device
-    positions, _ = at_once(device, teacher.num_items)
-    for rows in tqdm(batches(windows.sizes, positions), desc="the teacher reads", disable=world()[0] > 0):
-        some = windows[rows]
-        width = int(some.sizes.max())
-        tokens = pad_left(some.items, some.starts, some.ends, width)  # (B, T)
-        entries = (some.ends - width)[:, None] + torch.arange(width)  # (B, T)
+    device, unused = teacher.item_bias.device, Generator()  # causal windows and their questions are not drawn
+    windows, last_only = draw_windows(teacher, part, unused)
+    at_most, _ = at_once(device, teacher.num_items)
+    for rows in tqdm(batches(windows.sizes - 1, at_most), desc="the teacher reads", disable=world()[0] > 0):
+        batch = draw_batch(teacher, windows[rows], last_only[rows], unused)  # of (B, T) each
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            here = teacher(tokens.to(device), torch.arange(width, device=device).expand(tokens.shape))  # (B, T, D)
-        states[entries[tokens != PAD]] = here.cpu()[tokens != PAD].to(dtype)
+            here = teacher(batch.tokens.to(device), batch.positions.to(device))  # (B, T, D)
+        is_asked = batch.labels != PAD
+        states[batch.entries[is_asked]] = here.cpu()[is_asked].to(dtype)
     return states
 
 
@@ -163,15 +158,13 @@ def teacher_states(teachers: list[PreBert], part: Spans, dtype: torch.dtype, cac
     """
     size = sum(len(part.items) * teacher.config.hidden_size * dtype.itemsize for teacher in teachers)
     cache = cache and size <= CACHE_AT_MOST and all(teacher.config.causal for teacher in teachers)
-    memory: list[Tensor] = []
+    of_all = lru_cache(lambda: [states_of(teacher, part, dtype) for teacher in teachers])
 
     @torch.no_grad()
     def states_at(batch: Batch) -> list[Tensor]:
         is_asked = batch.labels != PAD  # (B, M)
-        if cache:
-            if not memory:  # not before a batch asks: --resume of an ended run reads nothing
-                memory.extend(states_of(teacher, part, dtype) for teacher in teachers)
-            return [states[batch.entries[is_asked].cpu()].to(is_asked.device) for states in memory]
+        if cache:  # read as a batch asks, not before: --resume of an ended run reads nothing
+            return [states[batch.entries[is_asked].cpu()].to(is_asked.device) for states in of_all()]
         return [teacher(batch.tokens, batch.positions)[is_asked] for teacher in teachers]
 
     return states_at
@@ -213,9 +206,8 @@ def load_teachers(args: argparse.Namespace, data: Interactions) -> tuple[list[Pr
         in_scores |= teacher.item_embedding.embedding_dim > teacher.config.hidden_size
         teachers.append(with_text_columns(teacher).requires_grad_(False).to(pick_device(args.device)))
         made_by.append(without_seed(config))
-        read_by.append(config.get("bert_folder") or config["settings"].get("bert"))
-    args.bert = args.bert or next((bert for bert in read_by if bert not in (None, "none")), None)
-    args.bert = args.bert or ("none" if "none" in read_by else "minilm")
+        read_by.append(config.get("bert_folder") or config["settings"].get("bert") or "minilm")
+    args.bert = args.bert or next((bert for bert in read_by if bert != "none"), "none" if read_by else "minilm")
     args.objective = args.objective or "next"
     return teachers, made_by, in_scores
 

@@ -65,11 +65,9 @@ def ndcg(ranks: Tensor, k: int) -> Tensor:
 
 def metrics(ranks: Tensor) -> dict[str, float]:
     """Means over the targets with these ranks (R,): HR@K, which is Recall@K here, NDCG@K, MRR and MRR@20."""
-    row = {f"HR@{k}": hit_rate(ranks, k).mean().item() for k in (1, 5, 10, 20)}
-    row |= {f"NDCG@{k}": ndcg(ranks, k).mean().item() for k in (5, 10, 20)}
-    reciprocal = 1 / ranks.double()
-    row |= {"MRR": reciprocal.mean().item(), "MRR@20": (reciprocal * (ranks <= 20)).mean().item()}
-    return row | {"Recall@20": row["HR@20"]}
+    row = {f"HR@{k}": hit_rate(ranks, k) for k in (1, 5, 10, 20)} | {f"NDCG@{k}": ndcg(ranks, k) for k in (5, 10, 20)}
+    row |= {"MRR": 1 / ranks.double(), "MRR@20": (ranks <= 20) / ranks.double(), "Recall@20": row["HR@20"]}
+    return {name: of_targets.mean().item() for name, of_targets in row.items()}
 
 
 @torch.inference_mode()

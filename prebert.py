@@ -59,6 +59,7 @@ class BertConfig:
 
 
 ACTIVATIONS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}  # `approximate` of F.gelu
+NEVER = -1e9  # added to a score that must not count; finite: a padding row has no key, softmax of all -inf is nan
 
 
 class Dropout(nn.Module):
@@ -80,9 +81,6 @@ class Dropout(nn.Module):
         random = torch.empty(x.numel() // 8 + 1, dtype=torch.int64).random_(-(2**63), None)  # all 64 bits
         dropped = random.view(torch.uint8)[: x.numel()].view(x.shape) < self.out_of_256
         return x.masked_fill(dropped, 0) * (256 / (256 - self.out_of_256))
-
-
-NEVER = -1e9  # added to a score that must not count; finite: a padding row has no key, softmax of all -inf is nan
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
@@ -117,12 +115,11 @@ class SelfAttention(nn.Module):
         if queries.shape[1] == 1:
             return self.output(self.one_query(x, mask, queries))
         if queries is x:  # no `positions` were asked for
-            query, key, value = self.qkv(x).chunk(3, dim=-1)  # (B, T, D) each
+            parts = self.qkv(x).chunk(3, dim=-1)  # (B, T, D) each
         else:
             size = x.shape[-1]
             query = F.linear(queries, self.qkv.weight[:size], self.qkv.bias[:size])  # (B, M, D)
-            key, value = F.linear(x, self.qkv.weight[size:], self.qkv.bias[size:]).chunk(2, dim=-1)  # (B, T, D)
-        parts = (query, key, value)
+            parts = (query, *F.linear(x, self.qkv.weight[size:], self.qkv.bias[size:]).chunk(2, dim=-1))  # (B, T, D)
         query, key, value = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts)
         # (B, N, M, K), then (B, N, T, K) twice
         mixed = attend(query, key, value, mask.to(query.dtype))  # (B, N, M, K)
@@ -242,11 +239,10 @@ class PreBert(nn.Module):
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """tokens (B, T) left-padded, positions (B, M): states ready for `logits`, (B, M, D + C)."""
-        places = self.position_embedding.weight[self.max_length - tokens.shape[1] :]  # (T, D)
         real, steps, size = tokens != PAD, len(self.convolution), self.config.hidden_size
         rows = self.item_embedding(tokens) * real[..., None]  # (B, T, D + C)
         before = F.pad(rows, (0, 0, steps, 0))  # (B, 3 + T, D + C); [:, 3 - n : -n] are the rows n places earlier
-        x = rows[..., :size] + places  # (B, T, D)
+        x = rows[..., :size] + self.position_embedding.weight[self.max_length - tokens.shape[1] :]  # (B, T, D)
         for step, share in enumerate(self.convolution, 1):
             x = x + share * before[:, steps - step : -step, :size]
         states = self.head(self.encoder(x, real, positions))  # (B, M, D)
@@ -279,8 +275,6 @@ class PreBert(nn.Module):
 
 # ---------------------------------------------------------------- BERT's weights
 
-Model = TypeVar("Model", bound=nn.Module)
-
 
 class Bert(nn.Module):
     """BERT as it was pre-trained, over words: the encoder with its three embedding tables."""
@@ -299,6 +293,8 @@ class Bert(nn.Module):
         return self.encoder(x + self.position_embedding.weight[: words.shape[1]], real)  # (B, T, D)
 
 
+Model = TypeVar("Model", bound=nn.Module)
+Reader = tuple[Bert, Tokenizer]  # what reads texts
 # Names of an encoder's weights, after any prefix such as `bert.`, `module.`, `_orig_mod.`, `0.auto_model.`.
 ENCODER = re.compile(r"^(?:.*?\.)?(embeddings\.(?:word|position|token_type)_embeddings.*|embeddings\.LayerNorm.*|"
                      r"encoder\.layer\.\d+\..*)$")  # fmt: skip
@@ -347,8 +343,7 @@ def config_of(tensors: dict[str, Tensor], raw: dict, path: Path) -> BertConfig:
     if not hidden or not ups or {*ups} != {(*ups[0][:1], hidden)} or qkvs != len(ups) * [(3 * hidden, hidden)]:
         raise InputError(f"{path}: these weights are not those of a BERT encoder")
     names = ("num_attention_heads", "hidden_act", "hidden_dropout_prob", "layer_norm_eps", "causal")
-    raw = {**dict.fromkeys(names[:2]), **raw}  # those two must be in config.json
-    read = {name: raw[name] for name in names if name in raw}
+    read: dict = dict.fromkeys(names[:2]) | {name: raw[name] for name in names if name in raw}  # two must be there
     config = BertConfig(hidden, len(ups), intermediate_size=ups[0][0], max_position_embeddings=len(table), **read)
     heads, numbers = config.num_attention_heads, (config.hidden_dropout_prob, config.layer_norm_eps)
     good = type(heads) is int and heads > 0 and hidden % heads == 0 and str(config.hidden_act) in ACTIVATIONS
@@ -408,16 +403,12 @@ def find_bert(source: str) -> Path:
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """The tensors of model.safetensors, or of its shards."""
-    whole = folder / "model.safetensors"
-    files = [whole] if whole.is_file() else sorted(folder.glob("model-*-of-*.safetensors"))
+    files = [*folder.glob("model.safetensors")] or sorted(folder.glob("model-*-of-*.safetensors"))
     if not files:
         pickles = list(folder.glob("pytorch_model*.bin"))
         advice = f"{folder} has only pytorch_model.bin; {CONVERT.format(str(folder.resolve()))}" if pickles else ""
         raise InputError(advice or f"{folder} has no model.safetensors; a BERT folder needs {', '.join(BERT_FILES)}")
     return {name: tensor for file in files for name, tensor in read_safetensors(file).items()}
-
-
-Reader = tuple[Bert, Tokenizer]  # what reads texts
 
 
 def load_bert(source: str) -> Reader:
@@ -688,6 +679,8 @@ def pick_device(name: str) -> torch.device:
 
 # ---------------------------------------------------------------- first values of the item table
 
+ITEM_INITS = ("text+cooc", "text", "cooc", "random")  # see `item_vectors`
+
 
 def centred(table: Tensor) -> Tensor:
     """Rows (I, D) around their mean, with root-mean-square length 1."""
@@ -698,8 +691,7 @@ def centred(table: Tensor) -> Tensor:
 def principal_components(table: Tensor, size: int) -> Tensor:
     """Rows of (I, D) in the `size` directions in which they differ most, (I, size): PCA of the item table."""
     middle = (table - table.mean(0)).double()
-    _, directions = torch.linalg.eigh(middle.T @ middle)  # ascending
-    kept = directions[:, -min(size, table.shape[1]) :].flip(1)  # (D, size or D)
+    kept = torch.linalg.eigh(middle.T @ middle)[1][:, -size:].flip(1)  # (D, size or D), the largest first
     return F.pad((middle @ kept).float(), (0, size - kept.shape[1]))
 
 
@@ -761,9 +753,6 @@ def cooccurrence_vectors(train: Spans, num_items: int, size: int, window: int = 
     rank = min(size, num_items)
     u, s, _ = torch.svd_lowrank(matrix.coalesce(), q=rank, niter=4)
     return F.pad(u * s.sqrt(), (0, size - rank))
-
-
-ITEM_INITS = ("text+cooc", "text", "cooc", "random")
 
 
 def item_vectors(kind: str, data: Interactions, train: Spans, size: int, reader: Reader | None) -> Tensor | None:
@@ -832,14 +821,13 @@ def trained_on(data: Interactions, part: Spans, counted: Tensor, most: Tensor) -
 
     Only items that are counted (num_items + 1,) are looked at, and of each user's the first `most` (U,).
     """
-    rows, entries = entries_of(part)
-    users, items = torch.searchsorted(torch.from_numpy(data.offsets), entries, right=True) - 1, part.items[entries]
-    places = counted[items].cumsum(0)  # from 1
-    before = (places - counted[items].long())[part.sizes.cumsum(0) - part.sizes]  # (R,) counted in earlier rows
-    looked_at = counted[items] & (places - before[rows] <= most[users])
-    none = torch.zeros(data.num_users, dtype=torch.long)
-    sums = none.index_add(0, users, digests(data.raw_ids)[items] * looked_at)
-    return torch.stack([digests(data.user_ids), none.index_add(0, users, looked_at.long()), sums], dim=1)
+    _, entries = entries_of(part)
+    entries = entries[counted[part.items[entries]]]
+    users = torch.searchsorted(torch.from_numpy(data.offsets), entries, right=True) - 1  # ascending
+    first = torch.arange(len(users)) - torch.searchsorted(users, users) < most[users]  # by the place among a user's
+    users, items = users[first], part.items[entries[first]]
+    sums = torch.zeros(data.num_users, dtype=torch.long).index_add(0, users, digests(data.raw_ids)[items])
+    return torch.stack([digests(data.user_ids), users.bincount(minlength=data.num_users), sums], dim=1)
 
 
 def check_start(run: str, config: dict, catalogue: dict, data: Interactions, part: Spans) -> None:

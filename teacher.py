@@ -35,7 +35,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -242,8 +241,7 @@ def train(
                 share = schedule(spent((done + 0.5) / len(plan)), args.warmup)  # of epochs, in the middle of the step
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * share
-                generator = seeded(seed, "masks", state["step"])
-                batch = draw_batch(model, windows[rows], last_only[rows], generator)
+                batch = draw_batch(model, windows[rows], last_only[rows], seeded(seed, "masks", state["step"]))
                 own, weight = share_of(batch)
                 torch.manual_seed(seed * 1_000_003 + state["step"] * processes + process)  # for dropout, negatives
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -260,7 +258,7 @@ def train(
                 state["step"] += 1
                 bar.set_postfix_str(f"loss {mean_loss:.3f}", refresh=False)
                 bar.update(int(sizes[rows].sum()))
-                if args.minutes and spent() >= 1:
+                if spent() >= 1:  # of the minutes; epochs are counted when they end
                     break
             bar.close()
             check_finite({name: p.detach().sum().item() for name, p in model.named_parameters()}, run, state["step"])
@@ -330,8 +328,9 @@ def find_state(run: Path, data: Interactions, args: argparse.Namespace, config: 
 
     InputError where --resume comes with other settings or interactions than the run has; names the first that differs.
     """
+    made = (run / "model.safetensors").exists()
     begun = (run / "config.json").exists() and (run / "catalogue.json").exists()
-    if args.overwrite or not (begun or (run / "model.safetensors").exists()):
+    if args.overwrite or not (begun or made):
         return "fresh", b""
     if not args.resume:
         raise InputError(f"{run} exists; --resume goes on with it, --overwrite starts again, --name makes another")
@@ -346,11 +345,9 @@ def find_state(run: Path, data: Interactions, args: argparse.Namespace, config: 
         raise InputError(f"--resume {run}: its teacher has been trained anew; --overwrite starts again")
     if (run / "train_state.pt").exists():
         return "interrupted", (run / "train_state.pt").read_bytes()
-    if (run / "metrics.json").exists() and (run / "model.safetensors").exists():
-        return "ended", b""
-    if (run / "model.safetensors").exists():
+    if made and not (run / "metrics.json").exists():
         raise InputError(f"{run} has weights but no checkpoint to go on from; --overwrite starts again")
-    return "fresh", b""
+    return "ended" if made else "fresh", b""
 
 
 def open_run(
@@ -378,7 +375,7 @@ def open_run(
         write_json(run / "config.json", config)
         write_json(run / "catalogue.json", {"raw_ids": data.raw_ids, "titles": data.titles, "counts": counts})
     if process == 0:  # for --start; after a crash, written again
-        counted, most = torch.ones(data.num_items + 1, dtype=torch.bool), torch.from_numpy(np.diff(data.offsets))
+        counted, most = torch.ones(data.num_items + 1, dtype=torch.bool), torch.from_numpy(data.offsets).diff()
         write_safetensors(run / "users.safetensors", {"trained_on": trained_on(data, part, counted, most)})
     params = sum(parameter.numel() for parameter in model.parameters())
     where = f"{autocast_dtype(model.item_bias.device, args.precision)} on {model.item_bias.device}"
@@ -607,8 +604,7 @@ def settle(args: argparse.Namespace, recipes: dict[str, dict], data: Interaction
     doublings = max(0.0, math.log2(learnt_from / FULL_DROPOUT_TO))
     dropout = max(0.2 if args.near_identity else 0.1, round(recipe["dropout"] - 0.1 * doublings - less, 1))
     tokens = max(recipe["least_tokens"], recipe["tokens"] // 2 ** round(math.log2(smaller)))
-    smoothing = 0.0 if args.negatives else recipe["label_smoothing"]
-    fill_in(args, tokens=tokens, dropout=dropout, label_smoothing=smoothing)
+    fill_in(args, tokens=tokens, dropout=dropout, label_smoothing=0.0 if args.negatives else recipe["label_smoothing"])
     scale = min(1.0, args.tokens / recipe["tokens"]) ** 0.5  # a step of fewer questions says less, and may change less
     fill_in(args, lr=recipe["lr"] * scale, body_lr=recipe["body_lr"] * scale)
     if args.epochs is None and suffix and not (args.minutes or args.start):
@@ -655,9 +651,8 @@ def describe(data: Interactions, model: PreBert, args: argparse.Namespace, teach
     return {
         "version": VERSION, "data": data.name, "num_items": data.num_items, "interactions": len(data.items),
         "fingerprint": data.fingerprint, "split": data.split, "exclude_seen": data.exclude_seen,
-        "item_name": data.item_name,
-        "model": asdict(model.config),
-        "seed": args.seed, "settings": settings, "teachers": teachers, "started": started, "protocol": data.protocol,
+        "item_name": data.item_name, "model": asdict(model.config), "seed": args.seed, "settings": settings,
+        "teachers": teachers, "started": started, "protocol": data.protocol,
         "bert_folder": str(Path(args.bert).resolve()) if args.bert and Path(args.bert).is_dir() else None,
         "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         "commit": commit or "unknown", "machine": machine(),

@@ -840,7 +840,7 @@ def check_start(run: str, config: dict, catalogue: dict, data: Interactions, par
         raise InputError(f"--start {run}: its split is {HELD_OUT.get(split, split)}; start from another, or use --all")
     then = read_safetensors(path).get("trained_on", torch.empty(0)) if path.exists() else torch.empty(0)
     if then.ndim != 2 or then.shape[1] != 3 or then.dtype != torch.int64 or not len(then):
-        raise InputError(f"--start {run}: {path.name} does not tell what each user was trained on; train again")
+        raise InputError(f"--start {run}: {path.name} does not tell what each user was trained on; use --all")
     ours, then = digests(data.user_ids), then[then[:, 0].argsort()]
     found = then[torch.searchsorted(then[:, 0].contiguous(), ours).clamp(max=len(then) - 1)]  # (U, 3)
     found = found * (found[:, 0] == ours)[:, None]  # zeros for a user whom the run does not know

@@ -1040,7 +1040,7 @@ def fetch(folder: Path, public: Public) -> None:
 TITLES_IN = [end + gz for gz in ("", ".gz") for end in (".item", ".items.csv", ".items.tsv")]
 TABLE = re.compile(r"\.(inter|item|csv|tsv)(\.gz)?$", re.IGNORECASE)
 CACHE_FROM = 1 << 24  # bytes; smaller logs are read faster than anyone waits
-COPY_VERSION = 18  # of what a parsed copy holds
+COPY_VERSION = 19  # of what a parsed copy holds
 
 
 def dataset_name(name: str) -> str:

@@ -345,7 +345,8 @@ def core_filter(users: np.ndarray, items: np.ndarray, min_items: int, min_length
 def in_order(clicks: Clicks, keep: np.ndarray, once: bool) -> np.ndarray:
     """The entries `keep` by user and time, without lines that were written twice: same user, item and time.
 
-    Ties keep the file's order. once: of each item a user's first line alone is kept.
+    Ties keep the file's order. once: of each item a user's first line alone is kept. Of a log of one time for all,
+    `build` gives the numbers of lines as times: what looks written twice there may be a repeat, and stays.
     """
     keep = keep[np.lexsort((clicks.times[keep], clicks.users[keep]))]  # a stable sort
     # Copies are looked for in a user's lines or, unless `once`, in those of one time: true where these begin.

@@ -5,7 +5,7 @@
 Prints what is in a dataset: on ML-1M 6,040 users, 3,416 items and 999,611 interactions after 5-core filtering (users
 and items with fewer than five are left out, repeatedly), 3 seconds on two CPU cores.
 
-The first 410 lines are what a recommender needs to know; the rest is about files. In order: sequences -> batches ->
+The first 425 lines are what a recommender needs to know; the rest is about files. In order: sequences -> batches ->
 questions -> filtering -> lines -> tables -> public datasets -> datasets by name or path -> the command.
 
 Letters: B batch (users), T sequence length, S whole history, M asked positions of a row, U users, R rows of a `Spans`,
@@ -100,8 +100,9 @@ class Interactions:
 
     @property
     def protocol(self) -> str:
-        seen = f"seen items {'' if self.exclude_seen else 'NOT '}excluded, ties counted against the target"
-        return f"{HELD_OUT[self.split]}; full ranking over {self.num_items:,} items, {seen}"
+        seen = "excluded, except targets" if self.exclude_seen else "NOT excluded"
+        items = f"{self.num_items:,} items, seen items {seen}, ties counted against the target"
+        return f"{HELD_OUT[self.split]}; full ranking over {items}"
 
 
 @dataclass(frozen=True)
@@ -365,6 +366,17 @@ def latest_users(clicks: Clicks, fraction: int) -> np.ndarray:
     return np.flatnonzero(np.isin(clicks.users, recent))
 
 
+def order_of_ties(users: np.ndarray, times: np.ndarray, lines: np.ndarray) -> str:
+    """What the card says where many of a user's lines have one time; arguments (L,), in the order of `in_order`."""
+    same, later = np.diff(users) == 0, np.diff(times) > 0  # (L - 1,)
+    tied = np.count_nonzero(same & ~later) / len(lines)
+    if tied < 0.01:
+        return ""
+    backwards = (same & later).any() and (np.diff(lines)[same & later] < 0).all()
+    more = ", which is newest first; turn the file around" if backwards else ""
+    return f"{tied:.0%} have the time of the one before; they stay in the order of lines{more}"
+
+
 REPEATS_FROM = 0.01  # of a log's interactions; fewer are accidents
 
 
@@ -400,13 +412,13 @@ def build(
     pairs = np.sort(users * len(kept) + items)  # np.unique takes eighty times as long for many distinct numbers
     repeats = bool((pairs[1:] == pairs[:-1]).sum() >= REPEATS_FROM * len(pairs))
     taken = {**taken, "interactions": f"{lines}; {len(core):,} kept"}
-    tied = np.count_nonzero((np.diff(users) == 0) & (np.diff(clicks.times[core]) == 0)) / len(core)
-    if tied >= 0.01 and "times" in taken:
-        taken["order"] = f"{tied:.0%} have the time of the one before; they stay in the order of lines"
+    if "times" in taken and (words := order_of_ties(users, clicks.times[core], core)):
+        taken["order"] = words
     named = sum(raw_id in titles for raw_id in raw_ids)
     taken["titles"] = f"{named:,} of {len(kept):,} items; {taken['titles']}"
     if titles and not named:
-        taken["titles"] += f"; the log has items such as {raw_ids[1]!r}, the file {min(titles)!r}"
+        other = f"; if another column has the log's ids, call it {item_name}" if item_name else ""
+        taken["titles"] += f"; the log has items such as {raw_ids[1]!r}, the file {min(titles)!r}{other}"
     shown, texts = ([titles.get(raw_id, (raw_id, ""))[part] for raw_id in raw_ids] for part in (0, 1))
     user_ids = [clicks.raw_users[user] for user in users[starts]]
     offsets, first_times = np.append(starts, len(core)), clicks.times[core[starts]]
@@ -471,8 +483,8 @@ def moment(text: str) -> float:
                 when = datetime.fromisoformat(re.sub(r"(?<![\d.])\d(?!\d)", r"0\g<0>", date))
         elif text[:1] in "MTWFS" and MAIL.fullmatch(text):
             when = email.utils.parsedate_to_datetime(text)
-        elif (text[:1] == "0" and text[1:2].isdigit()) or "_" in text or "E+" in text:
-            raise ValueError  # 011219, a day first; 1_2, in Python 12; 1.58E+12, as Excel rounds
+        elif (text[:1] == "0" and text[1:2].isdigit()) or "_" in text or ("+" in text and len(text) < 14):
+            raise ValueError  # 011219, a day first; 1_2, in Python 12; 1.58E+12, as Excel and %g round
         number = (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp() if when else float(text)
     except (ValueError, OverflowError):
         number = math.nan
@@ -594,17 +606,18 @@ def rows_of(path: Path, header: list[str], rows: Any, parse: Callable, examples:
 SESSION = "sessionid session usersession visitid sid"
 # Columns that may hold the time of day, beside one of dates.
 TIME_OF_DAY = (
-    "timeofday time clock hour eventtime ordertime purchasetime clicktime starttime transtime hourofday uhrzeit zeit "
-    "tijd hora heure ora"
+    "timeofday time clock hour eventtime ordertime purchasetime clicktime starttime transtime hourofday orderhour "
+    "orderhourofday hourmin uhrzeit zeit tijd tid hora heure ora saat godzina"
 )
 # What kind of interaction a line is, which is not read.
 KINDS = ("event eventtype behavior behaviortype action actiontype type", "rating stars score overall", "quantity")
 COLUMNS = {
-    "user": "userid uid customerid user customer reviewerid visitorid memberid accountid profileid playerid personid "
-    f"clientid readerid username fullvisitorid userpseudoid anonymousid distinctid {SESSION}",
-    "item": "itemid iid productid item product movieid articleid newsid trackid songid videoid bookid gameid appid "
-    "businessid venueid artistid hotelid recipeid courseid postid contentid docid listingid adid isbn sku parentasin "
-    "asin stockcode movie animeid locationid aid",
+    "user": "userid uid customerid customerno customernumber customercode usernumber usercode user customer reviewerid "
+    "visitorid memberid accountid profileid playerid personid clientid readerid username fullvisitorid userpseudoid "
+    f"anonymousid distinctid {SESSION}",
+    "item": "itemid iid productid material upc ean gtin barcode item product movieid articleid newsid trackid songid "
+    "videoid bookid gameid appid businessid venueid artistid hotelid recipeid courseid postid contentid docid adid "
+    "listingid isbn sku parentasin asin stockcode movie animeid locationid aid",
     "time": "timestamp time datetime date ts eventtime eventtimestamp eventdate unixtimestamp utctimestamp unixtime "
     "unixreviewtime reviewtime createdat createdtime clicktime viewtime purchasedate orderdate invoicedate "
     "transactiondate tdat",
@@ -612,17 +625,21 @@ COLUMNS = {
     "label": "label click clicked clk clickbool isclick isclicked purchased bought liked",
 }
 # What else may be a person, where only sessions are known: many people may have a session 1.
-PERSON = re.compile("(user|client|customer|member|person|visitor|shopper|buyer|guest|household|login|cookie|device)"
-                    "(id|key|code|number|no|hash)$")  # fmt: skip
+WHO = "user|client|cust(omer)?|member|person|visitor|shopper|buyer|household|account|subscriber|contact|student|patient"
+PERSON = re.compile(f"^({WHO})$|({WHO}|guest|login|cookie|device)(id|key|code|number|no|hash|email)+$|email$")
 YES, NO = {"true", "t", "yes", "y"}, {"false", "f", "no", "n"}  # besides numbers; no: shown, but not clicked
 # How databases, pandas and R write what is not there.
-MISSING = {"", "null", "(null)", "none", "nan", "na", "<na>", "n/a", "#n/a", "undefined", "\\n"}
-# 9.78014E+12, 7.19e+18, 9.78014e+12: many ids became one.
-ROUNDED = re.compile(r"\dE\+\d\d|\d[.,]\d+(E\+\d+|e\+(1[6-9]|[2-9]\d))|\d\.\d{5}e\+(0[6-9]|1\d)")
+MISSING = {"", "null", "(null)", "[null]", "#null!", "none", "(none)", "nan", "na", "<na>", "n/a", "#n/a", "nat", "nil",
+           "undefined", "(not set)", "(blank)", "-", "--", "\\n"}  # fmt: skip
+# 9.78014E+12, 7.19e+18, 9.78014e+12, 1.2346e+06: many ids became one.
+ROUNDED = re.compile(r"\dE\+\d\d|\d[.,]\d+(E\+\d+|e\+(1[6-9]|[2-9]\d))|\d\.\d{4,5}e\+(0[5-9]|1\d)")
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # what may move the cursor of a terminal
-LOOKS_LIKE_TIME = re.compile(r"(?i:time(?!s|_?spent)|date|stamp|epoch|when|datum|fecha|"
-                             r"(^|_)(ts|dt|at|on|day|hour|week|month)$|^year$)|[a-z](At|On)$")  # fmt: skip
-NO_DAY = re.compile(r"(1899-12-3[01]|1900-01-0[01]|1970-01-01)[ T]")  # of clocks, in Excel, Access and pandas
+LOOKS_LIKE_TIME = re.compile(r"(?i:time(?!s|_?spent)|date|stamp|epoch|when|datum|fecha|zeit|horo|created|started|"
+                             r"occurred|moment|instant|utc|(^|_)(ts|dt|at|on|day|hour|week|month|position|step|seq|"
+                             r"sequence|order_number)$|^ts_|^year$)|[a-z](At|On|T[sS])$")  # fmt: skip
+# Of clocks, in Excel, Access, pandas, Rails and .NET.
+NO_DAY = re.compile(r"(1899-12-3[01]|1900-01-0[01]|1970-01-01|2000-01-01|0001-01-01)[ T]")
+CLOCK = re.compile(r"([01]?\d|2[0-3]):[0-5]\d(:[0-5]\d([.,]\d+)?)?( ?[AaPp][Mm])?")
 FINER = re.compile(r"^\d{9}|(?<![\d:])(?!00:00(:00)?(?!\d))\d\d?:\d\d")  # tells more than the day
 # What may be a time: seconds and finer since 1992, 1.6e9, 20140428, 28.04.2014 10:51, Apr 28 2014, 28-APR-14.
 DATED = re.compile(r"([7-9]\d{8}|1\d{9})(\d{3}){0,3}(\.\d+)?|\d\.\d+[eE]\+?\d\d?|(19|20)\d{6}(T.*)?|"
@@ -641,14 +658,19 @@ def place_of(names: list[str], known: str) -> int | None:
 
 
 def how_fine(names: list[str], rows: list[list[str]]) -> list[int]:
-    """How finely most values of each column tell the time: 2 finer than a day, 1 the day, 0 not at all."""
+    """How finely most values of a column tell the time: 2 finer than a day, 1 the day, 0 not at all; -1 without a day.
+
+    What all have in common behind the date, as a midnight elsewhere, tells nothing.
+    """
     levels = []
     for place in range(len(names)):
         column = (row[place].strip() for row in rows if place < len(row))
         values = [value for value in column if value.lower() not in MISSING]
         dates = [value for value in values if DATED.fullmatch(value) and not NO_DAY.match(value)]
-        finer = any(map(FINER.search, dates))
-        levels.append(0 if 2 * len(dates) <= len(values) else 2 if finer else 1)
+        numbers, differ = dates and dates[0][:9].isdecimal(), len(dates) == 1 or len({date[10:] for date in dates}) > 1
+        finer = any(map(FINER.search, dates)) and (numbers or differ)
+        clock = values and all(map(CLOCK.fullmatch, values))
+        levels.append(-1 if clock else 0 if 2 * len(dates) <= len(values) else 2 if finer else 1)
     return levels
 
 
@@ -673,7 +695,7 @@ def find_columns(path: Path, names: list[str], first: list[list[str]], given: di
     places = {kind: place_of(names, known) for kind, known in COLUMNS.items()} | {"owner": None}
     if places["time"] is None or levels[places["time"]] != 1 or "time" in given:
         places["clock"] = None
-    if places["label"] is not None and levels[places["label"]]:  # the day of a purchase
+    if places["label"] is not None and levels[places["label"]] > 0:  # the day of a purchase
         places["label"] = None
     if "user" not in given and (session := place_of(names, SESSION)) is not None:
         people = [place for place, name in enumerate(plain(names)) if PERSON.search(name)]
@@ -705,8 +727,11 @@ def check_time(path: Path, names: list[str], places: Places, levels: list[int]) 
     is called like a time. levels: see `how_fine`; here -1 is no time.
     """
     when = places["time"]
-    clock = place_of(["" if level else name for name, level in zip(names, levels, strict=True)], TIME_OF_DAY)
-    level, taken = (-1, "") if when is None else (levels[when], names[when])
+    clock = place_of(["" if level > 0 else name for name, level in zip(names, levels, strict=True)], TIME_OF_DAY)
+    if clock is None:
+        pairs = enumerate(zip(names, levels, strict=True))
+        clock = next((place for place, (name, level) in pairs if level < 0 and LOOKS_LIKE_TIME.search(name)), None)
+    level, taken = (-1, "") if when is None else (max(0, levels[when]), names[when])
     unsure = when is None or clock is not None  # then columns of dates count under any name
     others = [place for place in range(len(names)) if place not in places.values()]
     least = level if unsure and level == 0 else level + 1  # a day may be a number, too
@@ -825,8 +850,9 @@ def what_was_taken(path: Path, names: list[str], places: Places, times: np.ndarr
 
 # Columns of titles, tried after those named like the items: track_name where these are track_id.
 TITLES = (
-    "movietitle booktitle producttitle itemtitle newstitle gametitle videotitle songtitle tracktitle originaltitle "
-    "name productname productdisplayname prodname itemname appname gamename animename bookname moviename trackname"
+    "movietitle booktitle producttitle itemtitle newstitle gametitle videotitle songtitle tracktitle primarytitle "
+    "originaltitle name productname productdisplayname prodname itemname appname gamename animename bookname moviename "
+    "trackname"
 )
 # How the names of columns end that describe items in words, besides their titles.
 DESCRIBES = re.compile("(genre|category|categorie|class|tag|brand|developer|publisher|author|artist|studio|director)s?"
@@ -1041,7 +1067,7 @@ def fetch(folder: Path, public: Public) -> None:
 TITLES_IN = [end + gz for gz in ("", ".gz") for end in (".item", ".items.csv", ".items.tsv")]
 TABLE = re.compile(r"\.(inter|item|csv|tsv)(\.gz)?$", re.IGNORECASE)
 CACHE_FROM = 1 << 24  # bytes; smaller logs are read faster than anyone waits
-COPY_VERSION = 19  # of what a parsed copy holds
+COPY_VERSION = 20  # of what a parsed copy holds
 
 
 def dataset_name(name: str) -> str:

@@ -206,7 +206,7 @@ def load_teachers(args: argparse.Namespace, data: Interactions) -> tuple[list[Pr
         in_scores |= teacher.item_embedding.embedding_dim > teacher.config.hidden_size
         teachers.append(with_text_columns(teacher).requires_grad_(False).to(pick_device(args.device)))
         made_by.append(without_seed(config))
-        read_by.append(config.get("bert_folder") or config["settings"].get("bert") or "minilm")
+        read_by.append(str(config.get("bert_folder") or config["settings"].get("bert") or "minilm"))
     args.bert = args.bert or next((bert for bert in read_by if bert != "none"), "none" if read_by else "minilm")
     args.objective = args.objective or "next"
     return teachers, made_by, in_scores

@@ -95,23 +95,33 @@ def rank_targets(
 DRAWS = 2000
 
 
-def resampled(values: Tensor, owners: np.ndarray, stream: int = 0) -> np.ndarray:
-    """Means of values (E, R) over DRAWS resamples of the users, and of the seeds where there are several, (N,).
+def resampled(values: Tensor, owners: np.ndarray) -> np.ndarray:
+    """Means of values (R,) over DRAWS resamples of the users, (N,).
 
     owners (R,): the user, from 0, of each value; a session with several questions is drawn as one. Calls with the same
-    owners draw the same users, so that two models are compared on the same ones; their seeds are drawn apart, by the
-    number `stream`. Draws from E seeds have (E - 1) / E of the variance of new seeds, so each draw's distance from the
-    mean of the seeds is widened by sqrt(E / (E - 1)).
+    owners draw the same users, so that two models are compared on the same ones.
     """
-    users, seeds = np.random.default_rng(0), np.random.default_rng([stream, 1])
-    table, means, count = values.numpy(), np.empty(DRAWS), owners.max() + 1
-    widened = (len(table) / max(1, len(table) - 1)) ** 0.5
+    users, count, table, means = np.random.default_rng(0), owners.max() + 1, values.numpy(), np.empty(DRAWS)
     for draw in range(DRAWS):
         weights = np.bincount(users.integers(0, count, count), minlength=count)[owners]  # (R,)
-        of_seeds = table @ weights / weights.sum()  # (E,)
-        mean, drawn = of_seeds.mean(), of_seeds[seeds.integers(0, len(of_seeds), len(of_seeds))].mean()
-        means[draw] = mean + (drawn - mean) * widened
+        means[draw] = table @ weights / weights.sum()
     return means
+
+
+def with_seeds(differences: np.ndarray, tables: list[Tensor]) -> np.ndarray:
+    """Draws (N,) of the difference of two models, over users, with the error of their seeds added; tables (E, R) each.
+
+    A mean of E seeds has the variance std^2 / E. Since std itself is a guess from few seeds, the draws follow Student's
+    t with the degrees of freedom of Welch (1947), in which the variance over users counts as known.
+    """
+    variances = [(table.mean(1).var().item() / len(table), len(table) - 1) for table in tables if len(table) > 1]
+    of_seeds, middle, random = sum(each for each, _ in variances), differences.mean(), np.random.default_rng(1)
+    if not of_seeds:
+        return differences
+    freedom = (differences.var() + of_seeds) ** 2 / sum(each**2 / degrees for each, degrees in variances)
+    freedom = min(freedom, 1e6)  # as good as infinitely many
+    wide = differences - middle + of_seeds**0.5 * random.standard_normal(DRAWS)
+    return middle + wide * (freedom / random.chisquare(freedom, DRAWS)) ** 0.5
 
 
 def two_sided(differences: np.ndarray) -> float:
@@ -255,7 +265,7 @@ def compare(values: dict[str, list[Tensor]], owners: np.ndarray) -> tuple[list[d
     A gain's interval is that of the difference, as a share of the worse model's mean.
     """
     tables = {name: torch.stack(parts) for name, parts in values.items()}  # (E, R) each
-    draws = {name: resampled(table, owners, stream) for stream, (name, table) in enumerate(tables.items())}
+    draws = {name: resampled(table.mean(0), owners) for name, table in tables.items()}
     seeds = {}
     for name, table in tables.items():
         if len(table) > 1:
@@ -265,7 +275,8 @@ def compare(values: dict[str, list[Tensor]], owners: np.ndarray) -> tuple[list[d
     pairs: list[dict] = []
     for pair in itertools.combinations(tables, 2):
         better, worse = sorted(pair, key=lambda name: -tables[name].mean().item())
-        base, differences = tables[worse].mean().item(), draws[better] - draws[worse]
+        base = tables[worse].mean().item()
+        differences = with_seeds(draws[better] - draws[worse], [tables[better], tables[worse]])
         gain, interval, shown = None, None, "undefined gain in NDCG@10"
         if base:
             gain = tables[better].mean().item() / base - 1
@@ -340,7 +351,7 @@ def main() -> None:
         """Append a row to the table; returns NDCG@10 of each target, (R,)."""
         ranks = rank_targets(score, part, data.exclude_seen, longest, where, title=name)
         of_targets = ndcg(ranks, 10)  # (R,)
-        interval = np.percentile(resampled(of_targets[None], owners), [2.5, 97.5]).tolist()
+        interval = np.percentile(resampled(of_targets, owners), [2.5, 97.5]).tolist()
         apart = {"rare targets": int(rare.sum()), "rare NDCG@10": of_targets[rare].mean().item()} if rare.any() else {}
         rows.append({"name": name, **row, **metrics(ranks), "ci95": interval, **apart})
         return of_targets

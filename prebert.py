@@ -791,7 +791,7 @@ def nearby(new: Tensor, known: Tensor, rows: Tensor, bias: Tensor, count: int = 
 
     rows (I, D) and bias (I,) are what the known items have learnt. A new row is the mean of all these plus an offset,
     whose direction and length are the averages over the `count` known items with the nearest vectors, weighted by
-    softmax(10 cosine). Where nothing is near, the offset is 0.
+    softmax(10 cosine). Where nothing is near, the offset is 0, and the bias the mean of all.
     """
     centre, row_centre = known.mean(0), rows.mean(0)
     unit, count = F.normalize(known - centre, dim=1), min(count, len(known))  # (I, V)
@@ -801,7 +801,8 @@ def nearby(new: Tensor, known: Tensor, rows: Tensor, bias: Tensor, count: int = 
     neighbours = rows[nearest] - row_centre  # (n, count, D)
     directions = F.normalize((shares[..., None] * neighbours).sum(1), dim=1)  # (n, D)
     lengths = (shares * neighbours.norm(dim=2)).sum(1, keepdim=True) * (best[:, :1] > 0)  # (n, 1)
-    return row_centre + directions * lengths, (shares * bias[nearest]).sum(1)
+    biases = torch.where(best[:, 0] > 0, (shares * bias[nearest]).sum(1), bias.mean())  # (n,)
+    return row_centre + directions * lengths, biases
 
 
 def same_column(config: dict, data: Interactions) -> None:
@@ -830,8 +831,8 @@ def trained_on(data: Interactions, part: Spans, counted: Tensor, most: Tensor) -
     return torch.stack([digests(data.user_ids), users.bincount(minlength=data.num_users), sums], dim=1)
 
 
-def check_start(run: str, config: dict, catalogue: dict, data: Interactions, part: Spans) -> None:
-    """InputError if the run that --start begins from may have been trained on what is held out here.
+def check_start(run: str, config: dict, catalogue: dict, data: Interactions, part: Spans) -> int:
+    """The number of known users; InputError if the run --start may have been trained on what is held out here.
 
     Of each user that it knows, the items that it was trained on must be the first that it knows in the training part.
     """
@@ -850,6 +851,7 @@ def check_start(run: str, config: dict, catalogue: dict, data: Interactions, par
     if differ:
         words = f"of {len(differ):,} users, such as {data.user_ids[differ[0]]}, it was trained on other items than are"
         raise InputError(f"--start {run}: {words} trained on here, which may be those held out; use --all")
+    return int((found[:, 0] != 0).sum())
 
 
 def start_from(model: PreBert, run: str, data: Interactions, part: Spans, vectors: Tensor | None) -> None:
@@ -865,8 +867,7 @@ def start_from(model: PreBert, run: str, data: Interactions, part: Spans, vector
         shape = f"{theirs.num_hidden_layers} layers of {theirs.hidden_size}"
         kind = f"--max-length {theirs.max_position_embeddings}, --objective {'next' if theirs.causal else 'masked'}"
         raise InputError(f"--start {run}: it has {shape}, {kind}; ask for the same kind of model")
-    if data.split != "none":
-        check_start(run, config, catalogue, data, part)
+    users = "" if data.split == "none" else f"; {check_start(run, config, catalogue, data, part):,} users known by id"
     by_raw_id = {raw_id: item for item, raw_id in enumerate(catalogue["raw_ids"]) if item}
     matched = torch.tensor([by_raw_id.get(raw_id, 0) for raw_id in data.raw_ids[1:]])  # (I,) 0 for a new item
     known = matched > 0
@@ -879,7 +880,7 @@ def start_from(model: PreBert, run: str, data: Interactions, part: Spans, vector
         table[1:-1][~known], bias[~known] = nearby(vectors[~known], vectors[known], rows[known], bias[known])
     table[1:-1][known], table[-1] = rows[known], weights["item_embedding.weight"][-1]  # the last: MASK's
     model.load_state_dict({**weights, "item_embedding.weight": table, "item_bias": bias})
-    print(f"starting from {run}: {int(known.sum()):,} items known, {int((~known).sum()):,} new")
+    print(f"starting from {run}: {int(known.sum()):,} items known, {int((~known).sum()):,} new{users}")
 
 
 def text_columns(vectors: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -920,7 +921,7 @@ def with_new_items(model: PreBert, run: Path, source: str, texts: list[str]) -> 
         raise InputError(f"{path} does not fit the run and its BERT, {source}; train again")
     centre = known.mean(0)
     vectors = encode_texts(bert, tokenizer, texts, centre)  # (n, V)
-    rows, biases = nearby(vectors, known, table[1 : len(known) + 1, :size], bias)  # (n, D), (n,)
+    rows, biases = nearby(vectors, known, table[1 : len(known) + 1, :size], bias[: len(known)])  # (n, D), (n,)
     columns = F.normalize(vectors - centre, dim=1, eps=1e-3) @ directions  # (n, C), see `text_columns`
     table = torch.cat([table[:-1], torch.cat([rows, columns], dim=1), table[-1:]])
     ours = {"item_embedding.weight": table, "item_bias": torch.cat([bias, biases])}

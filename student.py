@@ -150,7 +150,8 @@ SEARCHED = 5000  # names that a misspelt one is compared with; more take over a 
 
 
 class Recommender:
-    """Histories of raw ids or titles in, the k best items out. May be called from several threads.
+    """Histories of raw ids or titles in, the k best items out. Several threads may call it;
+    to be pickled it must not be compiled.
 
     compile: True runs native code, compiled now unless it was before; None, only if it was; False never. Where that
     fails, PyTorch serves, and a note on stderr says why, or, with fallback=False, InputError is raised; `compiled`
@@ -216,7 +217,7 @@ class Recommender:
                 raise InputError(f"new items need an id without tabs and a text, not {raw_id!r}: {text!r}")
         if not new:
             return
-        bert = self.config.get("bert_folder") or str(self.config["settings"].get("bert", "minilm"))
+        bert = str(self.config.get("bert_folder") or self.config["settings"].get("bert", "minilm"))
         larger = with_new_items(self.model, self.run, bert, [*new.values()])
         shown = new | {str(raw_id): str(title) for raw_id, title in (titles or {}).items()}
         names = [CONTROL.sub(" ", shown[raw_id]) for raw_id in new]

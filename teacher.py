@@ -364,13 +364,12 @@ def open_run(
         print(f"the training of {run} has ended; --overwrite starts it again")
         return None
     state = load_state(checkpoint, run, model, optimizer) if kind == "interrupted" else dict(FRESH)
-    if process == 0 and kind == "fresh":
-        for name in ("metrics.json", "train_state.pt", "texts.safetensors"):
-            (run / name).unlink(missing_ok=True)
-        if not args.start:  # a run may be its own start: its weights stay until others replace them
-            (run / "model.safetensors").unlink(missing_ok=True)
+    if process == 0 and state["step"] == 0:
         # First the checkpoint, the sign of "unfinished": old weights of --start may not fit this config.json.
         save_state(run, model, optimizer, state)
+        for name in ("metrics.json", "texts.safetensors", "model.safetensors"):
+            if not (args.start and name == "model.safetensors"):  # its own start: they stay until others replace them
+                (run / name).unlink(missing_ok=True)
         counts = [0, *item_counts(part, data.num_items).tolist()]
         write_json(run / "config.json", config)
         write_json(run / "catalogue.json", {"raw_ids": data.raw_ids, "titles": data.titles, "counts": counts})
@@ -512,8 +511,8 @@ def add_training_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict]
     budget = group.add_mutually_exclusive_group()
     budget.add_argument("--epochs", type=number(0, kind=int), help=f"passes, more on small data {by_recipe('epochs')}")
     budget.add_argument("--minutes", type=number(0, above=True), help="budget by the clock instead of --epochs")
-    add("--tokens", type=positive, help=f"positions in a batch, over all processes {by_recipe('tokens')}, "
-        f"fewer on small data, but at least {recipes['next']['least_tokens']}")  # fmt: skip
+    add("--tokens", type=positive, help=f"positions in a batch, over all processes {by_recipe('tokens')}; "
+        f"on small data down to {recipes['next']['least_tokens']}")  # fmt: skip
     add("--lr", type=number(0, above=True), help=f"peak learning rate; less with fewer --tokens {by_recipe('lr')}")
     add("--body-lr", type=number(0, above=True), help=f"the same for encoder and positions {by_recipe('body_lr')}")
     add("--dropout", type=number(0, 0.9), help=f"share of activations zeroed {by_recipe('dropout')}, less with more "
@@ -523,7 +522,8 @@ def add_training_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict]
         f"(default: next items without repeats, of a student below {SPARSE} interactions per item)")  # fmt: skip
     add("--warmup", type=number(0, 0.99), default=0.05, help="share of the budget that the rate rises (default: 0.05)")
     add("--weight-decay", type=number(0), default=0.01, help="(default: %(default)s)")
-    add("--max-length", type=number(3, kind=int), help="items the model reads (default: 200; a student as its teacher)")
+    add("--max-length", type=number(3, 2**20, kind=int), help="items the model reads, a masked model's [MASK] included "
+        "(default: 200; a student as its teacher)")  # fmt: skip
     add("--negatives", type=number(1, 2**20, kind=int), help="sampled softmax with this many shared negatives, no "
         f"smoothing (default: the full catalogue up to {FULL_SOFTMAX:,} items, then {NEGATIVES:,})")  # fmt: skip
     add("--patience", type=positive, help="epochs without improvement before stopping (default: a third, at least 5; "

@@ -431,6 +431,9 @@ def test_titles_are_found_by_the_logs_own_name_of_items(tmp_path):
 def test_interactions_of_one_time_are_counted_on_the_card(tmp_path):
     log = atomic(tmp_path, HEAD + "u\tb\t2\nu\ta\t2\nu\tc\t1\nv\tb\t2\n")
     assert histories(log) == [["c", "b", "a"], ["b"]] and "25% have the time of the one before" in data.card(log)
+    newest_first = HEAD + "u\td\t2\nu\tc\t2\nv\tb\t3\nu\tb\t1\nu\ta\t1\n"
+    assert "which is newest first; turn the file around" in data.card(atomic(tmp_path, newest_first))
+    assert "newest first" not in data.card(atomic(tmp_path, newest_first + "u\te\t5\n"))
     for text in (HEAD + "u\tb\t2\nu\ta\t3\n", "user_id,item_id\nu,b\nu,a\n"):  # none, and no time at all
         assert "have the time" not in data.card(atomic(tmp_path, text))
 
@@ -1042,6 +1045,24 @@ def test_ml_100k_comes_out_of_a_package(monkeypatch, tmp_path):  # a made-up one
         ("user_id,item_id,date,trans_time\nu,a,2020-01-02,23:05\nu,b,2020-01-02,9:05\n", "clock=trans_time"),
         ("user_id,item_id,wann\nu,a,31/Jan/2020:10:00:59 +0000\n", "wann could be one"),
         ("user_id,item_id\nu,9.78014e+12\n", "ids were rounded"),  # as C and awk print %g
+        ("user_id,item_id\nu,1.2346e+06\n", "ids were rounded"),
+        ("user_id,item_id,timestamp\nu,a,1.57806e+12\n", "'1.57806e+12' is not a time"),
+        ("user_id,item_id,date,Time (UTC)\nu,b,2020-01-31,13:05\nu,a,2020-01-31,9:05\n", "time=date,clock=Time (UTC)"),
+        ("user_id,item_id,date,played_at\nu,b,2020-01-31,1:05 PM\nu,a,2020-01-31,9:05 AM\n", "clock=played_at"),
+        ("user_id,item_id,date,order_hour\nu,b,2020-01-31,13\nu,a,2020-01-31,9\n", "clock=order_hour"),
+        # a midnight elsewhere, and a clock to which Rails added a day
+        ("user_id,item_id,date,time\nu,b,2020-01-30T23:00:00Z,13:05\nu,a,2020-01-30T23:00:00Z,9:00\n",
+         "time=date,clock=time"),
+        ("user_id,item_id,order_date,order_time\nu,b,2020-01-31,2000-01-01 13:05\nu,a,2020-01-31,2000-01-01 09:00\n",
+         "time=order_date,clock=order_time"),
+        ("user_id,item_id,timestamp,order_date\nu,b,2024-05-05 03:00:00,2020-01-31 13:05\n"
+         "u,a,2024-05-05 03:00:00,2020-01-31 09:00\n", "time=order_date"),  # when the rows were exported
+        ("user_id,item_id,date,created\nu,b,2020-01-31,2020-01-31 13:05\nu,a,2020-01-31,2020-01-31 09:00\n",
+         "time=created"),
+        ("user_id,order_number,item_id\nu,2,b\nu,1,a\n", "order_number could be one"),
+        ("cust_id,session_id,item_id,time\nanna,1,a,1\nbert,1,b,2\n", "user=cust_id"),
+        ("Customer Email,session_id,item_id,time\nanna,1,a,1\nbert,1,b,2\n", "user=Customer Email"),
+        ("user_id,item_id,time\n(not set),a,1\n-,b,2\n", "user and item must be there"),
     ],
 )  # fmt: skip
 def test_a_log_that_would_be_read_wrongly_is_refused(tmp_path, text, words):

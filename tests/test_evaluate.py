@@ -15,6 +15,7 @@ from conftest import HEAD, REAL, TINY, hand_log, inside
 from data import SPLITS, Spans, leave_one_out, pad_left
 from evaluate import (
     DRAWS, Markov, compare, hit_rate, metrics, ndcg, popularity, rank_targets, resampled, target_ranks, two_sided,
+    with_seeds,
 )  # fmt: skip
 from prebert import read_safetensors
 
@@ -123,29 +124,39 @@ def test_one_huge_history_does_not_make_all_others_as_wide():
 # ---------------------------------------------------------------- bootstrap
 
 
-def test_bootstrap_of_one_seed_is_that_of_a_mean():
-    values = torch.rand(1, 2000, generator=torch.Generator().manual_seed(0)).double()
+def test_bootstrap_is_that_of_a_mean():
+    values = torch.rand(2000, generator=torch.Generator().manual_seed(0)).double()
     means = resampled(values, np.arange(2000))
     assert means.mean() == pytest.approx(values.mean().item(), rel=0.002)
     assert means.std() == pytest.approx(values.std().item() / 2000**0.5, rel=0.1)
-    assert np.allclose(resampled(values + 0.1, np.arange(2000), 7) - means, 0.1)  # the same users each time
+    assert np.allclose(resampled(values + 0.1, np.arange(2000)) - means, 0.1)  # the same users each time
 
 
 def test_questions_of_one_session_are_drawn_together():
-    of_session = torch.rand(1, 300, generator=torch.Generator().manual_seed(0)).double()
+    of_session = torch.rand(300, generator=torch.Generator().manual_seed(0)).double()
     owners = np.repeat(np.arange(300), 8)
-    assert np.allclose(resampled(of_session[:, owners], owners), resampled(of_session, np.arange(300)))
-    assert resampled(of_session[:, owners], np.arange(2400)).std() < 0.5 * resampled(of_session, np.arange(300)).std()
+    assert np.allclose(resampled(of_session[owners], owners), resampled(of_session, np.arange(300)))
+    assert resampled(of_session[owners], np.arange(2400)).std() < 0.5 * resampled(of_session, np.arange(300)).std()
 
 
-def test_bootstrap_of_several_seeds_adds_their_spread():
-    generator = torch.Generator().manual_seed(0)
-    seeds = torch.tensor([0.0, 0.05, 0.3, 0.12, 0.2])
-    values = (torch.rand(5, 1000, generator=generator) + seeds[:, None]).double()
-    users = np.arange(1000)
-    wide, narrow = resampled(values, users).std(), resampled(values.mean(0, keepdim=True), users).std()
-    of_seeds = values.mean(1).std().item() / 5**0.5  # of a mean of five seeds; torch divides by n - 1
-    assert wide == pytest.approx((narrow**2 + of_seeds**2) ** 0.5, rel=0.05) and wide > 5 * narrow
+@pytest.mark.parametrize(
+    ("models", "quantile", "p"),  # of Student's t, from a table: with two degrees of freedom, with four, the normal one
+    [(1, 4.303, 0.05), (1, 9.925, 0.01), (2, 2.776 * 2**0.5, 0.05), (2, 4.604 * 2**0.5, 0.01), (0, 1.96, 0.05)],
+)
+def test_p_of_three_seeds_is_that_of_a_t_test(models, quantile, p):
+    three = (torch.tensor([-1.0, 0.0, 1.0]).double() * 3**0.5)[:, None].expand(3, 50)  # their mean's error is 1
+    tables = [three] * models + [torch.zeros(1, 50).double()] * (2 - models)
+    users = np.random.default_rng(0).normal(0, 1 if models == 0 else 1e-3, DRAWS)  # else they hardly differ
+    draws = with_seeds(quantile + users, tables)
+    assert two_sided(draws) == pytest.approx(p, rel=0.3) and np.median(draws) == pytest.approx(quantile, rel=0.05)
+
+
+def test_the_spread_of_users_and_that_of_seeds_add_up():
+    users = np.random.default_rng(0).normal(0.5, 0.3, DRAWS)
+    seeds = (torch.tensor([0.0, 0.1, 0.5, 0.2, 0.3, 0.9, 0.4, 0.1])[:, None] + torch.zeros(8, 20)).double()
+    wide = with_seeds(users, [seeds, torch.zeros(1, 20).double()])
+    variance = 0.3**2 + seeds[:, 0].var().item() / 8
+    assert np.subtract(*np.percentile(wide, [84.13, 15.87])) / 2 == pytest.approx(variance**0.5, rel=0.08)
 
 
 def test_p_values_have_a_floor_and_are_uniform_without_a_difference():
@@ -154,8 +165,8 @@ def test_p_values_have_a_floor_and_are_uniform_without_a_difference():
     assert two_sided(np.arange(-100, 300) + 0.5) == pytest.approx(0.5)  # a quarter of the draws is below 0
     generator = torch.Generator().manual_seed(0)
     for gap, least, most in ((0.0, 0.05, 1.0), (0.3, 0.0, 0.001)):
-        one, other = (torch.rand(1, 3000, generator=generator).double() for _ in range(2))
-        p = two_sided(resampled(one + gap, np.arange(3000), 0) - resampled(other, np.arange(3000), 1))
+        one, other = (torch.rand(3000, generator=generator).double() for _ in range(2))
+        p = two_sided(resampled(one + gap, np.arange(3000)) - resampled(other, np.arange(3000)))
         assert least <= p <= most
 
 

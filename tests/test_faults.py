@@ -61,11 +61,13 @@ def test_a_full_disk_keeps_the_last_good_files(ring, tmp_path):
     run = tmp_path / "runs/ring/student-no-kd"
     before = (run / "model.safetensors").read_bytes()
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # noqa: E731
-    result = subprocess.run(
-        [sys.executable, ROOT / "distill.py", *map(str, flags), "--name", "full"],
-        cwd=tmp_path, capture_output=True, text=True, preexec_fn=limit,
-    )  # fmt: skip
-    assert result.returncode == 2 and "cannot write" in result.stderr and "untouched" in result.stderr
+    for how in (["--name", "full"], ["--overwrite"]):
+        result = subprocess.run(
+            [sys.executable, ROOT / "distill.py", *map(str, flags), *how],
+            cwd=tmp_path, capture_output=True, text=True, preexec_fn=limit,
+        )  # fmt: skip
+        assert result.returncode == 2 and "cannot write" in result.stderr and "untouched" in result.stderr
+    assert (run / "metrics.json").exists()  # a training is replaced when the next one's first checkpoint is there
     assert not list((tmp_path / "runs/ring/full").glob("*.partial"))
     with pytest.raises(InputError, match="cannot write"):
         write_atomic(Path("/proc/nowhere/x"), b"")

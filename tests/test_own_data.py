@@ -28,8 +28,8 @@ from data import HELD_OUT, PAD, InputError, SPLITS, load_dataset
 from distill import load_teachers, states_of
 from evaluate import hit_rate, metrics, ndcg, target_ranks
 from prebert import (
-    centred, check_start, encode_texts, item_vectors, load_bert, load_run, principal_components, read_safetensors,
-    read_run, start_from, text_columns, trained_on, with_text_columns, without_seed, write_safetensors,
+    centred, check_start, encode_texts, item_vectors, load_bert, load_run, nearby, principal_components, read_run,
+    read_safetensors, start_from, text_columns, trained_on, with_text_columns, without_seed, write_safetensors,
 )  # fmt: skip
 from student import MiniBert, Recommender, add_new_items
 from teacher import join_processes, world
@@ -197,7 +197,8 @@ def test_a_run_goes_on_with_a_catalogue_that_has_grown(trained):
     (trained / "grown.inter").write_text("\n".join(["user_id\titem_id\trating\ttimestamp", *rows, *new]))
     rates = ("--lr", "1e-9", "--body-lr", "1e-9")
     text = inside("distill.py", "--data", "grown.inter", *ON_RING, "--start", RUN, *rates, cwd=trained)
-    assert "60 items known, 3 new" in text and "before training: validation NDCG@10" in text
+    assert "60 items known, 3 new; " in text and " users known by id" in text
+    assert "before training: validation NDCG@10" in text
     assert "near the identity" not in text  # it begins as the old run ended
     old, _, before = load_run(trained / RUN)
     now, config, after = load_run(trained / "runs/grown/student-no-kd")
@@ -457,6 +458,12 @@ def test_new_items_start_near_those_with_the_nearest_vectors(trained):
     cosines = torch.nn.functional.cosine_similarity(model.item_embedding.weight[7] - table[others].mean(0),
                                                     table[others] - table[others].mean(0))  # fmt: skip
     assert others[int(cosines.argmax())] == 11 and cosines.max() > 0.9
+
+
+def test_a_new_item_that_is_like_nothing_is_average():
+    known, rows, bias = torch.randn(30, 8), torch.randn(30, 4), torch.arange(30.0)
+    row, its_bias = nearby(known.mean(0, keepdim=True), known, rows, bias)
+    assert torch.allclose(row[0], rows.mean(0), atol=1e-6) and its_bias.item() == pytest.approx(14.5)
 
 
 def test_items_from_another_column_than_the_run_s_are_told(trained):

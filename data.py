@@ -1065,7 +1065,7 @@ def fetch(folder: Path, public: Public) -> None:
 # ---------------------------------------------------------------- datasets by name or path
 
 TITLES_IN = [end + gz for gz in ("", ".gz") for end in (".item", ".items.csv", ".items.tsv")]
-TABLE = re.compile(r"\.(inter|item|csv|tsv)(\.gz)?$", re.IGNORECASE)
+TABLE = re.compile(r"(?<=[^./])\.(inter|item|csv|tsv)(\.gz)?$", re.IGNORECASE)
 CACHE_FROM = 1 << 24  # bytes; smaller logs are read faster than anyone waits
 COPY_VERSION = 20  # of what a parsed copy holds
 

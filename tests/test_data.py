@@ -777,6 +777,9 @@ def test_unknown_names_are_refused(tmp_path):
         load_dataset(str(tmp_path / "spark.csv"))
     with pytest.raises(InputError, match="no file"):
         load_dataset(str(tmp_path / "no.inter"))
+    (tmp_path / "...csv").write_text("user_id,item_id\nu,a\n")  # its runs would be in runs/..
+    with pytest.raises(InputError, match="unknown dataset"):
+        load_dataset(str(tmp_path / "...csv"), min_items=1, min_length=1)
 
 
 def test_a_line_written_twice_counts_once_and_does_not_change_the_protocol(tmp_path):

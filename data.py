@@ -629,7 +629,7 @@ WHO = "user|client|cust(omer)?|member|person|visitor|shopper|buyer|household|acc
 PERSON = re.compile(f"^({WHO})$|({WHO}|guest|login|cookie|device)(id|key|code|number|no|hash|email)+$|email$")
 YES, NO = {"true", "t", "yes", "y"}, {"false", "f", "no", "n"}  # besides numbers; no: shown, but not clicked
 # How databases, pandas and R write what is not there.
-MISSING = {"", "null", "(null)", "[null]", "#null!", "none", "(none)", "nan", "na", "<na>", "n/a", "#n/a", "nat", "nil",
+MISSING = {"", "null", "(null)", "[null]", "#null!", "none", "(none)", "nan", "na", "<na>", "n/a", "#n/a",
            "undefined", "(not set)", "(blank)", "-", "--", "\\n"}  # fmt: skip
 # 9.78014E+12, 7.19e+18, 9.78014e+12, 1.2346e+06: many ids became one.
 ROUNDED = re.compile(r"\dE\+\d\d|\d[.,]\d+(E\+\d+|e\+(1[6-9]|[2-9]\d))|\d\.\d{4,5}e\+(0[5-9]|1\d)")

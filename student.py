@@ -150,8 +150,7 @@ SEARCHED = 5000  # names that a misspelt one is compared with; more take over a 
 
 
 class Recommender:
-    """Histories of raw ids or titles in, the k best items out. Several threads may call it;
-    to be pickled it must not be compiled.
+    """Histories of raw ids or titles in, the k best items out. Threads may share it; pickle needs compile=False.
 
     compile: True runs native code, compiled now unless it was before; None, only if it was; False never. Where that
     fails, PyTorch serves, and a note on stderr says why, or, with fallback=False, InputError is raised; `compiled`

@@ -1250,7 +1250,7 @@ def run_command(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         code, words = 130, "stopped; trainings go on from their last epoch with --resume\n"
     except (InputError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory|overflowed", str(error)):
             raise
         short = isinstance(error, MemoryError | RuntimeError)
         code, words = 2, f"error: {'not enough memory, ask for less: ' if short else ''}{error}\n"

@@ -522,7 +522,7 @@ def add_training_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict]
         f"(default: next items without repeats, of a student below {SPARSE} interactions per item)")  # fmt: skip
     add("--warmup", type=number(0, 0.99), default=0.05, help="share of the budget that the rate rises (default: 0.05)")
     add("--weight-decay", type=number(0), default=0.01, help="(default: %(default)s)")
-    add("--max-length", type=number(3, 2**20, kind=int), help="items the model reads, a masked model's [MASK] included "
+    add("--max-length", type=number(3, kind=int), help="items the model reads, a masked model's [MASK] included "
         "(default: 200; a student as its teacher)")  # fmt: skip
     add("--negatives", type=number(1, 2**20, kind=int), help="sampled softmax with this many shared negatives, no "
         f"smoothing (default: the full catalogue up to {FULL_SOFTMAX:,} items, then {NEGATIVES:,})")  # fmt: skip

@@ -1,5 +1,6 @@
 """Nothing lost, nothing trusted: kills, full disks, hostile files, and invariants on random inputs."""
 
+import gc
 import json
 import os
 import random
@@ -9,7 +10,6 @@ import shlex
 import socket
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +20,7 @@ import pytest
 import safetensors
 import torch
 from conftest import HEAD, ROOT, TINY, command, hand_log, inside
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from test_prebert import container, entry
 
@@ -36,7 +36,6 @@ from data import (
     write_atomic,
     write_json,
 )
-from evaluate import hit_rate, ndcg, target_ranks
 from prebert import VERSION, load_run, peak_memory_gb, read_safetensors, write_safetensors
 from student import Recommender
 
@@ -224,9 +223,10 @@ def test_what_was_printed_before_an_error_is_not_lost(tmp_path, end, code):
 
 
 def test_too_little_memory_ends_in_one_line(ring, tmp_path):
-    result = shell(f"distill.py --data {ring} --no-kd --size tiny --max-length {10**12}", tmp_path)
-    assert result.returncode == 2 and result.stderr.count("\n") == 1
-    assert result.stderr.startswith("error: not enough memory, ask for less: ")
+    for length in (10**12, 9 * 10**18):
+        result = shell(f"distill.py --data {ring} --no-kd --size tiny --max-length {length}", tmp_path)
+        assert result.returncode == 2 and result.stderr.count("\n") == 1
+        assert result.stderr.startswith("error: not enough memory, ask for less: ")
     result = shell(f"distill.py --data {ring} --min-count {10**400}", tmp_path)
     assert result.returncode == 2 and "must be a whole number" in result.stderr
 
@@ -422,17 +422,17 @@ def test_eight_threads_get_the_answers_of_one(run):
     recommender, chance = Recommender(run, k=5, compile=False), random.Random(0)
     histories = [[chance.randint(100, 159) for _ in range(chance.choice([1, 3, 15, 40]))] for _ in range(50)]
     alone = [recommender([history]) for history in histories]
-    memory, wrong, stop = peak_memory_gb(), [], threading.Event()
+    gc.collect()
+    objects, wrong = len(gc.get_objects()), []
 
     def ask(index: int) -> None:
         if recommender([histories[index % 50]]) != alone[index % 50]:
             wrong.append(index)
-            stop.set()
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(ask, range(5_000)))
-    assert not wrong and not stop.is_set()
-    assert peak_memory_gb() - memory < 0.2
+    gc.collect()
+    assert not wrong and len(gc.get_objects()) - objects < 1000  # fewer than one a request
 
 
 # ---------------------------------------------------------------- odd data
@@ -505,20 +505,6 @@ def test_batches_hold_every_row_once_within_the_budget(sizes, tokens, seed):
         assert sorted(torch.cat(groups).tolist()) == list(range(len(sizes)))
         assert all(len(g) == 1 or len(g) * int(every[g].max()) <= tokens for g in groups)
         assert max(map(len, groups)) <= rows
-
-
-@settings(max_examples=200)
-@given(st.lists(st.lists(st.integers(-3, 3), min_size=6, max_size=6), min_size=1, max_size=5), st.data())
-def test_ranks_and_metrics_against_sorting(scores, data):
-    targets = [data.draw(st.integers(1, 6)) for _ in scores]
-    seen = [data.draw(st.lists(st.integers(1, 6), max_size=4)) for _ in scores]
-    padded = torch.tensor([[*row, *[0] * (4 - len(row))] for row in seen])
-    ranks = target_ranks(torch.tensor(scores).float(), torch.tensor(targets), padded)
-    for row, target, known, rank in zip(scores, targets, seen, ranks.tolist(), strict=True):
-        others = [s for item, s in enumerate(row, 1) if item != target and item not in known]
-        assert rank == 1 + sum(s >= row[target - 1] for s in others)
-        assert hit_rate(torch.tensor([rank]), 3).item() == (rank <= 3)
-        assert ndcg(torch.tensor([rank]), 3).item() == pytest.approx(1 / np.log2(rank + 1) if rank <= 3 else 0)
 
 
 def test_written_files_are_whole_or_absent(tmp_path, monkeypatch):

@@ -185,10 +185,10 @@ def test_cuda_gives_the_answers_of_the_cpu(run, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     histories = [ids(*items, run=run) for items in ([3], [1, 2, 3, 4, 5], range(1, 39))]
     for compiled in (False, True):
-        both = (Recommender(run, device=device, compile=compiled, fallback=False) for device in ("cpu", "cuda"))
+        both = (Recommender(run, 100, device, compile=compiled, fallback=False) for device in ("cpu", "cuda"))
         cpu, cuda = (recommend(histories) for recommend in both)
         for ours, theirs in zip(cpu, cuda, strict=True):
-            assert [score for _, _, score in ours] == pytest.approx([score for _, _, score in theirs], abs=1e-2)
+            assert {i: s for i, _, s in ours} == pytest.approx({i: s for i, _, s in theirs}, abs=1e-2)
 
 
 # ---------------------------------------------------------------- answers
@@ -206,6 +206,14 @@ def test_seen_items_never_come_back_and_k_may_exceed_the_catalogue(run):
     answer = Recommender(run, k=1000, compile=False)([ids(3, 5, 8, run=run)])[0]
     unseen = {item.removeprefix("id:") for item in ids(*sorted({*range(1, 61)} - {3, 5, 8}), run=run)}
     assert {raw_id for raw_id, _, _ in answer} == unseen
+
+
+def test_seen_items_come_back_where_the_run_was_evaluated_so(run, tmp_path):
+    for name in ("config.json", "catalogue.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((run / name).read_bytes())
+    config = json.loads((run / "config.json").read_text()) | {"exclude_seen": False}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert len(Recommender(tmp_path, k=1000, compile=False)([ids(3, 5, 8, run=run)])[0]) == 60
 
 
 def test_items_older_than_the_model_reads_are_left_out_too(run):

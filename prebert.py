@@ -644,9 +644,8 @@ def without_seed(config: dict) -> str:
     ignored = ["seed", "name", "teacher", "start"]
     ignored += ["epochs", "patience"] if config["split"] not in ("last", "sessions") else []
     settings = {key: value for key, value in config["settings"].items() if key not in ignored}
-    started = config.get("started", bool(config["settings"].get("start")))
-    others = [config.get(key) for key in ("data", "model", "teachers", "exclude_seen")]
-    return json.dumps([settings, started, *others], sort_keys=True)
+    others = [config.get(key) for key in ("data", "model", "teachers", "started", "exclude_seen")]
+    return json.dumps([settings, *others], sort_keys=True)
 
 
 def machine() -> dict:

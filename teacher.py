@@ -213,12 +213,9 @@ def train(
             return
         with_loss: nn.Module = ModelWithLoss(model, loss_of)
         with_loss = DistributedDataParallel(with_loss) if processes > 1 else with_loss
-        if args.start and state["step"] == 0:
-            if process == 0:
-                write_safetensors(run / "model.safetensors", model.state_dict())
-            if has_valid:
-                state["best"], hits = validate(model, valid_part, data.exclude_seen, args.eval_users)
-                print(f"before training: validation NDCG@10 {state['best']:.4f}  HR@10 {hits:.4f}", flush=True)
+        if args.start and state["step"] == 0 and has_valid:
+            state["best"], hits = validate(model, valid_part, data.exclude_seen, args.eval_users)
+            print(f"before training: validation NDCG@10 {state['best']:.4f}  HR@10 {hits:.4f}", flush=True)
         # When training would have begun, had it not been interrupted.
         began, began_cpu = time.perf_counter() - state["seconds"], time.process_time() - state["cpu_seconds"]
 
@@ -373,9 +370,10 @@ def open_run(
         counts = [0, *item_counts(part, data.num_items).tolist()]
         write_json(run / "config.json", config)
         write_json(run / "catalogue.json", {"raw_ids": data.raw_ids, "titles": data.titles, "counts": counts})
-    if process == 0:  # for --start; after a crash, written again
         counted, most = torch.ones(data.num_items + 1, dtype=torch.bool), torch.from_numpy(data.offsets).diff()
         write_safetensors(run / "users.safetensors", {"trained_on": trained_on(data, part, counted, most)})
+        if args.start:
+            write_safetensors(run / "model.safetensors", model.state_dict())
     params = sum(parameter.numel() for parameter in model.parameters())
     where = f"{autocast_dtype(model.item_bias.device, args.precision)} on {model.item_bias.device}"
     where += f" x {processes}" if processes > 1 else ""

@@ -675,6 +675,9 @@ def test_new_items_are_recommended_by_their_texts_and_change_no_other_score(trai
     few = Recommender(run, k=100, compile=False, allowed=["id:110"])
     few.add_items({"n1": "toy"})
     assert {raw_id for raw_id, _, _ in few([history])[0]} == {"110", "n1"}
+    few.config["bert_folder"] = ["x"]  # as a damaged config.json may say
+    with pytest.raises(InputError, match="no BERT "):
+        few.add_items({"n2": "toy"})
     with pytest.raises(InputError, match="'n1' is in the catalogue already"):
         recommend.add_items({"n1": "toy"})
     (tmp_path / "new.csv").write_text("item_id,title,brand\n900,New film,Acme\n103,An old one,Acme\n")

@@ -738,7 +738,8 @@ def check_time(path: Path, names: list[str], places: Places, levels: list[int]) 
     likely = [place for place in others if levels[place] >= least
               and (LOOKS_LIKE_TIME.search(names[place]) or (unsure and levels[place]))]  # fmt: skip
     likely.sort(key=lambda place: (-levels[place], not LOOKS_LIKE_TIME.search(names[place])))
-    if level == 1 and clock is not None:  # the time of day
+    finer = likely and levels[likely[0]] == 2 and LOOKS_LIKE_TIME.search(names[likely[0]])
+    if level == 1 and clock is not None and not finer:  # the time of day
         likely, way = [clock], f"time={taken},clock={names[clock]}"
     elif likely:
         way = f"time={names[likely[0]] if levels[likely[0]] else 'NAME'}"

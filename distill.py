@@ -12,7 +12,7 @@ A label says that one film came next; the teacher's distribution says which othe
 loss -> what the teachers say -> building the student -> the command.
 
 Letters: B batch, T sequence length (in the loss: temperature), M asked positions of a row, Q of a batch,
-I items, N negatives, D hidden size, L log entries.
+I items, N distinct negatives, D hidden size, L log entries.
 """
 
 import argparse
@@ -143,7 +143,7 @@ def states_of(teacher: PreBert, part: Spans, dtype: torch.dtype) -> Tensor:
     windows, last_only = draw_windows(teacher, part, unused)
     at_most, _ = at_once(device, teacher.num_items)
     for rows in tqdm(batches(windows.sizes - 1, at_most), desc="the teacher reads", disable=world()[0] > 0):
-        batch = draw_batch(teacher, windows[rows], last_only[rows], unused)  # of (B, T) each
+        batch = draw_batch(teacher, windows[rows], last_only[rows], unused)  # (B, T) each, T one less than a window
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             here = teacher(batch.tokens.to(device), batch.positions.to(device))  # (B, T, D)
         is_asked = batch.labels != PAD
@@ -158,12 +158,12 @@ def teacher_states(teachers: list[PreBert], part: Spans, dtype: torch.dtype, cac
     """
     size = sum(len(part.items) * teacher.config.hidden_size * dtype.itemsize for teacher in teachers)
     cache = cache and size <= CACHE_AT_MOST and all(teacher.config.causal for teacher in teachers)
-    of_all = lru_cache(lambda: [states_of(teacher, part, dtype) for teacher in teachers])
+    of_all = lru_cache(lambda: [states_of(teacher, part, dtype) for teacher in teachers])  # once, at the first batch
 
     @torch.no_grad()
     def states_at(batch: Batch) -> list[Tensor]:
         is_asked = batch.labels != PAD  # (B, M)
-        if cache:  # read as a batch asks, not before: --resume of an ended run reads nothing
+        if cache:  # not before a batch asks: --resume of an ended run reads nothing
             return [states[batch.entries[is_asked].cpu()].to(is_asked.device) for states in of_all()]
         return [teacher(batch.tokens, batch.positions)[is_asked] for teacher in teachers]
 
@@ -240,19 +240,21 @@ def main() -> None:
     fill_in(args, name="student-no-kd" if args.no_kd else "student")
     join_processes(args.device)
     data = load_asked(args)
-    asked = args.bert not in (None, "none")  # by the flag; load_teachers fills in the teacher's
+    named_bert = args.bert not in (None, "none")  # by the flag; load_teachers fills in the teacher's
     usual = f"runs/{data.name}/teacher{'-all' if args.all else '-final' if args.final else ''}"
     args.teacher = None if args.no_kd else [str(Path(run)) for run in args.teacher or [usual]]
     teachers, made_by, in_scores = load_teachers(args, data)
     kept_texts = any((Path(run) / "texts.safetensors").exists() for run in args.teacher or [])
-    if (kept_texts or asked) and not any(data.texts):
+    if (kept_texts or named_bert) and not any(data.texts):
         print("note: there are no titles for BERT to read; --titles FILE names them")
     # BERT is loaded if a flag or a teacher's run names it, for new items, or if item vectors may start from titles.
     likely = "text" if args.no_kd and sparse(data) else "pca"  # where --item-init does not say
-    needed = asked or kept_texts or "text" in (args.item_init or likely)
+    needed = named_bert or kept_texts or "text" in (args.item_init or likely)
     reader = load_bert(args.bert) if any(data.texts) and args.bert != "none" and needed else None
     args.item_init = args.item_init or (default_init(data, args.split, reader) if args.no_kd else "pca")
     run = settle(args, RECIPES, data)
+    if run.resolve() in [Path(teacher).resolve() for teacher in args.teacher or []]:
+        raise InputError(f"{run} is the teacher itself; give the student another --name")
     if args.counts and (args.negatives or args.objective == "masked"):
         raise InputError("--counts needs --objective next and the full softmax, which large catalogues do without")
     parts = SPLITS[data.split](data)

@@ -115,17 +115,17 @@ def with_seeds(differences: np.ndarray, tables: list[Tensor]) -> np.ndarray:
     t with the degrees of freedom of Welch (1947), in which the variance over users counts as known.
     """
     variances = [(table.mean(1).var().item() / len(table), len(table) - 1) for table in tables if len(table) > 1]
-    of_seeds, middle, random = sum(each for each, _ in variances), differences.mean(), np.random.default_rng(1)
+    of_seeds, middle, random = sum(of_one for of_one, _ in variances), differences.mean(), np.random.default_rng(1)
     if not of_seeds:
         return differences
-    freedom = (differences.var() + of_seeds) ** 2 / sum(each**2 / degrees for each, degrees in variances)
+    freedom = (differences.var() + of_seeds) ** 2 / sum(of_one**2 / degrees for of_one, degrees in variances)
     freedom = min(freedom, 1e6)  # as good as infinitely many
     wide = differences - middle + of_seeds**0.5 * random.standard_normal(DRAWS)
     return middle + wide * (freedom / random.chisquare(freedom, DRAWS)) ** 0.5
 
 
 def two_sided(differences: np.ndarray) -> float:
-    """Two-sided bootstrap p-value of a mean of 0, at least 2 / N."""
+    """Two-sided p-value of a mean of 0 by draws of it (N,), at least 2 / N."""
     share = max(min((differences <= 0).mean(), (differences >= 0).mean()), 1 / len(differences))
     return float(min(1.0, 2 * share))
 
@@ -149,7 +149,7 @@ class Markov:
         before = entries[:-1][rows[1:] == rows[:-1]]  # a history's first item follows nothing
         pairs = train.items[before] * (num_items + 1) + train.items[before + 1]
         pairs, self.counts = torch.unique(pairs, return_counts=True)
-        self.next = pairs % (num_items + 1) - 1
+        self.next = pairs % (num_items + 1) - 1  # of item i, from offsets[i] to offsets[i + 1], like counts
         self.offsets = torch.searchsorted(pairs, torch.arange(num_items + 2) * (num_items + 1))
 
     def followers(self, items: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -258,7 +258,7 @@ def print_table(rows: list[dict], split: str) -> None:
 
 
 def compare(values: dict[str, list[Tensor]], owners: np.ndarray) -> tuple[list[dict], dict[str, dict]]:
-    """Every pair of models by the mean over users and seeds, with p of a bootstrap over both.
+    """Every pair of models by the mean over users and seeds, with p: bootstrap over users, Welch's t for seeds.
 
     values: {model: NDCG@10 of each target (R,), one tensor per seed}; owners as in `resampled`. Prints and returns
     gains, None over a model that has nothing, and {model: seeds, mean and standard deviation of NDCG@10 over seeds}.
@@ -283,7 +283,7 @@ def compare(values: dict[str, list[Tensor]], owners: np.ndarray) -> tuple[list[d
             interval = (np.percentile(differences, [2.5, 97.5]) / base).tolist()
             shown = f"{gain:+.2%} NDCG@10, 95 % interval {interval[0]:+.1%} to {interval[1]:+.1%}"
         p = two_sided(differences)
-        print(f"{better} over {worse}: {shown}, bootstrap p {'<=' if p <= 2 / DRAWS else '='} {p:.3f}")
+        print(f"{better} over {worse}: {shown}, p {'<=' if p <= 2 / DRAWS else '='} {p:.3f}")
         pairs.append({"better": better, "worse": worse, "gain": gain, "ci95": interval, "p": p})
     return pairs, seeds
 
@@ -313,7 +313,7 @@ def find_runs(runs: list[str] | None, data: Interactions) -> dict[str, tuple[Pre
             print(f"skipped {error}")
             continue
         params = sum(parameter.numel() for parameter in model.parameters())
-        row: dict = {"params": params, "body_params": params - model.item_embedding.weight.numel()}
+        row: dict = {"params": params}
         row["mb"] = (run / "model.safetensors").stat().st_size / 1e6
         row |= {key: config[key] for key in ("command", "seed", "commit", "machine") if key in config}
         row |= {key: made[key] for key in ("minutes", "cpu_minutes", "peak_memory_gb", "steps", "curve") if key in made}

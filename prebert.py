@@ -6,7 +6,7 @@ BERT reads in both directions. To predict each next item, its layers get a causa
 fine-tuning; [MASK] is then never read, only where masked items are guessed, as in the paper.
 
 This file holds no command; teacher.py trains what is built here. In order: shape -> attention -> layer -> encoder ->
-`PreBert`; and, to be read after data.py, from which they take much: BERT's weights -> safetensors -> a model on disk ->
+`PreBert`; and, to be read after data.py up to `lines`: BERT's weights -> safetensors -> a model on disk ->
 first values of the item table -> new logs and new items.
 
 Letters: B batch, T sequence length, D hidden size, N heads, K head size (N * K = D), I items, n new ones, M positions
@@ -210,14 +210,15 @@ class PreBert(nn.Module):
     The last token, the newest item or [MASK], has the last position, max_length - 1, and others those before it, so
     that padding on the left changes nothing. The output is tied to the input: logits = head(h) E^T + b over the items
     (Press & Wolf 2017), with h the encoder's output and E the item table; PAD and MASK have no logit. `forward` returns
-    head(h), which all scripts call states.
+    head(h), and the sums below, if any, which all scripts call states.
 
     What comes next depends most on what came last, more than in sentences. So an item is read together with a share of
     each of the three before it: a short convolution, as in Mamba (Gu & Dao 2023). Its shares are 0 as training begins.
 
-    Item rows may have `text_size` columns more, of what BERT reads in the items' texts. The encoder does not see them.
-    A state ends in a sum of these columns over its token and the three before, times 1, 0.7, 0.7^2, 0.7^3 (MASK's are
-    0), so that an item scores higher if its text is like theirs. `teacher.keep_texts` adds them after training.
+    An aside, for sparse data: item rows may have `text_size` columns more, of what BERT reads in the items' texts. The
+    encoder does not see them. A state ends in a sum of these columns over its token and the three before, times 1, 0.7,
+    0.7^2, 0.7^3 (MASK's are 0), so that an item scores higher if its text is like theirs. `teacher.keep_texts` adds
+    them after training.
     """
 
     def __init__(self, config: BertConfig, num_items: int, text_size: int = 0):
@@ -239,18 +240,19 @@ class PreBert(nn.Module):
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """tokens (B, T) left-padded, positions (B, M): states ready for `logits`, (B, M, D + C)."""
-        real, steps, size = tokens != PAD, len(self.convolution), self.config.hidden_size
+        real, steps, size = tokens != PAD, len(self.convolution), self.config.hidden_size  # PAD is 0
         rows = self.item_embedding(tokens) * real[..., None]  # (B, T, D + C)
-        before = F.pad(rows, (0, 0, steps, 0))  # (B, 3 + T, D + C); [:, 3 - n : -n] are the rows n places earlier
+        padded = F.pad(rows, (0, 0, steps, 0))  # (B, 3 + T, D + C)
+        earlier = [padded[:, steps - n : -n] for n in range(1, 1 + steps)]  # rows n places before, (B, T, D + C) each
         x = rows[..., :size] + self.position_embedding.weight[self.max_length - tokens.shape[1] :]  # (B, T, D)
-        for step, share in enumerate(self.convolution, 1):
-            x = x + share * before[:, steps - step : -step, :size]
+        for share, before in zip(self.convolution, earlier, strict=True):
+            x = x + share * before[..., :size]
         states = self.head(self.encoder(x, real, positions))  # (B, M, D)
         if rows.shape[2] == size:
             return states
         recent = rows[..., size:]  # (B, T, C)
-        for step in range(1, 1 + steps):
-            recent = recent + 0.7**step * before[:, steps - step : -step, size:]
+        for n, before in enumerate(earlier, 1):
+            recent = recent + 0.7**n * before[..., size:]
         return torch.cat([states, recent.gather(1, positions[..., None].expand(-1, -1, recent.shape[2]))], dim=2)
 
     def logits(self, states: Tensor) -> Tensor:
@@ -261,7 +263,7 @@ class PreBert(nn.Module):
         """What the model reads to say what follows history (B, T): its newest items, and [MASK] unless it is causal."""
         if self.config.causal:
             return history[:, -self.max_length :].contiguous()  # compiled graphs take the layout for granted
-        return F.pad(history[:, -(self.max_length - 1) :], (0, 1), value=self.mask_id)  # (B, T + 1)
+        return F.pad(history[:, -(self.max_length - 1) :], (0, 1), value=self.mask_id)  # (B, T + 1 or max_length)
 
     def last_state(self, tokens: Tensor) -> Tensor:
         """The state at the newest end of tokens (B, T), (B, D + C)."""
@@ -325,7 +327,7 @@ def rename_bert_weights(tensors: dict[str, Tensor], path: Path) -> tuple[dict[st
     for name in [name for name in ours if ".attention.query." in name]:
         parts = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
         shapes = [ours[part].shape for part in parts if part in ours]
-        if len(shapes) == 3 and len({*shapes}) == 1 and shapes[0]:  # else `config_of` refuses them
+        if len(shapes) == 3 and len({*shapes}) == 1 and shapes[0]:  # no scalars; else `config_of` refuses them
             ours[name.replace(".query.", ".qkv.")] = torch.cat([ours.pop(part) for part in parts])
     return ours, ignored
 
@@ -478,7 +480,8 @@ def near_identity(model: PreBert) -> None:
         for name, parameter in model.encoder.named_parameters():
             if ".attention.output." in name or ".feed_forward.down." in name:
                 parameter.mul_(0.2)
-        next(model.head.parameters()).add_(torch.eye(model.config.hidden_size))  # the weight of its linear map
+        weight = next(model.head.parameters())  # of its linear map
+        weight.add_(torch.eye(model.config.hidden_size))
 
 
 # ---------------------------------------------------------------- safetensors
@@ -784,16 +787,18 @@ def set_item_table(model: PreBert, table: Tensor | None, norm: float) -> None:
 
 # ---------------------------------------------------------------- new logs and new items
 
+NEARBY = 5  # known items by which a new one finds its place
 
-def nearby(new: Tensor, known: Tensor, rows: Tensor, bias: Tensor, count: int = 5) -> tuple[Tensor, Tensor]:
+
+def nearby(new: Tensor, known: Tensor, rows: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Item rows (n, D) and biases (n,) of n new items with vectors (n, V), from known ones with vectors (I, V).
 
     rows (I, D) and bias (I,) are what the known items have learnt. A new row is the mean of all these plus an offset,
-    whose direction and length are the averages over the `count` known items with the nearest vectors, weighted by
+    whose direction and length are the averages over the NEARBY known items with the nearest vectors, weighted by
     softmax(10 cosine). Where nothing is near, the offset is 0, and the bias the mean of all.
     """
     centre, row_centre = known.mean(0), rows.mean(0)
-    unit, count = F.normalize(known - centre, dim=1), min(count, len(known))  # (I, V)
+    unit, count = F.normalize(known - centre, dim=1), min(NEARBY, len(known))  # (I, V)
     tops = [(F.normalize(some - centre, dim=1) @ unit.T).topk(count) for some in new.split(1024)]  # n x I may not fit
     best, nearest = (torch.cat(parts) for parts in zip(*tops, strict=True))  # (n, count) each
     shares = (10 * best).softmax(1)
@@ -866,7 +871,7 @@ def start_from(model: PreBert, run: str, data: Interactions, part: Spans, vector
         shape = f"{theirs.num_hidden_layers} layers of {theirs.hidden_size}"
         kind = f"--max-length {theirs.max_position_embeddings}, --objective {'next' if theirs.causal else 'masked'}"
         raise InputError(f"--start {run}: it has {shape}, {kind}; ask for the same kind of model")
-    users = "" if data.split == "none" else f"; {check_start(run, config, catalogue, data, part):,} users known by id"
+    known_users = 0 if data.split == "none" else check_start(run, config, catalogue, data, part)
     by_raw_id = {raw_id: item for item, raw_id in enumerate(catalogue["raw_ids"]) if item}
     matched = torch.tensor([by_raw_id.get(raw_id, 0) for raw_id in data.raw_ids[1:]])  # (I,) 0 for a new item
     known = matched > 0
@@ -879,7 +884,11 @@ def start_from(model: PreBert, run: str, data: Interactions, part: Spans, vector
         table[1:-1][~known], bias[~known] = nearby(vectors[~known], vectors[known], rows[known], bias[known])
     table[1:-1][known], table[-1] = rows[known], weights["item_embedding.weight"][-1]  # the last: MASK's
     model.load_state_dict({**weights, "item_embedding.weight": table, "item_bias": bias})
+    users = "" if data.split == "none" else f"; {known_users:,} users known by id"
     print(f"starting from {run}: {int(known.sum()):,} items known, {int((~known).sum()):,} new{users}")
+    if users and not known_users:
+        print(f"note: if users have other ids than in {run}, it may have been trained on what is held out here; "
+              "then use --all", file=sys.stderr)  # fmt: skip
 
 
 def text_columns(vectors: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -913,7 +922,7 @@ def with_new_items(model: PreBert, run: Path, source: str, texts: list[str]) -> 
     bert, tokenizer = load_bert(source)
     kept, width = read_safetensors(path), bert.config.hidden_size
     known = kept.get("texts", torch.empty(0)).float()  # (I, V), I items that were trained
-    directions = kept.get("directions", torch.empty(width, 0))  # (V, C)
+    directions = kept.get("directions", torch.empty(width, 0)).float()  # (V, C)
     table, bias = model.item_embedding.weight.detach().cpu(), model.item_bias.detach().cpu()
     fits = known.ndim == 2 and known.shape[1] == width and 0 < len(known) <= model.num_items
     if not fits or directions.shape != (width, table.shape[1] - size):

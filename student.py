@@ -200,11 +200,12 @@ class Recommender:
         self.popularity = torch.tensor(counts, dtype=torch.float64)  # (num_items + 1,)
         self.graph, self.compiled = TopK(model, self.k).to(self.device).eval(), False
 
-    def add_items(self, texts: Mapping, titles: Mapping | None = None) -> None:
+    def add_items(self, texts: Mapping, titles: Mapping | None = None, bert: str | None = None) -> None:
         """Recommend and accept items that training never saw, {raw id: text}, by what BERT reads in the texts.
 
-        titles: {raw id: title} where that is not the text. From now on no compiled graph serves. Raises InputError for
-        a run without titles and for an item that is known.
+        titles: {raw id: title} where that is not the text. bert: where the one of the training is now, if it was a
+        folder. From now on no compiled graph serves. Raises InputError for a run without titles and for an item that is
+        known.
         """
         if not isinstance(texts, Mapping):
             raise InputError("new items are given as {raw id: text}")
@@ -216,7 +217,7 @@ class Recommender:
                 raise InputError(f"new items need an id without tabs and a text, not {raw_id!r}: {text!r}")
         if not new:
             return
-        bert = str(self.config.get("bert_folder") or self.config["settings"].get("bert", "minilm"))
+        bert = bert or str(self.config.get("bert_folder") or self.config["settings"].get("bert", "minilm"))
         larger = with_new_items(self.model, self.run, bert, [*new.values()])
         shown = new | {str(raw_id): str(title) for raw_id, title in (titles or {}).items()}
         names = [CONTROL.sub(" ", shown[raw_id]) for raw_id in new]
@@ -239,6 +240,9 @@ class Recommender:
         """Internal ids of all with these names; unknown names are left out."""
         if isinstance(names, str) or not isinstance(names, Iterable):
             raise InputError(f"items are given as a list of names, not as {names!r}")
+        names = list(names)
+        if nested := [name for name in names if isinstance(name, Iterable) and not isinstance(name, str)]:
+            raise InputError(f"items are given as one list of names, for all users; in it is {nested[0]!r}")
         return [item for name in names for item in self.matches(str(name))]
 
     def item(self, name: object) -> int:
@@ -336,7 +340,7 @@ def items_in(recommender: Recommender, path: str) -> list[int]:
     return recommender.items(names)
 
 
-def add_new_items(recommender: Recommender, path: str) -> None:
+def add_new_items(recommender: Recommender, path: str, bert: str | None) -> None:
     """The items of a table of titles that the run does not know; InputError for a file without items."""
     if not TABLE.search(path):
         raise InputError(f"--new-items {path}: it takes a .csv, .tsv or .item file with a header")
@@ -346,7 +350,7 @@ def add_new_items(recommender: Recommender, path: str) -> None:
     new = {raw_id: both for raw_id, both in read.items() if raw_id not in recommender.by_id}
     print(f"{path}: {len(new):,} new items, {len(read) - len(new):,} known; titles {where}")
     titles = {raw_id: title for raw_id, (title, _) in new.items()}
-    recommender.add_items({raw_id: text for raw_id, (_, text) in new.items()}, titles)
+    recommender.add_items({raw_id: text for raw_id, (_, text) in new.items()}, titles, bert)
 
 
 def histories(recommender: Recommender, data: Interactions) -> list[list[str]]:
@@ -399,6 +403,7 @@ def parse_flags() -> argparse.Namespace:
     one = parser.add_mutually_exclusive_group()
     one.add_argument("--compile", action="store_true", help="compile first, for this and later calls with this -k")
     one.add_argument("--new-items", metavar="FILE", help="a table of items that the run does not know, with titles")
+    parser.add_argument("--bert", metavar="FOLDER", help="where the run's BERT is now, for --new-items")
     parser.add_argument("--only", metavar="FILE", help="recommend only these items, a raw id or title per line")
     parser.add_argument("--without", metavar="FILE", help="do not recommend these")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
@@ -411,6 +416,8 @@ def parse_flags() -> argparse.Namespace:
             parser.error(f"--out {args.out}: columns are separated by tabs, not packed; name another file, as o.tsv")
     if (args.out is not None or args.user is not None) != (args.data is not None):
         parser.error("--data is the log of --out or --user: it goes with one of them, and they with it")
+    if args.bert is not None and args.new_items is None:
+        parser.error("--bert reads the texts of --new-items, which is not given")
     of_log = (args.columns, args.titles, args.root, args.min_count, args.min_items, args.min_length)
     if args.data is None and (any(of_log) or args.fraction > 1 or args.split != "last"):
         parser.error("--columns, --titles, --root, --min-..., --fraction and --split are of the log --data, not given")
@@ -424,7 +431,7 @@ def main() -> None:
         fallback=not args.compile, exclude_seen=None if args.seen == "auto" else args.seen == "exclude",
     )  # fmt: skip
     if args.new_items is not None:
-        add_new_items(recommender, args.new_items)
+        add_new_items(recommender, args.new_items, args.bert)
     if args.only is not None:
         recommender.allowed = torch.zeros_like(recommender.allowed)
         recommender.allowed[items_in(recommender, args.only)] = True

@@ -12,7 +12,7 @@ optimizer and schedule -> `train` -> checkpoints -> processes -> large catalogue
 teacher -> the command.
 
 Letters: B batch (users), T sequence length, D hidden size, M asked positions of a row, Q of a batch, I items,
-W windows, C and N candidates, V size of what BERT reads in a text.
+W windows, C candidates that are certain, N distinct negatives, V size of what BERT reads in a text.
 """
 
 import argparse
@@ -152,7 +152,7 @@ def draw_windows(model: PreBert, part: Spans, generator: Generator) -> tuple[Spa
 
 
 def draw_batch(model: PreBert, windows: Spans, last_only: Tensor, generator: Generator) -> Batch:
-    """B windows as a batch with fresh questions, of the model's kind; last_only (B,)."""
+    """B windows as a batch with questions of the model's kind, masked items drawn anew; last_only (B,)."""
     width = int(windows.sizes.max())
     tokens = pad_left(windows.items, windows.starts, windows.ends, width)  # (B, T)
     asked = next_items(tokens) if model.config.causal else mask_items(tokens, last_only, model.mask_id, generator)
@@ -161,7 +161,7 @@ def draw_batch(model: PreBert, windows: Spans, last_only: Tensor, generator: Gen
 
 
 def some_targets(valid: Spans, count: int) -> Tensor:
-    """Numbers of at most `count` validation targets, drawn at random, the same every time."""
+    """Row numbers of at most `count` validation targets, drawn at random, the same every time."""
     return torch.randperm(len(valid.targets), generator=Generator().manual_seed(0))[:count]
 
 
@@ -201,7 +201,8 @@ def train(
     has_valid = len(valid_part.targets) > 0  # not with --all and --final, where the last epoch's weights are the best
     windows, _ = draw_windows(model, train_part, seeded(args.seed, "windows", 0))
     if not len(windows.starts) or (data.split in ("last", "sessions") and not has_valid):
-        raise InputError(f"{data.name}: no user has three items (four for next items), no session two")
+        raise InputError(f"{data.name}: no user has three items (four for next items; one less with --final, "
+                         "two less with --all), no session two")  # fmt: skip
     if data.num_items <= FULL_SOFTMAX:  # with huge catalogues, keeping freed blocks fragments memory
         keep_freed_memory()
     device, seed, (process, processes) = pick_device(args.device), args.seed, world()
@@ -226,7 +227,7 @@ def train(
             return (state["epoch"] + of_epoch) / args.epochs if args.epochs else 1.0
 
         while spent() < 1 and state["waited"] < args.patience:
-            # An epoch: fresh windows, fresh batches of similar length, fresh questions.
+            # An epoch: fresh batches of similar length; of masked items, fresh windows and questions, too.
             epoch = state["epoch"]
             windows, last_only = draw_windows(model, train_part, seeded(seed, "windows", epoch))
             sizes = windows.sizes  # (W,)
@@ -235,7 +236,7 @@ def train(
                        mininterval=0.5 if sys.stderr.isatty() else 30, disable=process > 0)  # fmt: skip
             mean_loss = 0.0
             for done, rows in enumerate(plan):
-                share = schedule(spent((done + 0.5) / len(plan)), args.warmup)  # of epochs, in the middle of the step
+                share = schedule(spent((done + 0.5) / len(plan)), args.warmup)  # in the middle of the step
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * share
                 batch = draw_batch(model, windows[rows], last_only[rows], seeded(seed, "masks", state["step"]))
@@ -323,7 +324,8 @@ def load_state(content: bytes, run: Path, model: PreBert, optimizer: torch.optim
 def find_state(run: Path, data: Interactions, args: argparse.Namespace, config: dict) -> tuple[str, bytes]:
     """Whether a training is "fresh", "interrupted" or "ended"; of an interrupted one, the checkpoint's bytes.
 
-    InputError where --resume comes with other settings or interactions than the run has; names the first that differs.
+    InputError where a run is there and neither --resume nor --overwrite, or where --resume comes with other settings or
+    interactions than the run has; names the first that differs.
     """
     made = (run / "model.safetensors").exists()
     begun = (run / "config.json").exists() and (run / "catalogue.json").exists()
@@ -351,7 +353,10 @@ def open_run(
     run: Path, model: PreBert, optimizer: torch.optim.Optimizer, data: Interactions, part: Spans,
     args: argparse.Namespace, config: dict,
 ) -> dict | None:  # fmt: skip
-    """The state to start or to go on from, or None if the run has ended. The first process decides for all."""
+    """The state to start or to go on from, or None if the run has ended; the files of a fresh run are written here.
+
+    The first process decides for all.
+    """
     process, processes = world()
     box: list = [find_state(run, data, args, config) if process == 0 else None]
     if processes > 1:
@@ -555,7 +560,7 @@ def titles_beside_counts(data: Interactions, parts: Parts, reader: Reader) -> fl
     def quality(score: Scorer) -> float:
         return ndcg(rank_targets(score, valid, data.exclude_seen, 1, title="titles or counts"), 10).sum().item()
 
-    nearest = quality(lambda history: rows[history[:, -1] - 1] @ rows.T)  # of scores (B, I)
+    nearest = quality(lambda history: rows[history[:, -1] - 1] @ rows.T)  # (B, T) to (B, I)
     return nearest / max(quality(Markov(parts[0], data.num_items)), 0.1)  # sums, so 0.1 is next to nothing
 
 
@@ -641,11 +646,14 @@ def describe(data: Interactions, model: PreBert, args: argparse.Namespace, teach
     """
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    # Not among the settings: flags that do not change what is learnt, and those whose effect has a key of its own.
+    # Not among the settings: most flags that do not change what is learnt, or whose effect has a key of its own.
     hidden = ("resume", "overwrite", "device", "root", "data", "columns", "no_cache", "final", "seen", "min_count")
     settings = {key: value for key, value in vars(args).items() if key not in hidden}
+    begun = Path("runs") / data.name / args.name  # where --start begins from the run itself, --resume finds itself
     before = args.start and (Path(args.start) / "config.json").exists()  # gone, perhaps, where --resume goes on
     started = sha256(without_seed(read_run(Path(args.start))[0]).encode()).hexdigest() if before else None
+    if args.resume and args.start == str(begun) and (begun / "train_state.pt").exists():
+        started = read_json(begun / "config.json").get("started")
     return {
         "version": VERSION, "data": data.name, "num_items": data.num_items, "interactions": len(data.items),
         "fingerprint": data.fingerprint, "split": data.split, "exclude_seen": data.exclude_seen,

@@ -9,6 +9,7 @@ Runs whose config.json differs in the seed alone are one model: one colour, a li
 from the lowest to the highest seed.
 """
 
+import argparse
 import csv
 import json
 import re
@@ -18,6 +19,10 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from data import InputError, run_command
+from prebert import read_json
 
 RESULTS = Path(__file__).parent / "ml-1m"
 # Models of RESULTS/bench.json: what the picture calls them, and the file and name that hold their mean over seeds.
@@ -159,16 +164,29 @@ def curves(runs: list[Path], path: Path) -> None:
     axes.figure.savefig(path)
 
 
-if __name__ == "__main__":
-    paths = [Path(path) for path in sys.argv[1:]]
-    for file in [path for path in paths if path.suffix == ".json"]:
-        kind = json.loads(file.read_text())
-        peers(file) if "curves" in kind else bench(file, {}) if "bench" in kind else sparsity(file)
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Draw the pictures of the READMEs, or those of some files and runs.")
+    parser.add_argument("paths", nargs="*", type=Path, help="JSON files of studies, run folders (default: ours)")
+    paths = parser.parse_args().paths
     if not paths:
         bench(RESULTS / "bench.json", REPORTED)
-        for file in RESULTS.parent.glob("*/sparsity.json"):
-            sparsity(file)
-        for file in RESULTS.parent.glob("*/peers.json"):
-            peers(file)
-    if runs := [path for path in paths or [RESULTS / "student"] if (path / "log.csv").exists()]:
+        paths = [RESULTS / "student", *RESULTS.parent.glob("*/sparsity.json"), *RESULTS.parent.glob("*/peers.json")]
+    runs = [path for path in paths if (path / "log.csv").exists()]
+    if runs:
         curves(runs, runs[0].parent / "curves.png")
+    for file in [path for path in paths if path.suffix == ".json"]:
+        report = read_json(file)
+        if "curves" in report:
+            peers(file)
+        elif "bench" in report:
+            bench(file, {})
+        elif any("users" in row for row in report.get("rows", [])):
+            sparsity(file)
+        else:
+            raise InputError(f"{file}: it holds no curves, no benchmark and no shares of users, so nothing is drawn")
+    if not any(path in runs or path.suffix == ".json" for path in paths):
+        raise InputError(f"{paths[0]}: neither a JSON file nor a run folder with a log.csv, so nothing is drawn")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -134,6 +134,9 @@ def main() -> None:
     commands = []
     for data in args.only:
         names = [name for name in models_of(data) if name in (args.models or MODELS)]
+        for name in [name for name in names if re.search(r"-s\d", MODELS[name]) and not {1, 2, 3} <= {*args.seeds}]:
+            print(f"left out, as it learns from the seeds 1, 2 and 3: {name} of {data}")
+            names.remove(name)
         commands += [training(data, name, seed) for name in names for seed in args.seeds]
         parts = [part for part in args.parts if part == "test" or not data.endswith("-final")]
         shown = [name for name in models_of(data) if name in names or ended(data, name, args.seeds)]

@@ -411,7 +411,7 @@ def test_session_numbers_of_two_users_are_not_one_session(tmp_path):
     (tmp_path / "x.csv").write_text("user_id,session_id,item_id,timestamp\n" + "".join(rows))
     for name in ("user_id", "shopper_id"):  # known as a user, and not
         (tmp_path / "x.csv").write_text(f"{name},session_id,item_id,timestamp\n" + "".join(rows))
-        with pytest.raises(InputError, match="session 0 is of two users, .*say --columns user="):
+        with pytest.raises(InputError, match=r"session 0 is of two users, .*say --columns user="):
             load_dataset(str(tmp_path / "x.csv"), min_items=1, min_length=1, sessions=True)
 
 

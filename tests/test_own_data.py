@@ -678,6 +678,8 @@ def test_new_items_are_recommended_by_their_texts_and_change_no_other_score(trai
     few.config["bert_folder"] = ["x"]  # as a damaged config.json may say
     with pytest.raises(InputError, match="no BERT "):
         few.add_items({"n2": "toy"})
+    few.add_items({"n2": "toy"}, bert=str(tmp_path))  # where it is now
+    assert "n2" in {raw_id for raw_id, _, _ in few([history])[0]}
     with pytest.raises(InputError, match="'n1' is in the catalogue already"):
         recommend.add_items({"n1": "toy"})
     (tmp_path / "new.csv").write_text("item_id,title,brand\n900,New film,Acme\n103,An old one,Acme\n")
@@ -703,8 +705,8 @@ def test_new_items_are_named_by_the_column_that_training_took(trained, tmp_path,
     (tmp_path / "art.items.csv").write_text("id,Artikel,title\n1,A101,Red shoe\n2,A102,Blue shoe\n")
     added: dict = {}
     facts = {"config": {"item_name": "Artikel"}, "by_id": {"A101": 1}}
-    run = SimpleNamespace(**facts, add_items=lambda new, _: added.update(new))
-    add_new_items(run, str(tmp_path / "art.items.csv"))
+    run = SimpleNamespace(**facts, add_items=lambda new, *_: added.update(new))
+    add_new_items(run, str(tmp_path / "art.items.csv"), None)
     words = "1 new items, 1 known; titles from title of art.items.csv, by Artikel"
     assert [*added] == ["A102"] and words in capsys.readouterr().out
 
@@ -721,7 +723,7 @@ def test_text_columns_of_new_items_are_those_that_their_texts_would_have_had(tra
     texts = [" ".join(chance.choice(["toy", "story"]) for _ in range(8)) for _ in range(distinct)] * (60 // distinct)
     read = encode_texts(*bert, [*texts[:59], ""])  # an item without a text stands where the others do on average
     columns, directions = text_columns(read, 64)
-    write_safetensors(run / "texts.safetensors", {"texts": read.half(), "directions": directions})
+    write_safetensors(run / "texts.safetensors", {"texts": read.half(), "directions": directions.half()})
     write_safetensors(run / "model.safetensors", with_text_columns(model, columns).state_dict())
     recommend = Recommender(run, k=100, compile=False)
     recommend.add_items({"new": texts[9], "other": texts[20], "none": " ", "unseen": "story"})
@@ -844,6 +846,19 @@ def test_the_commands_behind_the_results_have_flags_that_exist():
             assert made.issuperset(word for word in words if word.startswith("runs/"))
 
 
+def test_of_one_seed_what_learns_from_three_is_left_out(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["results/run.py", "--list", "--only", "beauty", "--seeds", "1"])
+    results_run.main()
+    text = capsys.readouterr().out
+    assert "student-s2" not in text and "left out, as it learns from the seeds 1, 2 and 3: student-of-students" in text
+
+
+@pytest.mark.parametrize("argument", ["nofile", "nofile.json", "results/ml-1m/test.json"])
+def test_where_nothing_can_be_drawn_one_line_says_so(argument):
+    drawn = subprocess.run([sys.executable, "results/plot.py", argument], cwd=ROOT, capture_output=True, text=True)
+    assert drawn.returncode == 2 and drawn.stderr.startswith("error: ") and drawn.stderr.count("\n") == 1
+
+
 # ---------------------------------------------------------------- what strangers do
 
 
@@ -854,7 +869,9 @@ def test_raw_ids_in_lists_mean_that_item_alone(tmp_path):
     everything = Recommender(run, compile=False)
     assert {raw_id for raw_id, _, _ in everything([["id:9"]], without=["1984"])[0]} == {"7"}
     assert len(everything(history for history in [["id:9"]])) == 1
-    wrong = (lambda: everything([["id:9"]], without="1984"), lambda: everything([], without=5))
+    wrong = (lambda: everything([["id:9"]], without="1984"), lambda: everything([], without=5),
+             lambda: everything([["id:9"]], without=[["1984"]]),
+             lambda: everything([["id:9"]], without=[np.array(["1984"])]))  # fmt: skip
     for call in (*wrong, lambda: everything.add_items("abc")):
         with pytest.raises(InputError, match="are given as"):
             call()

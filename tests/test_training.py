@@ -866,6 +866,7 @@ def test_the_released_student_is_evaluated_where_nothing_is_trained(ring, tmp_pa
         (["evaluate.py", "--data", "RING", "--sampled", "uniform"], "unrecognized"),
         (["student.py", "--run", "nowhere", "Film 1 (1951)"], "train first"),
         (["student.py", "--run", "nowhere", "--compile", "--new-items", "x.csv"], "not allowed with"),
+        (["student.py", "--run", "nowhere", "--bert", "x"], "--bert reads the texts of --new-items"),
     ],
 )
 def test_bad_input_gets_one_clear_line_and_code_2(ring, tmp_path, arguments, words):
@@ -883,6 +884,9 @@ def test_run_folders_are_plain_files(ring, tmp_path):
     of_users = {user: [item for name, item, *_ in lines if name == user] for user, *_ in lines}
     trained = [item for items in of_users.values() for item in items[:-2]]
     assert counts == {"": 0, **{item: trained.count(item) for item in catalogue["raw_ids"][1:]}}
+    whole, flags = (run / "model.safetensors").read_bytes(), ("--data", ring, "--teacher", run, "--name", run.name)
+    words = inside("distill.py", *flags, "--size", "tiny", *TINY, "--overwrite", cwd=tmp_path, expect=2)
+    assert "give the student another --name" in words and (run / "model.safetensors").read_bytes() == whole
     (run / "metrics.json").write_text("{")
     text = inside("evaluate.py", "--data", ring, "--runs", run, cwd=tmp_path, expect=2)
     assert "metrics.json: not JSON" in text

@@ -685,9 +685,8 @@ def find_columns(path: Path, names: list[str], first: list[list[str]], given: di
     one, is the user, and that of users the owner. Raises InputError where a column is missing or in doubt.
     """
     found = f"found {', '.join(names[:50])}{', ...' if len(names) > 50 else ''}"
-    for name in given.values():
-        if name != "none" and names.count(name) != 1:
-            raise InputError(f"{path}:1: {'two columns' if name in names else 'no column'} {name!r}; {found}")
+    if wrong := [name for name in given.values() if name != "none" and names.count(name) != 1]:
+        raise InputError(f"{path}:1: {'two columns' if wrong[0] in names else 'no column'} {wrong[0]!r}; {found}")
     if len(names) < 2:
         raise InputError(f"{path}:1: found one column, {names[0][:60]!r}; save the log as CSV with a header: commas, "
                          "semicolons, tabs or | between columns, and no quotes around whole lines")  # fmt: skip
@@ -796,8 +795,7 @@ def read_log(path: Path, given: dict[str, str], sessions: bool) -> tuple[Clicks,
     user, item, when, clock, label, owner = map(places.get, ("user", "item", "time", "clock", "label", "owner"))
     session = place_of(names, SESSION)
     other = "" if session in (None, user) else f"; or take sessions: --columns {shlex.quote(f'user={names[session]}')}"
-    user_ids: dict[str, int] = {}
-    item_ids: dict[str, int] = {}
+    user_ids, item_ids = dict[str, int](), dict[str, int]()
     owners: dict[str, str] = {}  # of sessions
     users, items, times = array("q"), array("q"), array("d")
 
